@@ -1,0 +1,134 @@
+// What the kernels are told: plain structs of device pointers, sizes and strides. No torch, no CuTe.
+//
+// Words (docs/design.md has them all): a *slot* is a position in tiled order, slot = block * 128 + i; a *block* is 128 slots; a
+// *tile* owns whole consecutive blocks, valid slots first, so slot 0 of every block is valid.
+// Strides are in elements and 64 bit: B * S * H * D may exceed 2^31.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fpsattn {
+
+inline constexpr int kBlockSlots = 128;      // slots of a block
+inline constexpr int kVExtraRows = 8;        // rows D..D+7 of v8t: one row of ones in valid slots, seven of zeros
+inline constexpr float kE4m3Max = 448.0f;    // largest finite e4m3
+inline constexpr int kProbabilityShift = 8;  // P = e4m3(2^(x - m + 8)): at most 256, so it cannot saturate
+
+enum class DType : int { kBFloat16 = 0, kFloat16 = 1 };
+enum class Granularity : int { kTile = 0, kBlock = 1, kToken = 2 };  // what shares one FP8 scale of Q and of K
+
+// One of q, k, v, out or a gradient: logical shape (B, H, S, D), unit stride in D.
+struct TokenTensor {
+  void* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+  int64_t stride_token = 0;
+};
+
+struct ProblemSize {
+  int batch = 0;
+  int heads = 0;
+  int head_dim = 0;    // D: 64 or 128
+  int num_tokens = 0;  // S: video and text tokens together
+  int num_blocks = 0;
+  int num_tiles = 0;
+};
+
+struct QuantizeParams {
+  ProblemSize size;
+  DType dtype = DType::kBFloat16;
+  Granularity granularity = Granularity::kTile;
+  bool smooth_k = true;      // subtract k_mean from every key before the scale is taken
+  bool pow2_scales = false;  // round every scale up to a power of two
+  int k_mean_stride = 1;     // the mean is taken over tokens 0, n, 2n, ...
+
+  TokenTensor q, k, v;
+  const int32_t* token_of_slot = nullptr;       // [num_blocks * 128], -1 in padding
+  const int32_t* tile_block_offsets = nullptr;  // [num_tiles + 1], first block of each tile
+
+  const float* given_k_mean = nullptr;    // [B, H, D] or null: computed
+  const float* given_v_absmax = nullptr;  // [B, H, D] or null: computed. Delayed scaling: |v| above it saturates
+
+  uint8_t* q8 = nullptr;      // e4m3 [B, H, num_blocks, 128, D]
+  uint8_t* k8 = nullptr;      // e4m3 [B, H, num_blocks, 128, D]
+  uint8_t* v8t = nullptr;     // e4m3 [B, H, num_blocks, D + 8, 128], slots permuted inside each 16 (kVSlotOrder)
+  float* q_scale = nullptr;   // [B, H, num_blocks] (tile, block) or [B, H, num_blocks, 128] (token)
+  float* k_scale = nullptr;   // likewise
+  float* v_scale = nullptr;   // [B, H, D]
+  float* k_mean = nullptr;    // [B, H, D]: the mean that was used; zeros without smooth_k
+  float* q_k_mean = nullptr;  // [B, H, S]: q . k_mean of every token; zeros without smooth_k
+
+  void* workspace = nullptr;  // quantize_workspace_bytes(params), 16-byte aligned
+  size_t workspace_bytes = 0;
+};
+
+// Position p of a group of 16 in v8t holds slot kVSlotOrder[p] of that group: the accumulator fragment of QK^T, packed to
+// e4m3, then already is the A operand of PV (lane q owns columns 8j + 2q, 8j + 2q + 1; an 8-bit A fragment wants 4q..4q+3).
+inline constexpr int kVSlotOrder[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+
+// A block mask, a row per query tile; columns are KV blocks, visited in list order.
+struct BlockLists {
+  const int32_t* num_blocks = nullptr;  // [Bm, Hm, rows]
+  const int32_t* indices = nullptr;     // [Bm, Hm, rows, max_blocks]
+  int batch = 1;                        // Bm: 1 or B
+  int heads = 1;                        // Hm: 1 or H
+  int rows = 0;
+  int max_blocks = 0;
+};
+
+struct ForwardParams {
+  ProblemSize size;
+  DType out_dtype = DType::kBFloat16;
+  float softmax_scale = 0.0f;
+  bool q_scale_per_token = false;
+  bool k_scale_per_token = false;
+
+  const uint8_t* q8 = nullptr;
+  const uint8_t* k8 = nullptr;
+  const uint8_t* v8t = nullptr;
+  const float* q_scale = nullptr;
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  const float* q_k_mean = nullptr;  // [B, H, S] or null; lse += softmax_scale * q_k_mean
+  const int32_t* token_of_slot = nullptr;
+  const int32_t* tile_of_block = nullptr;  // [num_blocks]: row of the lists that a query block follows
+  BlockLists kv;                           // rows = num_tiles
+
+  TokenTensor out;
+  float* lse = nullptr;      // [B, H, S] natural log; -inf for an empty row
+  float* row_max = nullptr;  // [B, H, num_blocks * 128] integer m in log2 units; 0 for an empty row and in padding slots
+  float* row_sum = nullptr;  // [B, H, num_blocks * 128] sum of the quantized P; 0 for an empty row and in padding slots
+
+  void* workspace = nullptr;  // forward_workspace_bytes(params), 16-byte aligned
+  size_t workspace_bytes = 0;
+};
+
+struct BackwardParams {
+  ProblemSize size;
+  DType dtype = DType::kBFloat16;  // of out, grad_out, dq, dk, dv
+  float softmax_scale = 0.0f;
+  bool q_scale_per_token = false;
+  bool k_scale_per_token = false;
+  bool deterministic = false;
+
+  const uint8_t* q8 = nullptr;
+  const uint8_t* k8 = nullptr;
+  const uint8_t* v8t = nullptr;
+  const float* q_scale = nullptr;
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  const float* row_max = nullptr;
+  const float* row_sum = nullptr;
+  const int32_t* token_of_slot = nullptr;
+  const int32_t* tile_of_block = nullptr;
+  BlockLists kv;  // rows = num_tiles (query tiles), entries KV blocks
+  BlockLists q;   // the transpose: rows = num_blocks (KV blocks), entries query *blocks*
+
+  TokenTensor out, grad_out, dq, dk, dv;
+
+  void* workspace = nullptr;  // backward_workspace_bytes(params), 16-byte aligned
+  size_t workspace_bytes = 0;
+};
+
+}  // namespace fpsattn
