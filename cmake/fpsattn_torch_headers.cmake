@@ -1,11 +1,9 @@
-# Finds torch's headers by path, without importing torch: under pip's build isolation torch cannot be imported, but its
-# folder lies in the purelib of the interpreter that will use the package. Sets FPSATTN_TORCH_INCLUDE_DIRS, FPSATTN_TORCH_VERSION.
+# Torch's headers, found by path without importing torch (setup.py passes FPSATTN_TORCH_DIR; a plain CMake build takes the one
+# of the Python interpreter). Sets FPSATTN_TORCH_INCLUDE_DIRS, FPSATTN_TORCH_VERSION.
 set(FPSATTN_TORCH_DIR "$ENV{FPSATTN_TORCH_DIR}" CACHE PATH "The installed torch package folder (holds include/ and version.py)")
-
 if(NOT FPSATTN_TORCH_DIR)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -I -c "import sysconfig; print(sysconfig.get_path('purelib', vars={'base': __import__('sys').prefix}))"
-    OUTPUT_VARIABLE purelib OUTPUT_STRIP_TRAILING_WHITESPACE)
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+                  OUTPUT_VARIABLE purelib OUTPUT_STRIP_TRAILING_WHITESPACE)
   set(FPSATTN_TORCH_DIR "${purelib}/torch" CACHE PATH "" FORCE)
 endif()
 if(NOT EXISTS "${FPSATTN_TORCH_DIR}/include/torch/csrc/stable/library.h")
@@ -15,5 +13,6 @@ if(NOT EXISTS "${FPSATTN_TORCH_DIR}/include/torch/csrc/stable/library.h")
 endif()
 file(STRINGS "${FPSATTN_TORCH_DIR}/version.py" version_line REGEX "^__version__ *=")
 string(REGEX REPLACE ".*['\"]([^'\"]+)['\"].*" "\\1" FPSATTN_TORCH_VERSION "${version_line}")
+set(FPSATTN_TORCH_VERSION "${FPSATTN_TORCH_VERSION}" PARENT_SCOPE)
 set(FPSATTN_TORCH_INCLUDE_DIRS "${FPSATTN_TORCH_DIR}/include")
 message(STATUS "fpsattention: torch ${FPSATTN_TORCH_VERSION} headers in ${FPSATTN_TORCH_INCLUDE_DIRS}")
