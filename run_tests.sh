@@ -29,12 +29,13 @@ def expand(name):
 print("\n".join(expand("test")))
 PY
 "$python" -c "import fpsattention" || { echo "run_tests.sh: fpsattention is not installed for $python: run README's first command"; exit 1; }
-library=$("$python" -c "from fpsattention.ops import library_dir; print(library_dir())") || exit 1
+library=$("$python" -c "import fpsattention, pathlib; print(pathlib.Path(fpsattention.__file__).parent / 'lib')")
+mkdir -p "$(dirname "$build")"
 
 gpu=no; nvidia-smi -L >/dev/null 2>&1 && gpu=yes
 emulator=""; [ "$gpu" = no ] && emulator=${FPSATTN_EMULATOR:-}
 # One thread per worker: the tests are small, and torch's own threads would only fight each other.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 FPSATTN_LIBRARY_DIR="$library"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 FPSATTN_BUILD_DIR="$library"
 
 step "pytest"
 attempt pytest "$python" -m pytest -n "$jobs" -q tests/python tests/static

@@ -97,7 +97,10 @@ def _group_scales(blocks: Tensor, offsets: list[int], granularity: int, pow2: bo
         return scale_of(per_slot, pow2)
     per_block = per_slot.amax(-1)
     if granularity == TILE:
-        tiles = [per_block[:, :, a:b].amax(-1, keepdim=True).expand(-1, -1, b - a) for a, b in zip(offsets, offsets[1:], strict=False)]
+        tiles = [
+            per_block[:, :, a:b].amax(-1, keepdim=True).expand(-1, -1, b - a)
+            for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
         per_block = torch.cat(tiles, dim=-1)
     return scale_of(per_block, pow2).unsqueeze(-1).expand(-1, -1, -1, BLOCK)
 
