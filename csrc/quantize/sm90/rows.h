@@ -1,0 +1,152 @@
+// Roles Q and K: a slot of the block becomes a row of D e4m3 bytes.
+//
+// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t / (D/8), c = t % (D/8): the lanes that share a row are
+// neighbours, a row is read by one instruction of D/8 lanes. 8 channels make 8 bytes, so two neighbouring lanes swap halves of
+// two rows and each stores 16 bytes: the even lane of row i, the odd lane of row i + 1.
+#pragma once
+
+#include "common/fp8.h"
+#include "quantize/sm90/patch.h"
+#include "quantize/sm90/reduce.h"
+#include "quantize/sm90/work.h"
+
+namespace fpsattn::sm90::quantization {
+
+template <class Config, bool kIsQuery>
+class RowQuantizer {
+ public:
+  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const Plan& plan, const WorkItem& work)
+      : params_(params),
+        batch_head_(work.batch_head(params)),
+        lane_(threadIdx.x % Config::kChunks),
+        first_row_(threadIdx.x / Config::kChunks * kPatchSlots),
+        rows_(token_rows(kIsQuery ? params.q : params.k, kIsQuery ? plan.q_aligned : plan.k_aligned, work.batch, work.head, lane_)) {
+    const float4* mean = reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
+    const float4 low = mean[0], high = mean[1];
+    mean_[0] = low.x, mean_[1] = low.y, mean_[2] = low.z, mean_[3] = low.w;
+    mean_[4] = high.x, mean_[5] = high.y, mean_[6] = high.z, mean_[7] = high.w;
+  }
+
+  __device__ __forceinline__ void load(int block) {
+    const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
+    int tokens[kPatchSlots];
+    load_tokens(tokens, slots + first_row_, params_.size.num_tokens);
+    load_repeating(patch_, rows_, tokens, __ldg(slots));
+  }
+
+  // Largest |x| of the patch and of `so_far`.
+  __device__ __forceinline__ float absmax(float so_far) const {
+#pragma unroll
+    for (int i = 0; i < kPatchSlots; ++i) {
+      so_far = row_absmax(i, so_far);
+    }
+    return so_far;
+  }
+
+  // One scale for the whole block (it may belong to a tile of several).
+  __device__ __forceinline__ void store(int block, float scale) {
+    patch_.forget_conversions();
+    const Divisor divisor = Divisor::of(scale);
+    store_rows(block, [&](int) { return divisor; });
+    if (threadIdx.x == 0) {
+      scales()[batch_head_ * params_.size.num_blocks + block] = scale;
+    }
+    store_dot(block);
+  }
+
+  // One scale per slot.
+  __device__ __forceinline__ void store_per_token(int block) {
+    float row_scale[kPatchSlots];
+#pragma unroll
+    for (int i = 0; i < kPatchSlots; ++i) {
+      row_scale[i] = row_absmax(i, 0.0f);
+    }
+    transpose_reduce<Config>(row_scale, lane_, [](float a, float b) { return absmax_nan(a, b); });
+    float* out = scales() + (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
+#pragma unroll
+    for (int j = 0; j < Config::kRowsPerLane; ++j) {
+      row_scale[j] = scale_of_absmax(row_scale[j], params_.pow2_scales);
+      out[lane_ * Config::kRowsPerLane + j] = row_scale[j];
+    }
+    patch_.forget_conversions();
+    store_rows(block, [&](int i) {
+      const float scale = __shfl_sync(0xffffffffu, row_scale[i % Config::kRowsPerLane], i / Config::kRowsPerLane, Config::kChunks);
+      return Divisor::of(scale);
+    });
+    store_dot(block);
+  }
+
+ private:
+  __device__ __forceinline__ float x(int row, int channel) const {
+    const float value = patch_.template value<typename Config::Element>(row, channel);
+    return kIsQuery ? value : __fsub_rn(value, mean_[channel]);
+  }
+
+  __device__ __forceinline__ float row_absmax(int row, float so_far) const {
+#pragma unroll
+    for (int c = 0; c < kPatchChannels; ++c) {
+      so_far = absmax_nan(so_far, x(row, c));
+    }
+    return so_far;
+  }
+
+  __device__ __forceinline__ uint2 quantized_row(int row, const Divisor& by) const {
+    return make_uint2(to_e4m3x4(by.divide(x(row, 0)), by.divide(x(row, 1)), by.divide(x(row, 2)), by.divide(x(row, 3))),
+                      to_e4m3x4(by.divide(x(row, 4)), by.divide(x(row, 5)), by.divide(x(row, 6)), by.divide(x(row, 7))));
+  }
+
+  template <class DivisorOfRow>
+  __device__ __forceinline__ void store_rows(int block, DivisorOfRow divisor_of_row) const {
+    const bool odd = lane_ & 1;
+    const int64_t first_slot = (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
+    uint8_t* out = (kIsQuery ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kHeadDim + lane_ / 2 * 16;
+#pragma unroll
+    for (int i = 0; i < kPatchSlots; i += 2) {
+      const uint2 upper = quantized_row(i, divisor_of_row(i));
+      const uint2 lower = quantized_row(i + 1, divisor_of_row(i + 1));
+      const uint2 kept = odd ? lower : upper;
+      const uint2 sent = odd ? upper : lower;
+      const uint2 received = make_uint2(__shfl_xor_sync(0xffffffffu, sent.x, 1), __shfl_xor_sync(0xffffffffu, sent.y, 1));
+      const uint4 stored = odd ? make_uint4(received.x, received.y, kept.x, kept.y)
+                               : make_uint4(kept.x, kept.y, received.x, received.y);
+      *reinterpret_cast<uint4*>(out + i * Config::kHeadDim) = stored;
+    }
+  }
+
+  // q . k_mean of every valid slot's token: what smoothing took from the scores, for the LSE.
+  __device__ __forceinline__ void store_dot(int block) {
+    if constexpr (kIsQuery) {
+      patch_.forget_conversions();
+      float dot[kPatchSlots];
+#pragma unroll
+      for (int i = 0; i < kPatchSlots; ++i) {
+        dot[i] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < kPatchChannels; ++c) {
+          dot[i] = __fmaf_rn(x(i, c), mean_[c], dot[i]);
+        }
+      }
+      transpose_reduce<Config>(dot, lane_, [](float a, float b) { return a + b; });
+      const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_;
+#pragma unroll
+      for (int j = 0; j < Config::kRowsPerLane; ++j) {
+        const int token = __ldg(slots + lane_ * Config::kRowsPerLane + j);
+        if (token >= 0) {
+          params_.q_k_mean[batch_head_ * params_.size.num_tokens + token] = dot[j];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float* scales() const { return kIsQuery ? params_.q_scale : params_.k_scale; }
+
+  const QuantizeParams& params_;
+  const int64_t batch_head_;
+  const int lane_;       // chunk of 8 channels
+  const int first_row_;  // of the patch, in the block
+  const TokenRows rows_;
+  float mean_[kPatchChannels];
+  Patch patch_;
+};
+
+}  // namespace fpsattn::sm90::quantization

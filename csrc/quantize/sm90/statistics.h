@@ -1,0 +1,131 @@
+// Statistics of K and V, before anything can be quantized: mean of K and absmax of V per channel.
+//
+// statistics_kernel  reads every stride-th token of K and every token of V once, in token order.
+//                    CTA = (head, 512 rows of K or of V, batch); 256 threads = 256 * 8 / D rows at a time x D/8 chunks of 8 channels
+//                    writes partial sums [B, H, k_parts, D] and partial maxima [B, H, v_parts, D] to the workspace
+// finish_kernel      CTA = (head, batch); D x 8 threads add the partials up in a fixed order
+//                    writes k_mean = sum / count (or the given one, or zeros) and v_scale = rule(absmax)
+//
+// No atomics: the same bits on every call. Sums are FP32; each thread adds at most 64 rows before a partial is formed.
+// Budget: 8 x 16 bytes in flight per thread, 64 registers, 4 CTAs per SM: 128 KiB in flight per SM. Bytes: one read of what is used.
+#pragma once
+
+#include "common/fp8.h"
+#include "quantize/sm90/patch.h"
+
+namespace fpsattn::sm90::quantization {
+
+struct SumOp {
+  __device__ __forceinline__ float operator()(float a, float x) const { return a + x; }
+};
+struct AbsMaxOp {
+  __device__ __forceinline__ float operator()(float a, float x) const { return absmax_nan(a, x); }
+};
+
+// Reduces rows first..last-1 (tokens row * step) of 8 channels and then over the CTA; writes D floats.
+template <class Config, class Op>
+__device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first, int64_t last, int step, float* partial,
+                                            float* scratch, Op op) {
+  constexpr int kRowsAtATime = kStatisticsThreads / Config::kChunks;
+  constexpr int kUnroll = 8;
+  const int chunk = threadIdx.x % Config::kChunks;
+  const int row_lane = threadIdx.x / Config::kChunks;
+  float total[kPatchChannels] = {};
+  for (int64_t row = first + row_lane; row < last; row += kUnroll * kRowsAtATime) {
+    uint4 loaded[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int64_t r = row + i * kRowsAtATime;
+      loaded[i] = r < last ? rows.load(static_cast<int>(r * step)) : make_uint4(0, 0, 0, 0);  // zero changes neither result
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const uint32_t words[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+#pragma unroll
+      for (int c = 0; c < kPatchChannels; ++c) {
+        total[c] = op(total[c], Config::Element::to_float(words[c / 2], c % 2));
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kPatchChannels; ++c) {
+    scratch[row_lane * Config::kHeadDim + chunk * kPatchChannels + c] = total[c];
+  }
+  __syncthreads();
+  if (threadIdx.x < Config::kHeadDim) {
+    float value = scratch[threadIdx.x];
+    for (int r = 1; r < kRowsAtATime; ++r) {
+      value = op(value, scratch[r * Config::kHeadDim + threadIdx.x]);
+    }
+    partial[threadIdx.x] = value;
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kStatisticsThreads, 4)
+    statistics_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ Plan plan) {
+  __shared__ float scratch[kStatisticsThreads * kPatchChannels];
+  const int head = blockIdx.x, batch = blockIdx.z;
+  const int64_t batch_head = static_cast<int64_t>(batch) * params.size.heads + head;
+  const int chunk = threadIdx.x % Config::kChunks;
+  const bool is_k = blockIdx.y < plan.k_parts;  // V comes last: the main kernel begins with it
+  const int part = is_k ? blockIdx.y : blockIdx.y - plan.k_parts;
+  const int64_t first = static_cast<int64_t>(part) * kStatisticsRows;
+  if (is_k) {
+    const TokenRows rows = token_rows(params.k, plan.k_aligned, batch, head, chunk);
+    reduce_rows<Config>(rows, first, min(first + kStatisticsRows, plan.k_rows), params.k_mean_stride,
+                        plan.k_partial + (batch_head * plan.k_parts + part) * Config::kHeadDim, scratch, SumOp{});
+  } else {
+    const TokenRows rows = token_rows(params.v, plan.v_aligned, batch, head, chunk);
+    reduce_rows<Config>(rows, first, min(first + kStatisticsRows, static_cast<int64_t>(params.size.num_tokens)), 1,
+                        plan.v_partial + (batch_head * plan.v_parts + part) * Config::kHeadDim, scratch, AbsMaxOp{});
+  }
+}
+
+// All partials of one channel; every thread of group 0 returns the total.
+template <class Config, class Op>
+__device__ __forceinline__ float reduce_partials(const float* partial, int parts, float* scratch, Op op) {
+  const int channel = threadIdx.x % Config::kHeadDim;
+  const int group = threadIdx.x / Config::kHeadDim;
+  float value = 0.0f;
+  for (int part = group; part < parts; part += kFinishGroups) {
+    value = op(value, partial[static_cast<int64_t>(part) * Config::kHeadDim + channel]);
+  }
+  __syncthreads();
+  scratch[threadIdx.x] = value;
+  __syncthreads();
+  for (int g = 1; g < kFinishGroups && group == 0; ++g) {
+    value = op(value, scratch[g * Config::kHeadDim + channel]);
+  }
+  return value;
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kHeadDim * kFinishGroups)
+    finish_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ Plan plan) {
+  __shared__ float scratch[Config::kHeadDim * kFinishGroups];
+  const int64_t batch_head = static_cast<int64_t>(blockIdx.y) * params.size.heads + blockIdx.x;
+  const int64_t channel = batch_head * Config::kHeadDim + threadIdx.x % Config::kHeadDim;
+  const bool writes = threadIdx.x < Config::kHeadDim;
+
+  float mean = 0.0f;
+  if (plan.k_parts > 0) {
+    const float* partial = plan.k_partial + batch_head * plan.k_parts * Config::kHeadDim;
+    mean = __fdiv_rn(reduce_partials<Config>(partial, plan.k_parts, scratch, SumOp{}), static_cast<float>(plan.k_rows));
+  } else if (params.smooth_k) {
+    mean = params.given_k_mean[channel];
+  }
+  float absmax;
+  if (plan.v_parts > 0) {
+    const float* partial = plan.v_partial + batch_head * plan.v_parts * Config::kHeadDim;
+    absmax = reduce_partials<Config>(partial, plan.v_parts, scratch, AbsMaxOp{});
+  } else {
+    absmax = params.given_v_absmax[channel];
+  }
+  if (writes) {
+    params.k_mean[channel] = mean;
+    params.v_scale[channel] = scale_of_absmax(absmax, params.pow2_scales);
+  }
+}
+
+}  // namespace fpsattn::sm90::quantization
