@@ -1,15 +1,13 @@
-"""Exceptions. Messages read ``fpsattention.<op>: <argument> <what came>, <what was wanted>: <hint>``."""
-
-from __future__ import annotations
+"""Exceptions of the package. Texts read ``fpsattention.<op>: <argument> <what came>, <what was wanted>: <hint>``."""
 
 
 class ConfigError(ValueError):
-    """An argument, a schedule or a file is wrong; the message says which, what came and what was wanted."""
+    """An argument, a file or a combination of settings that can never work."""
 
 
 class UnsupportedError(RuntimeError):
-    """The request is well formed, but this model, device or build cannot do it; the message says why and what can."""
+    """A valid request that this machine, model or build cannot serve."""
 
 
 class BuildError(ImportError):
-    """A part of the library, or a package it needs, is not there; the message carries the command that mends it."""
+    """A compiled part of the package is missing or does not load."""
