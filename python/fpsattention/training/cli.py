@@ -1,0 +1,105 @@
+"""``fpsattn train``: the trainer on the command line. ``register`` adds it to the application."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import TrainConfig
+
+DEFAULTS = TrainConfig(data="", output="")
+
+
+def train_command(
+    output: Annotated[Path, typer.Option(help="Folder for weights, checkpoints, loss.csv and the schedule.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of precomputed latents (*.safetensors).")] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Make and use a small data set of moving shapes.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Wan transformer or pipeline, path or hub id. Default: a tiny random one.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Preset or schedule file; 'none' trains dense (the baseline).")
+    ] = "paper",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
+    batch_size: Annotated[int, typer.Option(help="Samples per process and micro-batch.")] = DEFAULTS.batch_size,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Micro-batches per step.")
+    ] = DEFAULTS.gradient_accumulation_steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.learning_rate,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear learning-rate warm-up.")] = DEFAULTS.warmup_steps,
+    plateau_patience: Annotated[
+        int, typer.Option(help="Steps without progress before it is halved.")
+    ] = DEFAULTS.plateau_patience,
+    lora_rank: Annotated[int, typer.Option(help="0 trains all weights.")] = DEFAULTS.lora_rank,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = DEFAULTS.mixed_precision,
+    sigma_sampling: Annotated[str, typer.Option(help="uniform or logit_normal.")] = DEFAULTS.sigma_sampling,
+    flow_shift: Annotated[float, typer.Option(help="Flow shift of the sampler trained for.")] = DEFAULTS.flow_shift,
+    sparsity_warmup_steps: Annotated[
+        int, typer.Option(help="Steps until full sparsity.")
+    ] = DEFAULTS.sparsity_warmup_steps,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more compute.")
+    ] = False,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0: never.")] = DEFAULTS.validate_every,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: never.")
+    ] = DEFAULTS.checkpoint_every,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")] = False,
+    seed: Annotated[int, typer.Option()] = DEFAULTS.seed,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Name the layer whose values or gradients are not finite.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
+) -> None:
+    """Fine-tune a Wan transformer through the FP8 sparse forward."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..errors import ConfigError
+    from .data import write_synthetic
+    from .trainer import summary, train
+
+    console = Console(stderr=True, quiet=as_json)
+    settings: dict[str, Any] = {k: v for k, v in locals().items() if k in TrainConfig.__dataclass_fields__}
+    try:
+        if (data is None) != synthetic:
+            raise ConfigError("fpsattention.train: --data and --synthetic: expected exactly one of them")
+        if synthetic:
+            data = output / "synthetic_latents"
+            if not data.exists():
+                write_synthetic(data, seed=seed)
+        settings |= {"data": str(data), "output": str(output), "schedule": None if schedule == "none" else schedule}
+        config = TrainConfig(**settings)
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+        )
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("train", total=config.steps, loss="-")
+            result = train(
+                config, on_step=lambda step, loss: progress.update(task, completed=step + 1, loss=f"{loss:.4f}")
+            )
+    except (ConfigError, FloatingPointError) as error:
+        console.quiet = False
+        console.print(f"[red]{error}[/red]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    text = summary(result)
+    if as_json:
+        print(text)
+    else:
+        tail = json.loads(text)["loss_last_20"]
+        console.print(
+            f"{config.steps} steps, mean loss of the last 20: {tail if tail is None else round(tail, 4)}; all in {output}"
+        )
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train")(train_command)
