@@ -1,0 +1,326 @@
+"""Block masks: which KV blocks the queries of a tile visit, in which order.
+
+A pattern is a :class:`BlockMask`: per query tile a list of KV blocks (128 slots). Kernels know nothing else, so a new pattern is
+a new function that returns one. Lists of the builders start with the query's own tile, then ascend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _C, flex
+from .errors import ConfigError
+from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, int3
+
+_MASK_CACHE_SIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Lists of KV blocks, one per query tile. The tensors are shared: do not write to them.
+
+    Args:
+        layout: the tiles and slots.
+        kv_num_blocks: int32 ``[Bm, Hm, num_tiles]``, length of each list; ``Bm`` is 1 or B, ``Hm`` is 1 or H.
+        kv_indices: int32 ``[Bm, Hm, num_tiles, max_kv]``, KV blocks in visiting order; entries beyond the length do not matter.
+
+    Shapes, dtypes and devices are always checked. Values (range, duplicates) are checked here for tensors on the CPU; elsewhere
+    that would wait for the device: call :meth:`validate` if the lists are not known to be right.
+
+    Raises:
+        ConfigError: naming the place of the first mistake.
+    """
+
+    layout: TileLayout
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    _transposed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # empty until it is wanted
+    _on: dict[torch.device, BlockMask] = field(default_factory=dict, repr=False)  # by device, shared by the copies
+
+    def __post_init__(self) -> None:
+        _check_structure(self.layout, self.kv_num_blocks, self.kv_indices)
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
+            self.validate()
+
+    @classmethod
+    def from_tiles(cls, layout: TileLayout, tiles: Tensor | np.ndarray | Sequence[Any]) -> BlockMask:
+        """From a boolean matrix: ``tiles[..., i, j]`` says that query tile i attends key tile (or KV block) j.
+
+        Args:
+            tiles: bool ``[num_tiles, num_tiles]`` or ``[num_tiles, num_blocks]``, with ``[Hm]`` or ``[Bm, Hm]`` in front if wanted.
+                Text tiles are the last rows and columns; nothing is added to what the matrix says. Read on the CPU.
+        """
+        matrix = torch.as_tensor(tiles)
+        shown = tuple(matrix.shape)
+        if matrix.dtype != torch.bool:
+            raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles is {matrix.dtype}, expected torch.bool")
+        columns = (layout.num_tiles, layout.num_blocks)
+        if not 2 <= matrix.ndim <= 4 or matrix.shape[-2] != layout.num_tiles or matrix.shape[-1] not in columns:
+            raise ConfigError(
+                f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected [num_tiles, num_tiles] = "
+                f"[{columns[0]}, {columns[0]}] or [num_tiles, num_blocks] = [{columns[0]}, {columns[1]}], with [Hm] or [Bm, Hm] "
+                "in front if wanted"
+            )
+        if 0 in shown:
+            raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected no empty size")
+        matrix = matrix.reshape((1,) * (4 - matrix.ndim) + shown)
+        lists = _C.lists_from_matrix(layout.cpu().tile_block_offsets.numpy(), matrix.cpu().contiguous().numpy())
+        return _from_numpy(layout.cpu(), lists).to(layout.device)
+
+    @classmethod
+    def stack(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """Several masks of one layout as one batch, lists padded to a common length: ``Bm`` is the sum of theirs.
+
+        With one mask per level, ``stack(levels).select(level)`` gives every sample its own, without leaving the device.
+        """
+        masks = list(masks)
+        if not masks:
+            raise ConfigError("fpsattention.BlockMask.stack: masks is empty, expected at least one BlockMask")
+        first = masks[0]
+        heads = max(mask.kv_num_blocks.shape[1] for mask in masks)
+        width = max(mask.kv_indices.shape[-1] for mask in masks)
+        for i, mask in enumerate(masks):
+            if not mask.layout.same_as(first.layout):
+                raise ConfigError(
+                    f"fpsattention.BlockMask.stack: masks[{i}] has tiles {mask.layout.tile} on grid {mask.layout.grid}, masks[0] "
+                    f"has {first.layout.tile} on {first.layout.grid}, expected one layout"
+                )
+            if mask.kv_num_blocks.shape[1] not in (1, heads):
+                raise ConfigError(
+                    f"fpsattention.BlockMask.stack: masks[{i}] has {mask.kv_num_blocks.shape[1]} heads, expected 1 or {heads}"
+                )
+            if mask.device != first.device:
+                raise ConfigError(
+                    f"fpsattention.BlockMask.stack: masks[{i}] is on {mask.device}, masks[0] on {first.device}, expected one device"
+                )
+        counts = torch.cat([mask.kv_num_blocks.expand(-1, heads, -1) for mask in masks])
+        indices = [torch.nn.functional.pad(m.kv_indices, (0, width - m.kv_indices.shape[-1])) for m in masks]
+        return cls(first.layout, counts, torch.cat([i.expand(-1, heads, -1, -1) for i in indices]))
+
+    def select(self, index: Tensor) -> BlockMask:
+        """The batch entries ``index`` (integer ``[B]``, on the mask's device) as a new mask: one gather, no synchronization.
+
+        The transpose is gathered, too, if it was computed before.
+        """
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != self.device:
+            raise ConfigError(
+                f"fpsattention.BlockMask.select: index is {index.dtype} {tuple(index.shape)} on {index.device}, expected int32 or "
+                f"int64 [B] on {self.device}"
+            )
+        transposed = [(n.index_select(0, index), i.index_select(0, index)) for n, i in self._transposed]
+        return _trusted(
+            self.layout, self.kv_num_blocks.index_select(0, index), self.kv_indices.index_select(0, index), transposed
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists are."""
+        return self.kv_indices.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(Bm, Hm)``."""
+        return self.kv_num_blocks.shape[0], self.kv_num_blocks.shape[1]
+
+    @property
+    def q_num_blocks(self) -> Tensor:
+        """int32 ``[Bm, Hm, num_blocks]``: see :meth:`transpose`."""
+        return self.transpose()[0]
+
+    @property
+    def q_indices(self) -> Tensor:
+        """int32 ``[Bm, Hm, num_blocks, max_q]``: see :meth:`transpose`."""
+        return self.transpose()[1]
+
+    def transpose(self) -> tuple[Tensor, Tensor]:
+        """``(q_num_blocks, q_indices)``: per KV block the query blocks that visit it, ascending. Computed once and kept.
+
+        On the CPU the lists are as wide as the longest; elsewhere as wide as there are blocks, so that nothing waits.
+        """
+        if not self._transposed:
+            if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
+                offsets = self.layout.cpu().tile_block_offsets.numpy()
+                lists = _C.transpose_lists(self.kv_num_blocks.numpy(), self.kv_indices.numpy(), offsets)
+                self._transposed.append((torch.from_numpy(lists[0]), torch.from_numpy(lists[1])))
+            else:
+                self._transposed.append(_transpose_on_device(self))
+        return self._transposed[0]
+
+    @property
+    def density(self) -> float:
+        """Attended (query token, key token) pairs / S^2, averaged over batch and heads. Exact counts of valid tokens."""
+        return float(self.densities().mean())
+
+    @property
+    def sparsity(self) -> float:
+        """``1 - density``."""
+        return 1.0 - self.density
+
+    def densities(self) -> Tensor:
+        """Density of every batch entry and head, float64 ``[Bm, Hm]`` on the CPU."""
+        layout = self.layout.cpu()
+        keys = layout.block_tokens.long()[self.kv_indices.cpu().long().clamp(0, layout.num_blocks - 1)]
+        listed = torch.arange(keys.shape[-1]) < self.kv_num_blocks.cpu().unsqueeze(-1)
+        pairs = ((keys * listed).sum(-1) * layout.tile_tokens.long()).sum(-1)
+        return pairs.double() / float(layout.num_tokens) ** 2
+
+    def validate(self) -> BlockMask:
+        """Check every value (range, duplicates), copying to the CPU where needed; returns the mask itself."""
+        _C.validate_lists(self.kv_num_blocks.cpu().numpy(), self.kv_indices.cpu().numpy(), self.layout.num_blocks)
+        return self
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask, its layout included, on ``device``; the transpose goes along if it was computed. Kept, like the layout's."""
+        layout = self.layout.to(device)
+        if layout.device == self.device:
+            if layout is self.layout:
+                return self
+            return _trusted(layout, self.kv_num_blocks, self.kv_indices, self._transposed)
+        self._on.setdefault(self.device, self)
+        moved = self._on.get(layout.device)
+        if moved is None:
+            moved = _trusted(
+                layout, self.kv_num_blocks.to(layout.device), self.kv_indices.to(layout.device), [], self._on
+            )
+            self._on[layout.device] = moved
+        if self._transposed and not moved._transposed:
+            moved._transposed.append((self.q_num_blocks.to(moved.device), self.q_indices.to(moved.device)))
+        return moved
+
+    def to_blocks(self) -> Tensor:
+        """Bool ``[Bm, Hm, num_tiles, num_blocks]``: query tile i visits KV block j."""
+        listed = torch.arange(self.kv_indices.shape[-1], device=self.device) < self.kv_num_blocks.unsqueeze(-1)
+        # Unlisted entries go to an extra column, which is dropped.
+        columns = torch.where(listed, self.kv_indices, self.layout.num_blocks).long()
+        blocks = torch.zeros(
+            *self.kv_num_blocks.shape, self.layout.num_blocks + 1, dtype=torch.bool, device=self.device
+        )
+        return blocks.scatter(-1, columns, True)[..., :-1]
+
+    def to_token_mask(self) -> Tensor:
+        """Bool ``[Bm, Hm, S, S]``: query token i attends key token j. Quadratic in S: for tests and the reference."""
+        block_of_token = (self.layout.slot_of_token // BLOCK).to(self.device)
+        tile_of_token = self.layout.tile_of_block.to(self.device)[block_of_token]
+        return self.to_blocks()[:, :, tile_of_token][..., block_of_token]
+
+    def to_flex(self) -> torch.nn.attention.flex_attention.BlockMask:
+        """The same pattern for ``flex_attention`` over slot-ordered q, k, v; padding keys are masked. See :func:`flex.to_flex`."""
+        return flex.to_flex(self)
+
+    @classmethod
+    def from_flex(cls, layout: TileLayout, block_mask: torch.nn.attention.flex_attention.BlockMask) -> BlockMask:
+        """From a FlexAttention mask over the slots of ``layout``. See :func:`flex.from_flex`."""
+        return cls.from_tiles(layout, flex.from_flex(layout, block_mask))
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        counts = self.kv_num_blocks
+        shortest, longest = int(counts.min()), int(counts.max())
+        length = str(shortest) if shortest == longest else f"{shortest} to {longest}"
+        return "\n".join(
+            [
+                self.layout.describe(),
+                f"mask of {self.shape[0]} x {self.shape[1]} (batch x heads): every tile visits {length} of "
+                f"{self.layout.num_blocks} KV blocks",
+                f"density {self.density:.4f}: {100 * self.sparsity:.1f} % of the (query, key) pairs are skipped",
+            ]
+        )
+
+
+def sliding_tile_mask(layout: TileLayout, window: Sequence[int]) -> BlockMask:
+    """Sliding tile window (STA, arXiv 2502.04507): every video tile attends the ``window`` of tiles around it.
+
+    Args:
+        layout: the tiles.
+        window: ``(wT, wH, wW)`` in tiles. On an axis of ``n`` tiles the window of tile ``c`` starts at
+            ``clamp(c - w // 2, 0, n - w)``: at a border it is shifted inwards, so every tile attends the same number of tiles.
+
+    Text tiles are attended by all and attend all.
+
+    Raises:
+        ConfigError: if a size is below 1 or larger than the grid of tiles.
+    """
+    return _sliding_tile_mask(layout, int3(window, "sliding_tile_mask: window"))
+
+
+def dense_mask(layout: TileLayout) -> BlockMask:
+    """Every tile attends every tile."""
+    return _sliding_tile_mask(layout, layout.tile_grid)
+
+
+@lru_cache(maxsize=_MASK_CACHE_SIZE)
+def _sliding_tile_mask(layout: TileLayout, window: Int3) -> BlockMask:
+    offsets = layout.cpu().tile_block_offsets.numpy()
+    mask = _from_numpy(layout.cpu(), _C.sliding_tile_lists(layout.tile_grid, offsets, window))
+    return mask.to(layout.device)
+
+
+_CLEAR_WITH_PLANS.append(_sliding_tile_mask.cache_clear)
+
+
+def _from_numpy(layout: TileLayout, lists: tuple[np.ndarray, np.ndarray]) -> BlockMask:
+    return _trusted(layout, torch.from_numpy(lists[0]), torch.from_numpy(lists[1]))
+
+
+def _trusted(
+    layout: TileLayout,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    transposed: list[tuple[Tensor, Tensor]] | None = None,
+    on: dict[torch.device, BlockMask] | None = None,
+) -> BlockMask:
+    """A mask whose lists come from a builder or from another mask: nothing to check."""
+    mask = object.__new__(BlockMask)
+    values = {"layout": layout, "kv_num_blocks": kv_num_blocks, "kv_indices": kv_indices}
+    values |= {"_transposed": [] if transposed is None else transposed, "_on": {} if on is None else on}
+    for name, value in values.items():
+        object.__setattr__(mask, name, value)  # the dataclass is frozen
+    return mask
+
+
+def _transpose_on_device(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """The transpose in torch operations of fixed shapes: no synchronization."""
+    query_blocks = mask.to_blocks()[:, :, mask.layout.tile_of_block.to(mask.device)]  # [Bm, Hm, query block, KV block]
+    visits = query_blocks.transpose(-1, -2)
+    indices = visits.to(torch.int8).argsort(
+        dim=-1, descending=True, stable=True
+    )  # stable: visiting blocks first, ascending
+    return visits.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+
+def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tensor) -> None:
+    for name, tensor, ndim, wanted in (
+        ("kv_num_blocks", kv_num_blocks, 3, "[Bm, Hm, num_tiles]"),
+        ("kv_indices", kv_indices, 4, "[Bm, Hm, num_tiles, max_kv]"),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"fpsattention.BlockMask: {name} is {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype != torch.int32:
+            raise ConfigError(f"fpsattention.BlockMask: {name} is {tensor.dtype}, expected torch.int32")
+        if tensor.ndim != ndim or tensor.shape[2] != layout.num_tiles or 0 in tensor.shape:
+            raise ConfigError(
+                f"fpsattention.BlockMask: {name} has shape {tuple(tensor.shape)}, expected {wanted} with num_tiles = "
+                f"{layout.num_tiles}: a row per query tile, video tiles first, then text tiles"
+            )
+    if kv_num_blocks.shape != kv_indices.shape[:3]:
+        raise ConfigError(
+            f"fpsattention.BlockMask: kv_indices has shape {tuple(kv_indices.shape)}, expected the first three sizes of "
+            f"kv_num_blocks {tuple(kv_num_blocks.shape)}"
+        )
+    if kv_num_blocks.device != kv_indices.device:
+        raise ConfigError(
+            f"fpsattention.BlockMask: kv_num_blocks is on {kv_num_blocks.device} and kv_indices on {kv_indices.device}, expected "
+            "one device"
+        )
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """True for tensors without memory of their own (FakeTensor, functional wrappers): their values cannot be read."""
+    return type(tensor) is not Tensor
