@@ -45,11 +45,12 @@ __device__ __forceinline__ float scale_of_absmax(float absmax, bool pow2) {
   return scale;
 }
 
-// x / scale, correctly rounded, in four FP32 instructions and no branch.
+// x / scale, correctly rounded, in four FP32 instructions, one logic instruction and no branch.
 //
 // Markstein's correction: with r = rn(1/s), q = rn(x r), the remainder e = x - q s is exact where |q - x/s| <= 1 ulp, and
 // rn(q + e r) is then the correctly rounded quotient. q can be 1.5 ulp off, but not where it matters, with x/s next to a rounding
 // boundary: the error before q is rounded stays below 1 ulp, so q is one of the two neighbours of that boundary.
+// The correction of -0 is +0: the sign comes from x (scales are positive).
 // The remainder must not underflow: scales below 2^-60 are lifted, with x, by 2^64 (exact). The product x r must not overflow:
 // it does not for |x| <= 448 s; use divide_saturating where x may be larger.
 struct Divisor {
@@ -78,9 +79,8 @@ struct Divisor {
   }
 
  private:
-
   __device__ __forceinline__ float corrected(float x, float q) const {
-    return __fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q);
+    return copysignf(__fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q), x);
   }
 };
 

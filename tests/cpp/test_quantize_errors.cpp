@@ -1,0 +1,84 @@
+// What fpsattn::quantize says about bad parameters. Nothing is launched: no device is needed.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+
+#include "fpsattn/launch.h"
+#include "fpsattn/status.h"
+
+namespace fpsattn::test {
+namespace {
+
+alignas(16) char fake_memory[64];
+
+QuantizeParams good_params() {
+  QuantizeParams p;
+  p.size = {1, 2, 128, 200, 2, 1};
+  void* any = fake_memory;
+  p.q = p.k = p.v = {any, 0, 0, 0};
+  p.token_of_slot = p.tile_block_offsets = static_cast<int32_t*>(any);
+  p.q8 = p.k8 = p.v8t = static_cast<uint8_t*>(any);
+  p.q_scale = p.k_scale = p.v_scale = p.k_mean = p.q_k_mean = static_cast<float*>(any);
+  p.workspace = any;
+  p.workspace_bytes = quantize_workspace_bytes(p);
+  return p;
+}
+
+struct BadCase {
+  const char* text;  // part of the message
+  std::function<void(QuantizeParams&)> spoil;
+};
+
+TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
+  const BadCase cases[] = {
+      {"quantize: head_dim is 96, expected 64 or 128", [](auto& p) { p.size.head_dim = 96; }},
+      {"quantize: batch is 0, expected 1..65535", [](auto& p) { p.size.batch = 0; }},
+      {"quantize: heads is -1", [](auto& p) { p.size.heads = -1; }},
+      {"quantize: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},
+      {"quantize: num_tiles is 0", [](auto& p) { p.size.num_tiles = 0; }},
+      {"quantize: num_blocks is 2, expected at least num_tiles (3)", [](auto& p) { p.size.num_tiles = 3; }},
+      {"quantize: num_blocks is 2, too few for num_tokens 257", [](auto& p) { p.size.num_tokens = 257; }},
+      {"quantize: num_blocks is 16777216: slot numbers", [](auto& p) { p.size.num_blocks = 1 << 24; }},
+      {"quantize: dtype is 7", [](auto& p) { p.dtype = static_cast<DType>(7); }},
+      {"quantize: granularity is 3", [](auto& p) { p.granularity = static_cast<Granularity>(3); }},
+      {"quantize: k_mean_stride is 0, expected at least 1", [](auto& p) { p.k_mean_stride = 0; }},
+      {"quantize: q is null", [](auto& p) { p.q.data = nullptr; }},
+      {"quantize: k is null", [](auto& p) { p.k.data = nullptr; }},
+      {"quantize: v is at", [](auto& p) { p.v.data = fake_memory + 1; }},
+      {"quantize: token_of_slot is at", [](auto& p) { p.token_of_slot += 1; }},
+      {"quantize: tile_block_offsets is null", [](auto& p) { p.tile_block_offsets = nullptr; }},
+      {"quantize: q8 is at", [](auto& p) { p.q8 += 8; }},
+      {"quantize: k8 is null", [](auto& p) { p.k8 = nullptr; }},
+      {"quantize: v8t is null", [](auto& p) { p.v8t = nullptr; }},
+      {"quantize: q_scale is null", [](auto& p) { p.q_scale = nullptr; }},
+      {"quantize: k_scale is null", [](auto& p) { p.k_scale = nullptr; }},
+      {"quantize: v_scale is null", [](auto& p) { p.v_scale = nullptr; }},
+      {"quantize: k_mean is null", [](auto& p) { p.k_mean = nullptr; }},
+      {"quantize: q_k_mean is null", [](auto& p) { p.q_k_mean = nullptr; }},
+      {"quantize: workspace is null", [](auto& p) { p.workspace = nullptr; }},
+      {"quantize: workspace_bytes is 16, expected at least 2048", [](auto& p) { p.workspace_bytes = 16; }},
+  };
+  for (const BadCase& bad : cases) {
+    QuantizeParams params = good_params();
+    bad.spoil(params);
+    try {
+      quantize(params, nullptr);
+      ADD_FAILURE() << "accepted: " << bad.text;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos) << "got '" << error.what() << "', want '" << bad.text << "'";
+    }
+  }
+}
+
+TEST(QuantizeErrors, WorkspaceIsOnlyNeededForWhatIsComputed) {
+  QuantizeParams params = good_params();
+  EXPECT_EQ(quantize_workspace_bytes(params), 2u * 2 * 128 * 4);  // 2 heads, one part of K and of V, D floats
+  params.smooth_k = false;
+  EXPECT_EQ(quantize_workspace_bytes(params), 2u * 128 * 4);
+  params.given_v_absmax = reinterpret_cast<float*>(fake_memory);
+  EXPECT_EQ(quantize_workspace_bytes(params), 0u);
+}
+
+}  // namespace
+}  // namespace fpsattn::test
