@@ -55,7 +55,9 @@ class TileLayout:
     tile_of_block: Tensor  # int32 [num_blocks]
     tile_block_offsets: Tensor  # int32 [num_tiles + 1], first block of each tile
     tile_tokens: Tensor  # int32 [num_tiles], valid tokens of each tile
-    _on: dict[torch.device, TileLayout] = field(default_factory=dict, repr=False)  # copies by device, shared by the copies
+    _on: dict[torch.device, TileLayout] = field(
+        default_factory=dict, repr=False
+    )  # copies by device, shared by the copies
 
     @property
     def utilization(self) -> float:
@@ -190,8 +192,8 @@ _CLEAR_WITH_PLANS: list[Any] = []  # cache_clear functions of modules that cache
 @lru_cache(maxsize=_PLAN_CACHE_SIZE)
 def _plan(grid: Int3, tile: Int3 | None, text_len: int, text_position: str) -> TileLayout:
     tables: dict[str, Any] = dict(_C.plan(grid, tile, text_len, text_position))
-    tensors = {f.name: torch.from_numpy(tables.pop(f.name)) for f in fields(TileLayout) if f.type == "Tensor"}
-    return TileLayout(**tables, **tensors)
+    tables |= {f.name: torch.from_numpy(tables[f.name]) for f in fields(TileLayout) if f.type == "Tensor"}
+    return TileLayout(**tables)
 
 
 def int3(value: Sequence[int], what: str) -> Int3:
