@@ -1,0 +1,48 @@
+// Backward, fast mode, after the main kernel: dQ from the FP32 sums to token order and the gradients' dtype. Memory-bound.
+//
+// dq_sum holds, per half block (64 queries) and warpgroup w of the main kernel (columns w D/2 ..), float4 [D / 16][128 threads] in
+// accumulator order (mma.h): entry j of thread t = {row g, columns 8j+2q, +1; row g+8, same columns}. Element type: config.h.
+// One CTA of 256 threads per half block; a thread stores 8 columns of a row.
+#pragma once
+
+#include "backward/sm90/config.h"
+#include "backward/sm90/elementwise.h"
+
+namespace fpsattn::sm90::bwd {
+
+inline constexpr int kFinishThreads = 256;
+
+struct FinishArgs {
+  const float* dq_sum;
+  const int32_t* token_of_slot;
+  GradientTensor dq;
+  float softmax_scale;
+  int heads, num_blocks;
+};
+
+// Grid: x = half block, y = head, z = batch.
+template <int D>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs args) {
+  const int h = blockIdx.y, b = blockIdx.z;
+  const int64_t half_block = (int64_t(b) * args.heads + h) * args.num_blocks * kHalves + blockIdx.x;
+  const float* sums = args.dq_sum + half_block * kQueryRows * D;
+  constexpr int kRowThreads = D / 8;
+  for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {
+    const int row = i / kRowThreads, group = i % kRowThreads;  // group of 8 columns
+    const int token = args.token_of_slot[blockIdx.x * kQueryRows + row];
+    if (token < 0) {
+      continue;
+    }
+    const int warpgroup = group / (kRowThreads / 2), j = group % (kRowThreads / 2);
+    const int first_thread = row / 16 * 32 + row % 8 * 4;
+    const float* quad = sums + ((warpgroup * (D / 16) + j) * kWarpgroupThreads + first_thread) * 4 + row % 16 / 8 * 2;
+    uint32_t w[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      w[q] = pack_16bit(args.softmax_scale * quad[4 * q], args.softmax_scale * quad[4 * q + 1], args.dq.half);
+    }
+    store_8(args.dq, b * args.dq.stride_batch + h * args.dq.stride_head + token * args.dq.stride_token, group * 8, w);
+  }
+}
+
+}  // namespace fpsattn::sm90::bwd

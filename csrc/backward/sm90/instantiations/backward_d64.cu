@@ -1,0 +1,8 @@
+#include "backward/sm90/instances.h"
+#include "backward/sm90/launch.cuh"
+
+namespace fpsattn::sm90::bwd {
+
+void launch_d64(const BackwardParams& params, cudaStream_t stream) { Launcher<64>(params, stream).run(); }
+
+}  // namespace fpsattn::sm90::bwd

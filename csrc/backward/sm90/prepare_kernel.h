@@ -1,0 +1,165 @@
+// Backward, before the main kernels: operands in tile order and the facts of every query row. Memory-bound.
+//
+//   Q16, K16 = raw e4m3 values as BF16 (exact); 0 in padding slots         V~ = bf16(v8 * v_scale), transposed back from v8t
+//   dO gathered to slot order as BF16; 0 in padding slots                  delta = rowsum(dO * O), from the rounded dO
+//   facts: s_q, 8 - m, 1 / l, delta, 64 rows of each after another; s_k per slot, whatever the granularity
+//
+// FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): their range would not survive the other way round.
+// One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO) read,
+// 8 written. Invariant: every byte of the workspace that a main kernel reads is written here on every call.
+#pragma once
+
+#include "backward/sm90/config.h"
+#include "backward/sm90/elementwise.h"
+#include "backward/sm90/mma.h"
+
+namespace fpsattn::sm90::bwd {
+
+inline constexpr int kPrepareThreads = 256;
+
+struct InputTensor {
+  const char* data;
+  int64_t stride_batch, stride_head, stride_token;  // elements
+  bool aligned;                                     // 16-byte loads are legal
+};
+
+struct PrepareArgs {
+  const uint8_t *q8, *k8, *v8t;
+  const float *q_scale, *k_scale, *v_scale, *row_max, *row_sum;
+  bool q_scale_per_token, k_scale_per_token, half;
+  const int32_t* token_of_slot;
+  InputTensor out, grad_out;
+  uint16_t *q, *k, *v, *d_out;  // workspace, BF16
+  float *row_facts, *k_scale_of_slot;
+  int heads, num_blocks;
+};
+
+// Eight elements of a row as FP32.
+__device__ __forceinline__ void load_8(float (&x)[8], const InputTensor& in, int64_t offset, bool half) {
+  const char* source = in.data + offset * 2;
+  uint16_t bits[8];
+  if (in.aligned) {
+    *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(source);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      bits[i] = reinterpret_cast<const uint16_t*>(source)[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] = half ? __half2float(__ushort_as_half(bits[i])) : __uint_as_float(uint32_t(bits[i]) << 16);
+  }
+}
+
+__device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+  return __half22float2(*reinterpret_cast<__half2*>(&halves));
+}
+
+// Eight e4m3 bytes to eight BF16.
+__device__ __forceinline__ uint4 widen_8(uint2 bytes) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = e4m3x2_to_float2((i < 2 ? bytes.x : bytes.y) >> (16 * (i % 2)));
+    w[i] = pack_bf16(pair.x, pair.y);
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+template <int D>
+__device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int h, int block) {
+  constexpr int kRowThreads = D / 8;
+  const int part = threadIdx.x % kRowThreads;
+  const int64_t head_block = (int64_t(b) * args.heads + h) * args.num_blocks + block;
+#pragma unroll 1
+  for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
+    const int token = args.token_of_slot[block * kBlockSlots + i];
+    const int64_t slot = head_block * kBlockSlots + i;
+    const int64_t element = slot * D + part * 8;
+    uint4 q = make_uint4(0, 0, 0, 0), k = q, d_out = q;
+    float delta = 0.0f;
+    if (token >= 0) {
+      float o[8], g[8];
+      load_8(o, args.out, b * args.out.stride_batch + h * args.out.stride_head + token * args.out.stride_token + part * 8,
+             args.half);
+      load_8(g, args.grad_out,
+             b * args.grad_out.stride_batch + h * args.grad_out.stride_head + token * args.grad_out.stride_token + part * 8,
+             args.half);
+      uint32_t w[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        w[e] = pack_bf16(g[2 * e], g[2 * e + 1]);
+        delta = fmaf(__uint_as_float(w[e] << 16), o[2 * e], delta);
+        delta = fmaf(__uint_as_float(w[e] & 0xffff0000u), o[2 * e + 1], delta);
+      }
+      d_out = make_uint4(w[0], w[1], w[2], w[3]);
+      q = widen_8(*reinterpret_cast<const uint2*>(args.q8 + element));
+      k = widen_8(*reinterpret_cast<const uint2*>(args.k8 + element));
+    }
+#pragma unroll
+    for (int distance = kRowThreads / 2; distance > 0; distance /= 2) {
+      delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+    }
+    *reinterpret_cast<uint4*>(args.q + element) = q;
+    *reinterpret_cast<uint4*>(args.k + element) = k;
+    *reinterpret_cast<uint4*>(args.d_out + element) = d_out;
+    if (part == 0) {
+      const float l = args.row_sum[slot];
+      float* facts = args.row_facts + slot / kQueryRows * kNumRowFacts * kQueryRows + slot % kQueryRows;
+      facts[kQueryScale * kQueryRows] = args.q_scale[args.q_scale_per_token ? slot : head_block];
+      facts[kExponentShift * kQueryRows] = float(kProbabilityShift) - args.row_max[slot];
+      facts[kInverseSum * kQueryRows] = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
+      facts[kDelta * kQueryRows] = delta;
+      args.k_scale_of_slot[slot] = args.k_scale[args.k_scale_per_token ? slot : head_block];
+    }
+  }
+}
+
+// Position of slot s of a group of 16 in v8t: the inverse of kVSlotOrder. Bits of s: b3 b2 b1 b0 -> position b2 b1 b3 b0.
+__device__ __forceinline__ int v_position(int slot) {
+  return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
+}
+
+template <int D>
+__device__ __forceinline__ void prepare_v(const PrepareArgs& args, int b, int h, int block) {
+  constexpr int kPitch = kBlockSlots + 4;  // bytes; columns of a quad land in different banks
+  __shared__ __align__(16) uint8_t rows[D * kPitch];
+  const int64_t head = int64_t(b) * args.heads + h;
+  const uint8_t* source = args.v8t + (head * args.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
+  for (int i = threadIdx.x; i < D * kBlockSlots / 4; i += kPrepareThreads) {
+    const int d = i / (kBlockSlots / 4), word = i % (kBlockSlots / 4);
+    *reinterpret_cast<uint32_t*>(rows + d * kPitch + word * 4) = reinterpret_cast<const uint32_t*>(source)[i];
+  }
+  __syncthreads();
+  constexpr int kRowThreads = D / 8;
+  const int d = threadIdx.x % kRowThreads * 8;
+  float scale[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    scale[e] = args.v_scale[head * D + d + e];
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
+    uint32_t w[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const uint8_t* pair = rows + (d + 2 * e) * kPitch + v_position(i);
+      const float2 v = e4m3x2_to_float2(pair[0] | uint32_t(pair[kPitch]) << 8);
+      w[e] = pack_bf16(v.x * scale[2 * e], v.y * scale[2 * e + 1]);
+    }
+    const int64_t slot = (head * args.num_blocks + block) * kBlockSlots + i;
+    *reinterpret_cast<uint4*>(args.v + slot * D + d) = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+// Grid: x = block, y = head, z = batch.
+template <int D>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareArgs args) {
+  prepare_rows<D>(args, blockIdx.z, blockIdx.y, blockIdx.x);
+  prepare_v<D>(args, blockIdx.z, blockIdx.y, blockIdx.x);
+}
+
+}  // namespace fpsattn::sm90::bwd
