@@ -1,0 +1,84 @@
+"""Recording q, k, v of chosen layers and sigmas, for ``fpsattn analyze`` and for looking at real activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RECORD_FORMAT = "fpsattn-record/1"
+
+
+class Recorder:
+    """Writes one safetensors file per (layer, recorded forward) until ``stop()``; also a context manager.
+
+    Tensors of a file: ``q, k, v (B, S, H, D)`` after norms and RoPE, in the model's dtype; ``sigma`` f64 ``[B]``; ``grid``
+    int64 ``[3]``; metadata: ``format``, ``layer``, ``model``, ``tile`` (``"auto"`` or ``"6,8,8"``).
+
+    Args:
+        folder: created if need be.
+        layers: indices, None: all.
+        sigmas: targets. A target is met by the first forward at or below it (a trajectory falls from 1 to 0); None: the first
+            forward at every distinct sigma. With classifier-free guidance the first forward is the conditional one.
+        on_stop: called once.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        layers: Iterable[int] | None,
+        sigmas: Iterable[float] | None,
+        tile: tuple[int, int, int] | None,
+        on_stop: Callable[[Recorder], None],
+    ):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.layers = None if layers is None else frozenset(layers)
+        self.pending = None if sigmas is None else sorted(set(sigmas), reverse=True)
+        self.tile = "auto" if tile is None else ",".join(map(str, tile))
+        self.files: list[Path] = []
+        self._on_stop = on_stop
+        self._seen: set[tuple[str, float]] = set()
+        self._pending_of: dict[str, list[float]] = {}
+        self._sigma: list[float] | None = None
+        self._grid = (0, 0, 0)
+
+    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int]) -> None:
+        """A forward of ``model`` starts; decides whether it is recorded."""
+        top = max(sigma)
+        if self.pending is None:
+            wanted = (model, top) not in self._seen
+            self._seen.add((model, top))
+        else:
+            pending = self._pending_of.setdefault(model, list(self.pending))
+            met = [target for target in pending if top <= target + 1e-6]
+            wanted = bool(met)
+            self._pending_of[model] = [target for target in pending if target not in met]
+        self._sigma, self._grid = (sigma if wanted else None), grid
+
+    def save(self, model: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write one layer of the current forward, if it is recorded."""
+        if self._sigma is None or (self.layers is not None and layer not in self.layers):
+            return
+        from safetensors.torch import save_file
+
+        tensors = {name: x.detach().cpu().contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+        tensors["sigma"] = torch.tensor(self._sigma, dtype=torch.float64)
+        tensors["grid"] = torch.tensor(self._grid)
+        path = self.folder / f"{model}.layer{layer:03d}.sigma{max(self._sigma):.6f}.safetensors"
+        metadata = {"format": RECORD_FORMAT, "layer": str(layer), "model": model, "tile": self.tile}
+        save_file(tensors, path, metadata=metadata)
+        self.files.append(path)
+
+    def stop(self) -> list[Path]:
+        """Stop recording; returns the files written."""
+        self._on_stop(self)
+        return self.files
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

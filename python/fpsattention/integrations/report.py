@@ -1,0 +1,129 @@
+"""What ran: layer by layer and level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One level of one layer.
+
+    Attributes:
+        calls: samples of transformer forwards that ran the layer at this level (a forward of a batch of 2 counts 2).
+        density: attended share of the (query, key) pairs, mean over the heads, weighted with the calls of each grid.
+        windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense.
+    """
+
+    model: str
+    layer: int
+    level: str
+    precision: str
+    granularity: str
+    windows: tuple[tuple[int, int, int], ...]
+    density: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of ``Handle.report()``: print it (``rich.print`` draws a table), or take ``to_dict()``.
+
+    Attributes:
+        rows: by model, layer and falling sigma. Levels that never ran have calls = 0.
+        executions: by model and layer, eager runs of the attention processor itself, in samples (None: compiled, not countable;
+            recomputation under gradient checkpointing counts again).
+        fallbacks: "layer: reason" to the number of calls that ran dense because something was not supported.
+        nonfinite: with ``debug=True``, what was not finite: "layer: tensor" to the number of times.
+        host_reads: device-to-host reads of a timestep (at most one per forward; 0 where levels switch on the device).
+        grids: token grids seen, with the tile used.
+    """
+
+    rows: list[Row]
+    executions: dict[str, list[int] | None] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    host_reads: int = 0
+    grids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Mean density over all calls; NaN before the first."""
+        calls = sum(row.calls for row in self.rows)
+        return sum(row.density * row.calls for row in self.rows) / calls if calls else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "density": self.density if any(row.calls for row in self.rows) else None}
+
+    def merged(self) -> list[tuple[str, Row]]:
+        """Rows with equal layers put together: (text such as ``0-29``, one of the rows)."""
+        merged: list[tuple[list[int], list[Row]]] = []
+        for rows in _by_layer(self.rows):
+            if merged and _same(merged[-1][1], rows):
+                merged[-1][0].append(rows[0].layer)
+            else:
+                merged.append(([rows[0].layer], rows))
+        return [
+            (str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", row)
+            for layers, rows in merged
+            for row in rows
+        ]
+
+    def notes(self) -> list[str]:
+        """Lines below the table."""
+        notes = [f"grid {grid}: {tile}" for grid, tile in self.grids.items()]
+        notes += [f"ran dense, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
+        notes += [f"not finite: {where} ({count} times)" for where, count in self.nonfinite.items()]
+        for model, counts in self.executions.items():
+            idle = [layer for layer, count in enumerate(counts or ()) if count == 0]
+            if idle and any(row.calls for row in self.rows if row.model == model):
+                notes.append(f"{model}: the processors of layers {idle} never ran (replaced or skipped?)")
+        if self.host_reads:
+            notes.append(f"the timestep was read from the device {self.host_reads} times")
+        return notes
+
+    def __str__(self) -> str:
+        head = f"{'model':<14} {'layers':<8} {'level':<12} {'precision':<10} {'scales':<7} {'windows':<20} {'density':>8} {'calls':>8}"
+        lines = [head]
+        for layers, row in self.merged():
+            lines.append(
+                f"{row.model:<14} {layers:<8} {row.level:<12} {row.precision:<10} {row.granularity:<7} "
+                f"{_windows(row):<20} {row.density:>8.3f} {row.calls:>8}"
+            )
+        return "\n".join([*lines, *self.notes()])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title="fpsattention: what ran")
+        for column in ("model", "layers", "level", "precision", "scales", "windows"):
+            table.add_column(column)
+        table.add_column("density", justify="right")
+        table.add_column("calls", justify="right")
+        for layers, row in self.merged():
+            style = "dim" if row.calls == 0 else None
+            cells = (row.model, layers, row.level, row.precision, row.granularity, _windows(row))
+            table.add_row(*cells, f"{row.density:.3f}", str(row.calls), style=style)
+        return Group(table, *self.notes())
+
+
+def _windows(row: Row) -> str:
+    if not row.windows:
+        return "all"
+    shown = ["x".join(map(str, window)) for window in row.windows[:3]]
+    return " ".join(shown) + (" ..." if len(row.windows) > 3 else "")
+
+
+def _by_layer(rows: Sequence[Row]) -> list[list[Row]]:
+    grouped: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.model, row.layer), []).append(row)
+    return list(grouped.values())
+
+
+def _same(a: Sequence[Row], b: Sequence[Row]) -> bool:
+    return [{**asdict(row), "layer": 0} for row in a] == [{**asdict(row), "layer": 0} for row in b]
