@@ -1,5 +1,5 @@
-// Host-side checks that every launch function shares. All throw fpsattn::Error: operation, argument, what came, what was
-// wanted. None synchronizes; contents of device memory are the caller's promise (params.h says which).
+// Host-side checks that every launch function shares. All throw fpsattn::Error: operation, argument, what came, what
+// was wanted. None synchronizes; contents of device memory are the caller's promise (params.h says which).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,13 +14,14 @@ namespace fpsattn {
 inline constexpr int kPointerAlignment = 16;  // of every buffer that kernels read or write 16 bytes at a time
 
 inline void check_size(const char* op, const ProblemSize& size) {
-  FPSATTN_CHECK(size.head_dim == 64 || size.head_dim == 128, op, ": head_dim is ", size.head_dim, ", expected 64 or 128");
+  FPSATTN_CHECK(size.head_dim == 64 || size.head_dim == 128, op, ": head_dim is ", size.head_dim,
+                ", expected 64 or 128");
   FPSATTN_CHECK(size.batch >= 1 && size.batch <= 65535, op, ": batch is ", size.batch, ", expected 1..65535");
   FPSATTN_CHECK(size.heads >= 1 && size.heads <= 65535, op, ": heads is ", size.heads, ", expected 1..65535");
   FPSATTN_CHECK(size.num_tokens >= 1, op, ": num_tokens is ", size.num_tokens, ", expected at least 1");
   FPSATTN_CHECK(size.num_tiles >= 1, op, ": num_tiles is ", size.num_tiles, ", expected at least 1");
-  FPSATTN_CHECK(size.num_blocks >= size.num_tiles, op, ": num_blocks is ", size.num_blocks, ", expected at least num_tiles (",
-                size.num_tiles, "): every tile owns whole blocks");
+  FPSATTN_CHECK(size.num_blocks >= size.num_tiles, op, ": num_blocks is ", size.num_blocks,
+                ", expected at least num_tiles (", size.num_tiles, "): every tile owns whole blocks");
   FPSATTN_CHECK(int64_t{size.num_blocks} * kBlockSlots >= size.num_tokens, op, ": num_blocks is ", size.num_blocks,
                 ", too few for num_tokens ", size.num_tokens, " at 128 slots a block");
   FPSATTN_CHECK(int64_t{size.num_blocks} * kBlockSlots <= INT32_MAX, op, ": num_blocks is ", size.num_blocks,
@@ -30,8 +31,8 @@ inline void check_size(const char* op, const ProblemSize& size) {
 // Not null, and aligned for vector accesses.
 inline void check_pointer(const char* op, const char* name, const void* pointer, int alignment = kPointerAlignment) {
   FPSATTN_CHECK(pointer != nullptr, op, ": ", name, " is null, expected a device pointer");
-  FPSATTN_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignment == 0, op, ": ", name, " is at ", pointer, ", expected ",
-                alignment, "-byte alignment");
+  FPSATTN_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignment == 0, op, ": ", name, " is at ", pointer,
+                ", expected ", alignment, "-byte alignment");
 }
 
 // True where 16-byte accesses to every row of a (B, H, S, D) tensor of 16-bit elements are legal.
@@ -43,8 +44,8 @@ inline bool has_aligned_rows(const TokenTensor& tensor) {
 
 inline void check_tensor(const char* op, const char* name, const TokenTensor& tensor, bool require_aligned_rows) {
   check_pointer(op, name, tensor.data, 2);
-  FPSATTN_CHECK(!require_aligned_rows || has_aligned_rows(tensor), op, ": ", name, " is at ", tensor.data, " with strides (",
-                tensor.stride_batch, ", ", tensor.stride_head, ", ", tensor.stride_token,
+  FPSATTN_CHECK(!require_aligned_rows || has_aligned_rows(tensor), op, ": ", name, " is at ", tensor.data,
+                " with strides (", tensor.stride_batch, ", ", tensor.stride_head, ", ", tensor.stride_token,
                 ", 1), expected a 16-byte aligned pointer and strides that are multiples of 8: make it contiguous");
 }
 

@@ -28,8 +28,8 @@ __device__ __forceinline__ float absmax_nan(float a, float x) {
 
 inline constexpr float kScaleFloor = 0x1p-100f;
 
-// Scale of a group from its largest absolute value: absmax / 448, at least 2^-100; 1 for an all-zero group; NaN if the group
-// holds a NaN or an Inf. pow2: rounded up to a power of two.
+// Scale of a group from its largest absolute value: absmax / 448, at least 2^-100; 1 for an all-zero group; NaN if the
+// group holds a NaN or an Inf. pow2: rounded up to a power of two.
 __device__ __forceinline__ float scale_of_absmax(float absmax, bool pow2) {
   const uint32_t bits = __float_as_uint(absmax) & 0x7fffffffu;
   if (bits >= 0x7f800000u) {
@@ -47,12 +47,12 @@ __device__ __forceinline__ float scale_of_absmax(float absmax, bool pow2) {
 
 // x / scale, correctly rounded, in four FP32 instructions, one logic instruction and no branch.
 //
-// Markstein's correction: with r = rn(1/s), q = rn(x r), the remainder e = x - q s is exact where |q - x/s| <= 1 ulp, and
-// rn(q + e r) is then the correctly rounded quotient. q can be 1.5 ulp off, but not where it matters, with x/s next to a rounding
-// boundary: the error before q is rounded stays below 1 ulp, so q is one of the two neighbours of that boundary.
-// The correction of -0 is +0: the sign comes from x (scales are positive).
-// The remainder must not underflow: scales below 2^-60 are lifted, with x, by 2^64 (exact). The product x r must not overflow:
-// it does not for |x| <= 448 s; use divide_saturating where x may be larger.
+// Markstein's correction: with r = rn(1/s), q = rn(x r), the remainder e = x - q s is exact where |q - x/s| <= 1 ulp,
+// and rn(q + e r) is then the correctly rounded quotient. q can be 1.5 ulp off, but not where it matters, with x/s next
+// to a rounding boundary: the error before q is rounded stays below 1 ulp, so q is one of the two neighbours of that
+// boundary. The correction of -0 is +0: the sign comes from x (scales are positive). The remainder must not underflow:
+// scales below 2^-60 are lifted, with x, by 2^64 (exact). The product x r must not overflow: it does not for |x| <= 448
+// s; use divide_saturating where x may be larger.
 struct Divisor {
   float scale;
   float reciprocal;
@@ -69,8 +69,8 @@ struct Divisor {
     return corrected(lifted, q);
   }
 
-  // For values beyond the range that the scale was made for: +-448 or more comes back as some value that e4m3 saturates, an
-  // infinite x as NaN.
+  // For values beyond the range that the scale was made for: +-448 or more comes back as some value that e4m3
+  // saturates, an infinite x as NaN.
   __device__ __forceinline__ float divide_saturating(float x) const {
     const float lifted = __fmul_rn(x, lift);
     const float q = __fmul_rn(lifted, reciprocal);

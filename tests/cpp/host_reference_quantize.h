@@ -24,7 +24,7 @@ struct HostQuantizeInput {
 struct HostQuantized {
   std::vector<uint8_t> q8, k8, v8t;
   std::vector<float> q_scale, k_scale, v_scale;
-  std::vector<double> q_k_mean;           // [B, H, S], exact
+  std::vector<double> q_k_mean;            // [B, H, S], exact
   std::vector<double> q_k_mean_magnitude;  // sum of |terms|: what the error of an FP32 dot is relative to
 };
 
@@ -43,7 +43,8 @@ inline float reference_scale(float absmax, bool pow2) {
 }
 
 // Q or K: bytes [num_blocks, 128, D] and scales of one (batch, head).
-inline void reference_rows(const HostQuantizeInput& in, const std::function<float(int s, int d)>& x, uint8_t* bytes, float* scales) {
+inline void reference_rows(const HostQuantizeInput& in, const std::function<float(int s, int d)>& x, uint8_t* bytes,
+                           float* scales) {
   const int dim = in.size.head_dim;
   const auto token = [&](int slot) {
     const int t = in.table->token_of_slot[slot];
@@ -93,7 +94,8 @@ inline void reference_rows(const HostQuantizeInput& in, const std::function<floa
 }
 
 // V: bytes [num_blocks, D + 8, 128] of one (batch, head), scales [D].
-inline void reference_columns(const HostQuantizeInput& in, int b, int h, const float* given_absmax, uint8_t* bytes, float* scales) {
+inline void reference_columns(const HostQuantizeInput& in, int b, int h, const float* given_absmax, uint8_t* bytes,
+                              float* scales) {
   const int dim = in.size.head_dim;
   for (int d = 0; d < dim; ++d) {
     float absmax = 0.0f;

@@ -89,8 +89,8 @@ int64_t first_byte_difference(const std::vector<uint8_t>& a, const std::vector<u
 void expect_same_bytes(const char* name, const std::vector<uint8_t>& got, const std::vector<uint8_t>& want) {
   const int64_t i = first_byte_difference(got, want);
   if (i >= 0) {
-    ADD_FAILURE() << name << ": sizes " << got.size() << " and " << want.size() << ", first difference at byte " << i << ": got "
-                  << static_cast<int>(got[i]) << ", want " << static_cast<int>(want[i]);
+    ADD_FAILURE() << name << ": sizes " << got.size() << " and " << want.size() << ", first difference at byte " << i
+                  << ": got " << static_cast<int>(got[i]) << ", want " << static_cast<int>(want[i]);
   }
 }
 
@@ -161,7 +161,8 @@ void QuantizeRun::launch() {
 // A computed mean within the error of an FP32 sum in any order: count * 2^-24 of the mean magnitude.
 void QuantizeRun::check_mean() {
   if (case_.mean != Mean::kComputed) {
-    const std::vector<float> want = case_.mean == Mean::kGiven ? given_k_mean.to_host() : std::vector<float>(k_mean.size(), 0.0f);
+    const std::vector<float> want =
+        case_.mean == Mean::kGiven ? given_k_mean.to_host() : std::vector<float>(k_mean.size(), 0.0f);
     expect_same_floats("k_mean", host_k_mean, want);
     return;
   }
@@ -175,7 +176,8 @@ void QuantizeRun::check_mean() {
       magnitude += std::fabs(k.value(b, h, s, d));
     }
     if (std::isfinite(sum)) {
-      ASSERT_NEAR(host_k_mean[i], sum / count, (count + 2) * 0x1p-24 * magnitude / count + 0x1p-149) << "k_mean[" << i << "]";
+      ASSERT_NEAR(host_k_mean[i], sum / count, (count + 2) * 0x1p-24 * magnitude / count + 0x1p-149)
+          << "k_mean[" << i << "]";
     } else {
       ASSERT_FALSE(std::isfinite(host_k_mean[i])) << "k_mean[" << i << "]";
     }
@@ -184,7 +186,8 @@ void QuantizeRun::check_mean() {
 
 void QuantizeRun::check() {
   check_mean();
-  HostQuantizeInput in{params.size, &table, params.granularity, params.pow2_scales, {}, {}, {}, host_k_mean, host_v_absmax};
+  HostQuantizeInput in{params.size, &table, params.granularity, params.pow2_scales, {},
+                       {},          {},     host_k_mean,        host_v_absmax};
   in.q = [&](int b, int h, int s, int d) { return q.value(b, h, s, d); };
   in.k = [&](int b, int h, int s, int d) { return k.value(b, h, s, d); };
   in.v = [&](int b, int h, int s, int d) { return v.value(b, h, s, d); };
@@ -198,7 +201,8 @@ void QuantizeRun::check() {
   const std::vector<float> dots = q_k_mean.to_host();
   for (size_t i = 0; i < dots.size(); ++i) {
     if (std::isfinite(want.q_k_mean[i])) {
-      ASSERT_NEAR(dots[i], want.q_k_mean[i], 0x1p-24 * (params.size.head_dim + 1) * want.q_k_mean_magnitude[i] + 0x1p-149)
+      ASSERT_NEAR(dots[i], want.q_k_mean[i],
+                  0x1p-24 * (params.size.head_dim + 1) * want.q_k_mean_magnitude[i] + 0x1p-149)
           << "q_k_mean[" << i << "]";
     } else {
       ASSERT_FALSE(std::isfinite(dots[i])) << "q_k_mean[" << i << "]";
@@ -222,8 +226,8 @@ void QuantizeRun::check_twice() {
   }
   check();
   const auto snapshot = [&] {
-    return std::tuple(q8.to_host(), k8.to_host(), v8t.to_host(), q_scale.to_host(), k_scale.to_host(), v_scale.to_host(),
-                      k_mean.to_host(), q_k_mean.to_host());
+    return std::tuple(q8.to_host(), k8.to_host(), v8t.to_host(), q_scale.to_host(), k_scale.to_host(),
+                      v_scale.to_host(), k_mean.to_host(), q_k_mean.to_host());
   };
   const auto first = snapshot();
   for (const auto* bytes : {&q8, &k8, &v8t}) {

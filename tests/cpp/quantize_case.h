@@ -44,15 +44,17 @@ struct QuantizeCase {
 
 inline void PrintTo(const QuantizeCase& c, std::ostream* out) { *out << c.name; }
 
-// Inputs, outputs and parameters of one call. `poison(b, h, s, d, tensor)` may replace a value (tensor 0, 1, 2 for q, k, v).
+// Inputs, outputs and parameters of one call. `poison(b, h, s, d, tensor)` may replace a value (tensor 0, 1, 2 for q,
+// k, v).
 class QuantizeRun {
  public:
   using Poison = std::function<float(float x, int tensor, int b, int h, int s, int d)>;
 
-  explicit QuantizeRun(const QuantizeCase& c, const Poison& poison = [](float x, int, int, int, int, int) { return x; });
+  explicit QuantizeRun(
+      const QuantizeCase& c, const Poison& poison = [](float x, int, int, int, int, int) { return x; });
 
   void launch();
-  void check();       // against the host reference
+  void check();        // against the host reference
   void check_twice();  // launch, check, launch into freshly dirtied outputs, same bits
 
   QuantizeParams params;
@@ -75,6 +77,7 @@ class QuantizeRun {
 // First difference of two byte vectors, NaN bytes (0x7f, 0xff) being equal; -1 when there is none.
 int64_t first_byte_difference(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b);
 void expect_same_bytes(const char* name, const std::vector<uint8_t>& got, const std::vector<uint8_t>& want);
-void expect_same_floats(const char* name, const std::vector<float>& got, const std::vector<float>& want);  // bits; NaN == NaN
+void expect_same_floats(const char* name, const std::vector<float>& got,
+                        const std::vector<float>& want);  // bits; NaN == NaN
 
 }  // namespace fpsattn::test

@@ -11,14 +11,17 @@ TEST_P(Quantize, EqualsTheHostReference) {
   QuantizeRun(GetParam()).check_twice();
 }
 
-// Every combination of granularity, head dimension and dtype, on a grid with clipped tiles of 2, 1 and odd sizes, and text.
+// Every combination of granularity, head dimension and dtype, on a grid with clipped tiles of 2, 1 and odd sizes, and
+// text.
 std::vector<QuantizeCase> product_cases() {
   std::vector<QuantizeCase> cases;
   for (Granularity granularity : {Granularity::kTile, Granularity::kBlock, Granularity::kToken}) {
     for (int head_dim : {64, 128}) {
       for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
         QuantizeCase c;
-        c.name = std::string(granularity == Granularity::kTile ? "tile" : granularity == Granularity::kBlock ? "block" : "token") +
+        c.name = std::string(granularity == Granularity::kTile    ? "tile"
+                             : granularity == Granularity::kBlock ? "block"
+                                                                  : "token") +
                  "_d" + std::to_string(head_dim) + (dtype == DType::kBFloat16 ? "_bf16" : "_fp16");
         c.grid = {5, 7, 11};
         c.tile = {3, 7, 8};  // 168 tokens: 2 blocks; clipped to 112, 63, 42
@@ -46,40 +49,176 @@ QuantizeCase variant(const std::string& name, const std::function<void(QuantizeC
 std::vector<QuantizeCase> single_cases() {
   using C = QuantizeCase;
   return {
-      variant("one_token", [](C& c) { c.grid = {1, 1, 1}; c.tile = {1, 1, 1}; c.heads = 3; }),
-      variant("block_minus_one", [](C& c) { c.grid = {1, 1, 127}; c.tile = {1, 1, 127}; }),
-      variant("one_block", [](C& c) { c.grid = {2, 8, 8}; c.tile = {2, 8, 8}; }),
-      variant("block_plus_one", [](C& c) { c.grid = {3, 1, 43}; c.tile = {3, 1, 43}; }),
-      variant("batch_3_heads_5", [](C& c) { c.batch = 3; c.heads = 5; c.head_dim = 64; }),
-      variant("hnd", [](C& c) { c.memory = Memory::kHnd; c.batch = 2; c.heads = 2; }),
-      variant("fused_qkv", [](C& c) { c.memory = Memory::kFusedQkv; c.batch = 2; c.heads = 2; }),
-      variant("unaligned_tile", [](C& c) { c.memory = Memory::kUnaligned; c.batch = 2; c.heads = 2; }),
-      variant("unaligned_token", [](C& c) { c.memory = Memory::kUnaligned; c.granularity = Granularity::kToken; c.head_dim = 64; }),
-      variant("text_only_tail", [](C& c) { c.grid = {1, 2, 3}; c.tile = {1, 2, 3}; c.text = 513; c.head_dim = 64; }),
-      variant("tiles_of_3_blocks", [](C& c) { c.grid = {5, 8, 9}; c.tile = {5, 8, 9}; c.text = 7; }),
-      variant("tiles_of_4_blocks", [](C& c) { c.grid = {8, 8, 15}; c.tile = {8, 8, 8}; c.head_dim = 64; }),
-      variant("tile_of_10_blocks", [](C& c) { c.grid = {9, 11, 12}; c.tile = {9, 11, 12}; c.head_dim = 64; }),
-      variant("uneven_tiles", [](C& c) { c.grid = {9, 5, 13}; c.tile = {8, 5, 12}; c.head_dim = 64; }),  // 4, 1, 1, 1 blocks: read twice
-      variant("mean_given", [](C& c) { c.mean = Mean::kGiven; c.heads = 3; }),
-      variant("mean_given_token_fp16", [](C& c) { c.mean = Mean::kGiven; c.granularity = Granularity::kToken; c.dtype = DType::kFloat16; }),
-      variant("mean_off", [](C& c) { c.mean = Mean::kOff; c.heads = 3; }),
+      variant("one_token",
+              [](C& c) {
+                c.grid = {1, 1, 1};
+                c.tile = {1, 1, 1};
+                c.heads = 3;
+              }),
+      variant("block_minus_one",
+              [](C& c) {
+                c.grid = {1, 1, 127};
+                c.tile = {1, 1, 127};
+              }),
+      variant("one_block",
+              [](C& c) {
+                c.grid = {2, 8, 8};
+                c.tile = {2, 8, 8};
+              }),
+      variant("block_plus_one",
+              [](C& c) {
+                c.grid = {3, 1, 43};
+                c.tile = {3, 1, 43};
+              }),
+      variant("batch_3_heads_5",
+              [](C& c) {
+                c.batch = 3;
+                c.heads = 5;
+                c.head_dim = 64;
+              }),
+      variant("hnd",
+              [](C& c) {
+                c.memory = Memory::kHnd;
+                c.batch = 2;
+                c.heads = 2;
+              }),
+      variant("fused_qkv",
+              [](C& c) {
+                c.memory = Memory::kFusedQkv;
+                c.batch = 2;
+                c.heads = 2;
+              }),
+      variant("text_only_tail",
+              [](C& c) {
+                c.grid = {1, 2, 3};
+                c.tile = {1, 2, 3};
+                c.text = 513;
+                c.head_dim = 64;
+              }),
+      variant("tiles_of_3_blocks",
+              [](C& c) {
+                c.grid = {5, 8, 9};
+                c.tile = {5, 8, 9};
+                c.text = 7;
+              }),
+      variant("tiles_of_4_blocks",
+              [](C& c) {
+                c.grid = {8, 8, 15};
+                c.tile = {8, 8, 8};
+                c.head_dim = 64;
+              }),
+      variant("tile_of_10_blocks",
+              [](C& c) {
+                c.grid = {9, 11, 12};
+                c.tile = {9, 11, 12};
+                c.head_dim = 64;
+              }),
+      variant("uneven_tiles",
+              [](C& c) {
+                c.grid = {9, 5, 13};
+                c.tile = {8, 5, 12};
+                c.head_dim = 64;
+              }),  // 4, 1, 1, 1 blocks: read twice
+      variant("mean_given",
+              [](C& c) {
+                c.mean = Mean::kGiven;
+                c.heads = 3;
+              }),
+      variant("mean_given_token_fp16",
+              [](C& c) {
+                c.mean = Mean::kGiven;
+                c.granularity = Granularity::kToken;
+                c.dtype = DType::kFloat16;
+              }),
+      variant("mean_off",
+              [](C& c) {
+                c.mean = Mean::kOff;
+                c.heads = 3;
+              }),
       variant("mean_of_every_7th", [](C& c) { c.k_mean_stride = 7; }),
       variant("mean_of_first_token", [](C& c) { c.k_mean_stride = 1000; }),
-      variant("mean_of_many_parts", [](C& c) { c.grid = {8, 13, 17}; c.tile = {8, 8, 8}; c.head_dim = 64; }),  // 1768 rows: 4 parts
+      variant("mean_of_many_parts",
+              [](C& c) {
+                c.grid = {8, 13, 17};
+                c.tile = {8, 8, 8};
+                c.head_dim = 64;
+              }),  // 1768 rows: 4 parts
       variant("pow2_tile", [](C& c) { c.pow2 = true; }),
-      variant("pow2_token", [](C& c) { c.pow2 = true; c.granularity = Granularity::kToken; c.head_dim = 64; }),
-      variant("delayed_v", [](C& c) { c.given_v_absmax = true; c.heads = 2; }),
-      variant("delayed_v_pow2_fp16", [](C& c) { c.given_v_absmax = true; c.pow2 = true; c.dtype = DType::kFloat16; c.head_dim = 64; }),
-      variant("nothing_computed", [](C& c) { c.given_v_absmax = true; c.mean = Mean::kGiven; }),
-      variant("outliers", [](C& c) { c.values = Values::kOutliers; c.granularity = Granularity::kBlock; }),
-      variant("ties_tile", [](C& c) { c.values = Values::kTies; c.mean = Mean::kGiven; }),
-      variant("ties_token_fp16", [](C& c) { c.values = Values::kTies; c.mean = Mean::kOff; c.dtype = DType::kFloat16; c.granularity = Granularity::kToken; }),
-      variant("tiny", [](C& c) { c.values = Values::kTiny; c.mean = Mean::kOff; c.granularity = Granularity::kToken; }),
-      variant("tiny_tile_pow2", [](C& c) { c.values = Values::kTiny; c.pow2 = true; }),
-      variant("huge", [](C& c) { c.values = Values::kHuge; c.mean = Mean::kOff; }),
-      variant("huge_delayed_v", [](C& c) { c.values = Values::kHuge; c.given_v_absmax = true; c.mean = Mean::kOff; }),
-      variant("zeros_tile", [](C& c) { c.values = Values::kZeros; c.heads = 2; c.mean = Mean::kOff; }),
-      variant("zeros_token", [](C& c) { c.values = Values::kZeros; c.heads = 2; c.mean = Mean::kOff; c.granularity = Granularity::kToken; }),
+      variant("pow2_token",
+              [](C& c) {
+                c.pow2 = true;
+                c.granularity = Granularity::kToken;
+                c.head_dim = 64;
+              }),
+      variant("delayed_v",
+              [](C& c) {
+                c.given_v_absmax = true;
+                c.heads = 2;
+              }),
+      variant("delayed_v_pow2_fp16",
+              [](C& c) {
+                c.given_v_absmax = true;
+                c.pow2 = true;
+                c.dtype = DType::kFloat16;
+                c.head_dim = 64;
+              }),
+      variant("nothing_computed",
+              [](C& c) {
+                c.given_v_absmax = true;
+                c.mean = Mean::kGiven;
+              }),
+      variant("outliers",
+              [](C& c) {
+                c.values = Values::kOutliers;
+                c.granularity = Granularity::kBlock;
+              }),
+      variant("ties_tile",
+              [](C& c) {
+                c.values = Values::kTies;
+                c.mean = Mean::kGiven;
+              }),
+      variant("ties_token_fp16",
+              [](C& c) {
+                c.values = Values::kTies;
+                c.mean = Mean::kOff;
+                c.dtype = DType::kFloat16;
+                c.granularity = Granularity::kToken;
+              }),
+      variant("tiny",
+              [](C& c) {
+                c.values = Values::kTiny;
+                c.mean = Mean::kOff;
+                c.granularity = Granularity::kToken;
+              }),
+      variant("tiny_tile_pow2",
+              [](C& c) {
+                c.values = Values::kTiny;
+                c.pow2 = true;
+              }),
+      variant("huge",
+              [](C& c) {
+                c.values = Values::kHuge;
+                c.mean = Mean::kOff;
+              }),
+      variant("huge_delayed_v",
+              [](C& c) {
+                c.values = Values::kHuge;
+                c.given_v_absmax = true;
+                c.mean = Mean::kOff;
+              }),
+      variant("zeros_tile",
+              [](C& c) {
+                c.values = Values::kZeros;
+                c.heads = 2;
+                c.mean = Mean::kOff;
+              }),
+      variant("zeros_token",
+              [](C& c) {
+                c.values = Values::kZeros;
+                c.heads = 2;
+                c.mean = Mean::kOff;
+                c.granularity = Granularity::kToken;
+              }),
   };
 }
 
@@ -114,16 +253,18 @@ INSTANTIATE_TEST_SUITE_P(All, QuantizeNonFinite,
 
 TEST(QuantizeSpecial, InfiniteKeyWithSmoothingMakesItsHeadNaN) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
-  QuantizeRun run(variant("inf_mean", [](QuantizeCase& c) { c.heads = 2; }),
-                  [](float x, int tensor, int, int h, int s, int) { return tensor == 1 && h == 0 && s == 7 ? INFINITY : x; });
+  QuantizeRun run(
+      variant("inf_mean", [](QuantizeCase& c) { c.heads = 2; }),
+      [](float x, int tensor, int, int h, int s, int) { return tensor == 1 && h == 0 && s == 7 ? INFINITY : x; });
   run.check_twice();
 }
 
 // Saturation must not turn an Inf into a number, even where V's scale was given and says nothing of it.
 TEST(QuantizeSpecial, InfiniteValueWithDelayedScaleStaysNonFinite) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
-  QuantizeRun run(variant("inf_delayed", [](QuantizeCase& c) { c.given_v_absmax = true; }),
-                  [](float x, int tensor, int, int, int s, int d) { return tensor == 2 && s == 9 && d == 77 ? -INFINITY : x; });
+  QuantizeRun run(
+      variant("inf_delayed", [](QuantizeCase& c) { c.given_v_absmax = true; }),
+      [](float x, int tensor, int, int, int s, int d) { return tensor == 2 && s == 9 && d == 77 ? -INFINITY : x; });
   run.check_twice();
   const std::vector<uint8_t> v8t = run.v8t.to_host();
   EXPECT_EQ(std::count_if(v8t.begin(), v8t.end(), [](uint8_t b) { return (b & 0x7f) == 0x7f; }), 1);
@@ -132,7 +273,10 @@ TEST(QuantizeSpecial, InfiniteValueWithDelayedScaleStaysNonFinite) {
 // A table may list tokens in any order, and tiles need not be boxes.
 TEST(QuantizeSpecial, AnyPermutationOfTokens) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
-  QuantizeCase c = variant("permutation", [](QuantizeCase& c) { c.head_dim = 64; c.heads = 2; });
+  QuantizeCase c = variant("permutation", [](QuantizeCase& c) {
+    c.head_dim = 64;
+    c.heads = 2;
+  });
   QuantizeRun run(c);
   std::vector<int32_t> tokens(run.table.num_tokens);
   for (int i = 0; i < run.table.num_tokens; ++i) {
@@ -142,14 +286,19 @@ TEST(QuantizeSpecial, AnyPermutationOfTokens) {
   run.table.add_tile({tokens.begin(), tokens.begin() + 129});
   run.table.add_tile({tokens.begin() + 129, tokens.end()});
   ASSERT_EQ(run.table.token_of_slot.size(), run.token_of_slot.size());
-  cudaMemcpy(run.token_of_slot.data(), run.table.token_of_slot.data(), run.token_of_slot.bytes(), cudaMemcpyHostToDevice);
+  cudaMemcpy(run.token_of_slot.data(), run.table.token_of_slot.data(), run.token_of_slot.bytes(),
+             cudaMemcpyHostToDevice);
   run.check_twice();
 }
 
 // Two heads 2^31 + 8 elements apart: element offsets do not fit in 32 bits.
 TEST(QuantizeSpecial, OffsetsBeyond32Bits) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
-  QuantizeCase c = variant("far", [](QuantizeCase& c) { c.heads = 2; c.head_dim = 64; c.memory = Memory::kHnd; });
+  QuantizeCase c = variant("far", [](QuantizeCase& c) {
+    c.heads = 2;
+    c.head_dim = 64;
+    c.memory = Memory::kHnd;
+  });
   QuantizeRun run(c);
   constexpr int64_t kFar = (int64_t{1} << 31) + 8;
   uint16_t* memory = nullptr;

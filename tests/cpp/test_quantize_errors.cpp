@@ -46,6 +46,11 @@ TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
       {"quantize: q is null", [](auto& p) { p.q.data = nullptr; }},
       {"quantize: k is null", [](auto& p) { p.k.data = nullptr; }},
       {"quantize: v is at", [](auto& p) { p.v.data = fake_memory + 1; }},
+      {"expected a 16-byte aligned pointer and strides that are multiples of 8",
+       [](auto& p) { p.q.data = fake_memory + 2; }},
+      {"with strides (0, 0, 132, 1), expected", [](auto& p) { p.k.stride_token = 132; }},
+      {"with strides (0, 4, 0, 1), expected", [](auto& p) { p.v.stride_head = 4; }},
+      {"with strides (1, 0, 0, 1), expected", [](auto& p) { p.q.stride_batch = 1; }},
       {"quantize: token_of_slot is at", [](auto& p) { p.token_of_slot += 1; }},
       {"quantize: tile_block_offsets is null", [](auto& p) { p.tile_block_offsets = nullptr; }},
       {"quantize: q8 is at", [](auto& p) { p.q8 += 8; }},
@@ -66,7 +71,8 @@ TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
       quantize(params, nullptr);
       ADD_FAILURE() << "accepted: " << bad.text;
     } catch (const Error& error) {
-      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos) << "got '" << error.what() << "', want '" << bad.text << "'";
+      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos)
+          << "got '" << error.what() << "', want '" << bad.text << "'";
     }
   }
 }

@@ -1,8 +1,8 @@
 // Role V: a channel of the block becomes a row of 128 e4m3 bytes, slots permuted within each 16 (kVSlotOrder).
 //
-// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t % 8, c = t / 8: a patch holds all 16 slots of its
-// channels, so the transpose is a choice of registers; 8 neighbouring lanes store one whole 128-byte row of v8t, 16 bytes each.
-// Loads touch 64 consecutive bytes of a token per warp, whole sectors.
+// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t % 8, c = t / 8: a patch holds all 16
+// slots of its channels, so the transpose is a choice of registers; 8 neighbouring lanes store one whole 128-byte row
+// of v8t, 16 bytes each. Loads touch 64 consecutive bytes of a token per warp, whole sectors.
 #pragma once
 
 #include "common/fp8.h"
@@ -14,11 +14,11 @@ namespace fpsattn::sm90::quantization {
 inline constexpr uint32_t kE4m3One = 0x38;
 
 template <class Config>
-__device__ __forceinline__ void quantize_columns(const QuantizeParams& params, const Plan& plan, const WorkItem& work) {
+__device__ __forceinline__ void quantize_columns(const QuantizeParams& params, const WorkItem& work) {
   const int group = threadIdx.x % kPatchRowsPerBlock;
   const int chunk = threadIdx.x / kPatchRowsPerBlock;
   const int64_t batch_head = work.batch_head(params);
-  const TokenRows rows = token_rows(params.v, plan.v_aligned, work.batch, work.head, chunk);
+  const TokenRows rows = token_rows(params.v, work.batch, work.head, chunk);
   const float* scales = params.v_scale + batch_head * Config::kHeadDim + chunk * kPatchChannels;
 
   for (int block = work.first_block; block < work.end_block; block += work.step) {
@@ -26,15 +26,16 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
     uint32_t valid[4] = {};  // 0xff in the byte of a valid slot, in v8t's order
     {
       int tokens[kPatchSlots];
-      load_tokens(tokens, params.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + group * kPatchSlots,
-                  params.size.num_tokens);
-      load_zero_filled(patch, rows, tokens);
+      const int32_t* slots = params.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
+      load_tokens(tokens, slots + group * kPatchSlots, params.size.num_tokens);
+      load_patch(patch, rows, tokens, __ldg(slots));
 #pragma unroll
       for (int p = 0; p < kPatchSlots; ++p) {
         valid[p / 4] |= (tokens[slot_at_position(p)] >= 0 ? 0xffu : 0u) << (p % 4 * 8);
       }
     }
-    uint8_t* out = params.v8t + (batch_head * params.size.num_blocks + block) * (Config::kHeadDim + kVExtraRows) * kBlockSlots +
+    uint8_t* out = params.v8t +
+                   (batch_head * params.size.num_blocks + block) * (Config::kHeadDim + kVExtraRows) * kBlockSlots +
                    group * kPatchSlots;
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
@@ -47,7 +48,7 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
         for (int i = 0; i < 4; ++i) {
           x[i] = by.divide_saturating(patch.template value<typename Config::Element>(slot_at_position(4 * w + i), c));
         }
-        words[w] = to_e4m3x4(x[0], x[1], x[2], x[3]) & valid[w];  // a NaN scale must not reach padding
+        words[w] = to_e4m3x4(x[0], x[1], x[2], x[3]) & valid[w];  // padding is 0, under a NaN scale too
       }
       *reinterpret_cast<uint4*>(out + (chunk * kPatchChannels + c) * kBlockSlots) =
           make_uint4(words[0], words[1], words[2], words[3]);

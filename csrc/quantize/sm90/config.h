@@ -1,8 +1,9 @@
 // Sizes of the quantize kernels, and how a block is divided among threads.
 //
-// The unit of work of a thread is a *patch*: 16 consecutive slots x 8 channels of a block, 16 x 16 bytes of BF16/FP16 in 64
-// registers. A block (128 slots x D) is 8 x D/8 patches, one for each of D threads. Both roles use it: rows (Q, K) pack the 8
-// channels of a slot; columns (V) pack the 16 slots of a channel, which transposes V without shared memory.
+// The unit of work of a thread is a *patch*: 16 consecutive slots x 8 channels of a block, 16 x 16 bytes of BF16/FP16
+// in 64 registers. A block (128 slots x D) is 8 x D/8 patches, one for each of D threads. Both roles use it: rows (Q,
+// K) pack the 8 channels of a slot; columns (V) pack the 16 slots of a channel, which transposes V without shared
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,12 @@
 namespace fpsattn::sm90::quantization {
 
 inline constexpr int kPatchSlots = 16;
-inline constexpr int kPatchChannels = 8;                                   // 16 bytes of a 16-bit format
-inline constexpr int kPatchRowsPerBlock = kBlockSlots / kPatchSlots;       // 8
-inline constexpr int kMaxClusterSize = 8;                                  // the portable limit of sm_90
+inline constexpr int kPatchChannels = 8;                              // 16 bytes of a 16-bit format
+inline constexpr int kPatchRowsPerBlock = kBlockSlots / kPatchSlots;  // 8
+inline constexpr int kMaxClusterSize = 8;                             // the portable limit of sm_90
 inline constexpr int kStatisticsThreads = 256;
-inline constexpr int kStatisticsRows = 512;                                // tokens that one statistics CTA reads
-inline constexpr int kFinishGroups = 8;                                    // threads that share the partials of a channel
+inline constexpr int kStatisticsRows = 512;  // tokens that one statistics CTA reads
+inline constexpr int kFinishGroups = 8;      // threads that share the partials of a channel
 
 enum class GroupScope { kTile, kToken };  // what shares a scale; a block is a tile of one block
 
@@ -37,24 +38,21 @@ template <int kHeadDim, class Element, GroupScope kScope_>
 struct Config : RowConfig<kHeadDim, Element> {
   using RowConfig<kHeadDim, Element>::kChunks;
   static constexpr GroupScope kScope = kScope_;
-  static constexpr int kThreads = kHeadDim;                  // one patch each
-  static constexpr int kMinCtas = 512 / kThreads;            // 128 registers a thread: 64 hold the patch
-  static constexpr int kRowsPerLane = kPatchSlots / kChunks; // rows that a lane owns after a transposing reduction
+  static constexpr int kThreads = kHeadDim;                   // one patch each
+  static constexpr int kMinCtas = 512 / kThreads;             // 128 registers a thread: 64 hold the patch
+  static constexpr int kRowsPerLane = kPatchSlots / kChunks;  // rows that a lane owns after a transposing reduction
   static_assert(kHeadDim == 64 || kHeadDim == 128, "a row must be spread over 8 or 16 lanes of one warp");
   static_assert(kPatchRowsPerBlock * kChunks == kThreads, "one patch per thread");
 };
 
 // What the launcher decides, beside the caller's parameters.
 struct Plan {
-  bool q_aligned = true;  // rows can be read 16 bytes at a time
-  bool k_aligned = true;
-  bool v_aligned = true;
-  int64_t k_rows = 0;         // tokens of K that enter the mean
-  int k_parts = 0;            // partial sums per (batch, head); 0: the mean is given or not wanted
-  int v_parts = 0;            // partial maxima per (batch, head); 0: the absmax is given
+  int64_t k_rows = 0;          // tokens of K that enter the mean
+  int k_parts = 0;             // partial sums per (batch, head); 0: the mean is given or not wanted
+  int v_parts = 0;             // partial maxima per (batch, head); 0: the absmax is given
   float* k_partial = nullptr;  // [B, H, k_parts, D], workspace
   float* v_partial = nullptr;  // [B, H, v_parts, D], workspace
-  int cluster_size = 1;       // CTAs that share a tile
+  int cluster_size = 1;        // CTAs that share a tile
 };
 
 // Position p of 16 in v8t holds this slot: kVSlotOrder as a formula, so that device code can unroll it.

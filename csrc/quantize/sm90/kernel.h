@@ -2,34 +2,41 @@
 //
 //   s = rule(max |x| over the group)     x = q, k - k_mean, v       rule: scale_of_absmax in common/fp8.h
 //   byte = e4m3(x / s)                   nearest even, saturating
-//   group: a tile, a block of 128 slots, or a token (Q, K); a channel of all tokens (V: v_scale comes from statistics.h)
+//   group: a tile, a block of 128 slots, or a token (Q, K); a channel of all tokens (V: v_scale comes from
+//   statistics.h)
 //
-// Shapes     q, k, v (B, H, S, D), any strides           q8, k8 [B, H, num_blocks, 128, D]   v8t [B, H, num_blocks, D + 8, 128]
+// Shapes     q, k, v (B, H, S, D), any strides           q8, k8 [B, H, num_blocks, 128, D]   v8t [B, H, num_blocks, D +
+// 8, 128]
 //            q_scale, k_scale [B, H, num_blocks(, 128)]  v_scale, k_mean [B, H, D]           q_k_mean [B, H, S]
 // Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; D threads per CTA
-// Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h); rows.h and columns.h say which one
+// Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h); rows.h and columns.h say which
+// one
 //
 // Pipeline   statistics (K mean, V absmax; one read of V and of the subsample of K)  ->  finish  ->  this kernel
 //            CTA of Q/K   load block | absmax | cta max | cluster max | scale, cast, store
 //            CTA of V     load block | scale, cast, transpose in registers, store           no reduction, no barrier
 //            Overlap comes from the 4 to 8 CTAs of an SM: while one waits for its loads another stores.
 //
-// A tile is shared by a cluster of CTAs, one block each, so that every input byte is read once. A tile of more blocks than CTAs (the
-// cluster has ceil(num_blocks / num_tiles) of them, at most 8) is read twice, the second time mostly from the L2 cache: each CTA
-// walks its blocks for the maximum, keeps the last one in registers and walks back.
+// A tile is shared by a cluster of CTAs, one block each, so that every input byte is read once. A tile of more blocks
+// than CTAs (the cluster has ceil(num_blocks / num_tiles) of them, at most 8) is read twice, the second time mostly
+// from the L2 cache: each CTA walks its blocks for the maximum, keeps the last one in registers and walks back.
 //
 // Barriers   name             kind     arrives            waits                  phase flips
 //            (cta max)        bar 0    the CTA            the CTA                once per CTA
-//            maximum_written  cluster  active CTAs        active CTAs            once; remote maxima may be read after it
-//            maximum_read     cluster  active CTAs        active CTAs, at exit   once; no CTA leaves before its maximum was read
-//            CTAs without work exit at once: exited threads are not waited for, and nobody reads their memory.
+//            maximum_written  cluster  active CTAs        active CTAs            once; remote maxima may be read after
+//            it maximum_read     cluster  active CTAs        active CTAs, at exit   once; no CTA leaves before its
+//            maximum was read CTAs without work exit at once: exited threads are not waited for, and nobody reads their
+//            memory.
 //
-// Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses); 4 (D=128) or 8 (D=64) CTAs, 128 KiB in flight per SM
+// Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses); 4 (D=128) or 8 (D=64) CTAs, 128 KiB in flight
+// per SM
 //            shared    4 + 1 floats
-//            bytes     Q, K, V once (2 B each element), outputs once (1 B); tests/cpp/quantize_bytes.py measures <= 1.10 of it
-//            limit     memory; per 16 x 8 patch about 600 ALU + 500 FMA instructions, a third of the time that its bytes take
+//            bytes     Q, K, V once (2 B each element), outputs once (1 B); tests/cpp/quantize_bytes.py measures
+//            <= 1.10 of it limit     memory; per 16 x 8 patch about 600 ALU + 500 FMA instructions, a third of the time
+//            that its bytes take
 //
-// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps); every byte of every
+// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps); every byte of
+// every
 //            output is written on every call.
 #pragma once
 
@@ -39,8 +46,8 @@
 namespace fpsattn::sm90::quantization {
 
 template <class Config, bool kIsQuery>
-__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const Plan& plan, const WorkItem& work) {
-  RowQuantizer<Config, kIsQuery> rows(params, plan, work);
+__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work) {
+  RowQuantizer<Config, kIsQuery> rows(params, work);
   if constexpr (Config::kScope == GroupScope::kToken) {
     rows.load(work.first_block);
     rows.store_per_token(work.first_block);
@@ -49,6 +56,7 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
     __shared__ float cta_maximum;
     float absmax = 0.0f;
     int block = work.first_block;
+#pragma unroll 1
     for (; block < work.end_block; block += work.step) {
       rows.load(block);
       absmax = rows.absmax(absmax);
@@ -59,10 +67,14 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
     }
     const float scale = scale_of_absmax(absmax, params.pow2_scales);
     block -= work.step;  // still in registers
-    rows.store(block, scale);
-    for (block -= work.step; block >= work.first_block; block -= work.step) {
-      rows.load(block);
+#pragma unroll 1
+    for (;;) {
       rows.store(block, scale);
+      block -= work.step;
+      if (block < work.first_block) {
+        break;
+      }
+      rows.load(block);
     }
     if (work.step > 1) {
       leave_cluster();
@@ -79,13 +91,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
   }
   switch (static_cast<Role>(blockIdx.y)) {
     case Role::kV:
-      quantize_columns<Config>(params, plan, work);
+      quantize_columns<Config>(params, work);
       break;
     case Role::kK:
-      quantize_rows<Config, false>(params, plan, work);
+      quantize_rows<Config, false>(params, work);
       break;
     case Role::kQ:
-      quantize_rows<Config, true>(params, plan, work);
+      quantize_rows<Config, true>(params, work);
       break;
   }
 }

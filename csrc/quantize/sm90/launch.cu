@@ -20,9 +20,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Sizes only; partial result pointers are set from the workspace by the caller.
 Plan make_plan(const QuantizeParams& params) {
   Plan plan;
-  plan.q_aligned = has_aligned_rows(params.q);
-  plan.k_aligned = has_aligned_rows(params.k);
-  plan.v_aligned = has_aligned_rows(params.v);
   if (params.smooth_k && params.given_k_mean == nullptr) {
     plan.k_rows = ceil_div(params.size.num_tokens, params.k_mean_stride);
     plan.k_parts = static_cast<int>(ceil_div(plan.k_rows, kStatisticsRows));
@@ -47,11 +44,12 @@ void check(const QuantizeParams& params) {
                 static_cast<int>(params.dtype), ", expected 0 (bfloat16) or 1 (float16)");
   FPSATTN_CHECK(params.granularity == Granularity::kTile || params.granularity == Granularity::kBlock ||
                     params.granularity == Granularity::kToken,
-                kOp, ": granularity is ", static_cast<int>(params.granularity), ", expected 0 (tile), 1 (block) or 2 (token)");
+                kOp, ": granularity is ", static_cast<int>(params.granularity),
+                ", expected 0 (tile), 1 (block) or 2 (token)");
   FPSATTN_CHECK(params.k_mean_stride >= 1, kOp, ": k_mean_stride is ", params.k_mean_stride, ", expected at least 1");
-  check_tensor(kOp, "q", params.q, false);
-  check_tensor(kOp, "k", params.k, false);
-  check_tensor(kOp, "v", params.v, false);
+  check_tensor(kOp, "q", params.q, true);
+  check_tensor(kOp, "k", params.k, true);
+  check_tensor(kOp, "v", params.v, true);
   check_pointer(kOp, "token_of_slot", params.token_of_slot);
   check_pointer(kOp, "tile_block_offsets", params.tile_block_offsets, 4);
   check_pointer(kOp, "q8", params.q8);
@@ -82,7 +80,8 @@ void launch_quantize(const QuantizeParams& params, const Plan& plan, cudaStream_
   const ProblemSize& size = params.size;
   const int64_t groups = params.granularity == Granularity::kTile ? size.num_tiles : size.num_blocks;
   const int64_t ctas = groups * size.heads * plan.cluster_size;
-  FPSATTN_CHECK(ctas <= INT32_MAX, kOp, ": ", groups, " tiles or blocks x ", size.heads, " heads are too many for one launch");
+  FPSATTN_CHECK(ctas <= INT32_MAX, kOp, ": ", groups, " tiles or blocks x ", size.heads,
+                " heads are too many for one launch");
   cudaLaunchConfig_t launch_config = {};
   launch_config.gridDim = dim3(static_cast<unsigned>(ctas), kRoles, size.batch);
   launch_config.blockDim = dim3(Config::kThreads);

@@ -18,8 +18,8 @@ struct Patch {
     return Element::to_float(word == 0 ? r.x : word == 1 ? r.y : word == 2 ? r.z : r.w, channel % 2);
   }
 
-  // Between two uses: the compiler would keep the 128 FP32 values of the first one alive for the second, and spill. Converting
-  // again costs one instruction each.
+  // Between two uses: the compiler would keep the 128 FP32 values of the first one alive for the second, and spill.
+  // Converting again costs one instruction each.
   __device__ __forceinline__ void forget_conversions() {
 #pragma unroll
     for (int i = 0; i < kPatchSlots; ++i) {
@@ -30,27 +30,17 @@ struct Patch {
 
 // 8 channels of all the tokens of one (batch, head).
 struct TokenRows {
-  const uint16_t* base;  // token 0
+  const uint16_t* base;  // token 0, 16-byte aligned, as every token (the launcher checks it)
   int64_t stride_token;
-  bool aligned;  // 16-byte loads are legal (has_aligned_rows); else 2-byte loads, slow but right
 
   __device__ __forceinline__ uint4 load(int token) const {
-    const uint16_t* source = base + token * stride_token;
-    if (aligned) {
-      return __ldg(reinterpret_cast<const uint4*>(source));
-    }
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[i] = __ldg(source + 2 * i) | (static_cast<uint32_t>(__ldg(source + 2 * i + 1)) << 16);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return __ldg(reinterpret_cast<const uint4*>(base + token * stride_token));
   }
 };
 
-__device__ __forceinline__ TokenRows token_rows(const TokenTensor& tensor, bool aligned, int batch, int head, int chunk) {
+__device__ __forceinline__ TokenRows token_rows(const TokenTensor& tensor, int batch, int head, int chunk) {
   const uint16_t* data = static_cast<const uint16_t*>(tensor.data);
-  return {data + batch * tensor.stride_batch + head * tensor.stride_head + chunk * kPatchChannels, tensor.stride_token, aligned};
+  return {data + batch * tensor.stride_batch + head * tensor.stride_head + chunk * kPatchChannels, tensor.stride_token};
 }
 
 // The tokens of 16 consecutive slots, -1 in padding.
@@ -63,29 +53,21 @@ __device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const in
     tokens[i + 2] = four.z;
     tokens[i + 3] = four.w;
   }
+  int largest = tokens[0];
 #pragma unroll
-  for (int i = 0; i < kPatchSlots; ++i) {
-    trap_if(tokens[i] >= num_tokens);
+  for (int i = 1; i < kPatchSlots; ++i) {
+    largest = max(largest, tokens[i]);
   }
+  trap_if(largest >= num_tokens);
 }
 
-// A padding slot repeats slot 0 of its block, which is valid: it changes no maximum and ends up with that slot's bytes.
-__device__ __forceinline__ void load_repeating(Patch& patch, const TokenRows& rows, const int (&tokens)[kPatchSlots],
-                                               int first_token_of_block) {
+// A padding slot repeats slot 0 of its block, which is valid. In Q and K it changes no maximum and ends up with that
+// slot's bytes, as specified; V masks it out.
+__device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, const int (&tokens)[kPatchSlots],
+                                           int first_token_of_block) {
 #pragma unroll
   for (int i = 0; i < kPatchSlots; ++i) {
     patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
-  }
-}
-
-// A padding slot is zero.
-__device__ __forceinline__ void load_zero_filled(Patch& patch, const TokenRows& rows, const int (&tokens)[kPatchSlots]) {
-#pragma unroll
-  for (int i = 0; i < kPatchSlots; ++i) {
-    patch.row[i] = make_uint4(0, 0, 0, 0);
-    if (tokens[i] >= 0) {
-      patch.row[i] = rows.load(tokens[i]);
-    }
   }
 }
 

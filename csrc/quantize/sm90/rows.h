@@ -1,8 +1,9 @@
 // Roles Q and K: a slot of the block becomes a row of D e4m3 bytes.
 //
-// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t / (D/8), c = t % (D/8): the lanes that share a row are
-// neighbours, a row is read by one instruction of D/8 lanes. 8 channels make 8 bytes, so two neighbouring lanes swap halves of
-// two rows and each stores 16 bytes: the even lane of row i, the odd lane of row i + 1.
+// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t / (D/8), c = t % (D/8): the lanes that
+// share a row are neighbours, a row is read by one instruction of D/8 lanes. 8 channels make 8 bytes, so two
+// neighbouring lanes swap halves of two rows and each stores 16 bytes: the even lane of row i, the odd lane of row i
+// + 1.
 #pragma once
 
 #include "common/fp8.h"
@@ -15,13 +16,14 @@ namespace fpsattn::sm90::quantization {
 template <class Config, bool kIsQuery>
 class RowQuantizer {
  public:
-  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const Plan& plan, const WorkItem& work)
+  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const WorkItem& work)
       : params_(params),
         batch_head_(work.batch_head(params)),
         lane_(threadIdx.x % Config::kChunks),
         first_row_(threadIdx.x / Config::kChunks * kPatchSlots),
-        rows_(token_rows(kIsQuery ? params.q : params.k, kIsQuery ? plan.q_aligned : plan.k_aligned, work.batch, work.head, lane_)) {
-    const float4* mean = reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
+        rows_(token_rows(kIsQuery ? params.q : params.k, work.batch, work.head, lane_)) {
+    const float4* mean =
+        reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
     const float4 low = mean[0], high = mean[1];
     mean_[0] = low.x, mean_[1] = low.y, mean_[2] = low.z, mean_[3] = low.w;
     mean_[4] = high.x, mean_[5] = high.y, mean_[6] = high.z, mean_[7] = high.w;
@@ -31,7 +33,7 @@ class RowQuantizer {
     const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
     int tokens[kPatchSlots];
     load_tokens(tokens, slots + first_row_, params_.size.num_tokens);
-    load_repeating(patch_, rows_, tokens, __ldg(slots));
+    load_patch(patch_, rows_, tokens, __ldg(slots));
   }
 
   // Largest |x| of the patch and of `so_far`.
@@ -51,7 +53,6 @@ class RowQuantizer {
     if (threadIdx.x == 0) {
       scales()[batch_head_ * params_.size.num_blocks + block] = scale;
     }
-    store_dot(block);
   }
 
   // One scale per slot.
@@ -61,7 +62,7 @@ class RowQuantizer {
     for (int i = 0; i < kPatchSlots; ++i) {
       row_scale[i] = row_absmax(i, 0.0f);
     }
-    transpose_reduce<Config>(row_scale, lane_, [](float a, float b) { return absmax_nan(a, b); });
+    transpose_reduce<Config::kChunks>(row_scale, lane_, [](float a, float b) { return absmax_nan(a, b); });
     float* out = scales() + (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
 #pragma unroll
     for (int j = 0; j < Config::kRowsPerLane; ++j) {
@@ -70,18 +71,13 @@ class RowQuantizer {
     }
     patch_.forget_conversions();
     store_rows(block, [&](int i) {
-      const float scale = __shfl_sync(0xffffffffu, row_scale[i % Config::kRowsPerLane], i / Config::kRowsPerLane, Config::kChunks);
+      const float scale =
+          __shfl_sync(0xffffffffu, row_scale[i % Config::kRowsPerLane], i / Config::kRowsPerLane, Config::kChunks);
       return Divisor::of(scale);
     });
-    store_dot(block);
   }
 
  private:
-  __device__ __forceinline__ float x(int row, int channel) const {
-    const float value = patch_.template value<typename Config::Element>(row, channel);
-    return kIsQuery ? value : __fsub_rn(value, mean_[channel]);
-  }
-
   __device__ __forceinline__ float row_absmax(int row, float so_far) const {
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
@@ -90,9 +86,23 @@ class RowQuantizer {
     return so_far;
   }
 
-  __device__ __forceinline__ uint2 quantized_row(int row, const Divisor& by) const {
-    return make_uint2(to_e4m3x4(by.divide(x(row, 0)), by.divide(x(row, 1)), by.divide(x(row, 2)), by.divide(x(row, 3))),
-                      to_e4m3x4(by.divide(x(row, 4)), by.divide(x(row, 5)), by.divide(x(row, 6)), by.divide(x(row, 7))));
+  __device__ __forceinline__ float x(int row, int channel) const {
+    const float value = patch_.template value<typename Config::Element>(row, channel);
+    return kIsQuery ? value : __fsub_rn(value, mean_[channel]);
+  }
+
+  // The 8 bytes of a row, and its part of q . k_mean while the values are there.
+  __device__ __forceinline__ uint2 quantized_row(int row, const Divisor& by, float& dot) const {
+    float quotient[kPatchChannels];
+    dot = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kPatchChannels; ++c) {
+      const float value = x(row, c);
+      quotient[c] = by.divide(value);
+      dot = kIsQuery ? __fmaf_rn(value, mean_[c], dot) : 0.0f;
+    }
+    return make_uint2(to_e4m3x4(quotient[0], quotient[1], quotient[2], quotient[3]),
+                      to_e4m3x4(quotient[4], quotient[5], quotient[6], quotient[7]));
   }
 
   template <class DivisorOfRow>
@@ -100,40 +110,33 @@ class RowQuantizer {
     const bool odd = lane_ & 1;
     const int64_t first_slot = (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
     uint8_t* out = (kIsQuery ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kHeadDim + lane_ / 2 * 16;
+    float dot[kPatchSlots];
 #pragma unroll
     for (int i = 0; i < kPatchSlots; i += 2) {
-      const uint2 upper = quantized_row(i, divisor_of_row(i));
-      const uint2 lower = quantized_row(i + 1, divisor_of_row(i + 1));
+      const uint2 upper = quantized_row(i, divisor_of_row(i), dot[i]);
+      const uint2 lower = quantized_row(i + 1, divisor_of_row(i + 1), dot[i + 1]);
       const uint2 kept = odd ? lower : upper;
       const uint2 sent = odd ? upper : lower;
-      const uint2 received = make_uint2(__shfl_xor_sync(0xffffffffu, sent.x, 1), __shfl_xor_sync(0xffffffffu, sent.y, 1));
-      const uint4 stored = odd ? make_uint4(received.x, received.y, kept.x, kept.y)
-                               : make_uint4(kept.x, kept.y, received.x, received.y);
+      const uint2 received =
+          make_uint2(__shfl_xor_sync(0xffffffffu, sent.x, 1), __shfl_xor_sync(0xffffffffu, sent.y, 1));
+      const uint4 stored =
+          odd ? make_uint4(received.x, received.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, received.x, received.y);
       *reinterpret_cast<uint4*>(out + i * Config::kHeadDim) = stored;
+    }
+    if constexpr (kIsQuery) {
+      store_dots(block, dot);
     }
   }
 
   // q . k_mean of every valid slot's token: what smoothing took from the scores, for the LSE.
-  __device__ __forceinline__ void store_dot(int block) {
-    if constexpr (kIsQuery) {
-      patch_.forget_conversions();
-      float dot[kPatchSlots];
+  __device__ __forceinline__ void store_dots(int block, float (&dot)[kPatchSlots]) const {
+    transpose_reduce<Config::kChunks>(dot, lane_, [](float a, float b) { return a + b; });
+    const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_;
 #pragma unroll
-      for (int i = 0; i < kPatchSlots; ++i) {
-        dot[i] = 0.0f;
-#pragma unroll
-        for (int c = 0; c < kPatchChannels; ++c) {
-          dot[i] = __fmaf_rn(x(i, c), mean_[c], dot[i]);
-        }
-      }
-      transpose_reduce<Config>(dot, lane_, [](float a, float b) { return a + b; });
-      const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_;
-#pragma unroll
-      for (int j = 0; j < Config::kRowsPerLane; ++j) {
-        const int token = __ldg(slots + lane_ * Config::kRowsPerLane + j);
-        if (token >= 0) {
-          params_.q_k_mean[batch_head_ * params_.size.num_tokens + token] = dot[j];
-        }
+    for (int j = 0; j < Config::kRowsPerLane; ++j) {
+      const int token = __ldg(slots + lane_ * Config::kRowsPerLane + j);
+      if (token >= 0) {
+        params_.q_k_mean[batch_head_ * params_.size.num_tokens + token] = dot[j];
       }
     }
   }

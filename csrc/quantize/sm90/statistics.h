@@ -1,13 +1,15 @@
 // Statistics of K and V, before anything can be quantized: mean of K and absmax of V per channel.
 //
 // statistics_kernel  reads every stride-th token of K and every token of V once, in token order.
-//                    CTA = (head, 512 rows of K or of V, batch); 256 threads = 256 * 8 / D rows at a time x D/8 chunks of 8 channels
-//                    writes partial sums [B, H, k_parts, D] and partial maxima [B, H, v_parts, D] to the workspace
+//                    CTA = (head, 512 rows of K or of V, batch); 256 threads = 256 * 8 / D rows at a time x D/8 chunks
+//                    of 8 channels writes partial sums [B, H, k_parts, D] and partial maxima [B, H, v_parts, D] to the
+//                    workspace
 // finish_kernel      CTA = (head, batch); D x 8 threads add the partials up in a fixed order
 //                    writes k_mean = sum / count (or the given one, or zeros) and v_scale = rule(absmax)
 //
 // No atomics: the same bits on every call. Sums are FP32; each thread adds at most 64 rows before a partial is formed.
-// Budget: 8 x 16 bytes in flight per thread, 64 registers, 4 CTAs per SM: 128 KiB in flight per SM. Bytes: one read of what is used.
+// Budget: 8 x 16 bytes in flight per thread, 64 registers, 4 CTAs per SM: 128 KiB in flight per SM. Bytes: one read of
+// what is used.
 #pragma once
 
 #include "common/fp8.h"
@@ -24,8 +26,8 @@ struct AbsMaxOp {
 
 // Reduces rows first..last-1 (tokens row * step) of 8 channels and then over the CTA; writes D floats.
 template <class Config, class Op>
-__device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first, int64_t last, int step, float* partial,
-                                            float* scratch, Op op) {
+__device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first, int64_t last, int step,
+                                            float* partial, float* scratch, Op op) {
   constexpr int kRowsAtATime = kStatisticsThreads / Config::kChunks;
   constexpr int kUnroll = 8;
   const int chunk = threadIdx.x % Config::kChunks;
@@ -36,7 +38,8 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int64_t r = row + i * kRowsAtATime;
-      loaded[i] = r < last ? rows.load(static_cast<int>(r * step)) : make_uint4(0, 0, 0, 0);  // zero changes neither result
+      loaded[i] =
+          r < last ? rows.load(static_cast<int>(r * step)) : make_uint4(0, 0, 0, 0);  // zero changes neither result
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -72,11 +75,11 @@ __global__ void __launch_bounds__(kStatisticsThreads, 4)
   const int part = is_k ? blockIdx.y : blockIdx.y - plan.k_parts;
   const int64_t first = static_cast<int64_t>(part) * kStatisticsRows;
   if (is_k) {
-    const TokenRows rows = token_rows(params.k, plan.k_aligned, batch, head, chunk);
+    const TokenRows rows = token_rows(params.k, batch, head, chunk);
     reduce_rows<Config>(rows, first, min(first + kStatisticsRows, plan.k_rows), params.k_mean_stride,
                         plan.k_partial + (batch_head * plan.k_parts + part) * Config::kHeadDim, scratch, SumOp{});
   } else {
-    const TokenRows rows = token_rows(params.v, plan.v_aligned, batch, head, chunk);
+    const TokenRows rows = token_rows(params.v, batch, head, chunk);
     reduce_rows<Config>(rows, first, min(first + kStatisticsRows, static_cast<int64_t>(params.size.num_tokens)), 1,
                         plan.v_partial + (batch_head * plan.v_parts + part) * Config::kHeadDim, scratch, AbsMaxOp{});
   }
@@ -101,7 +104,7 @@ __device__ __forceinline__ float reduce_partials(const float* partial, int parts
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kHeadDim * kFinishGroups)
+__global__ void __launch_bounds__(Config::kHeadDim* kFinishGroups)
     finish_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ Plan plan) {
   __shared__ float scratch[Config::kHeadDim * kFinishGroups];
   const int64_t batch_head = static_cast<int64_t>(blockIdx.y) * params.size.heads + blockIdx.x;

@@ -7,9 +7,9 @@
 
 namespace fpsattn::sm90::quantization {
 
-// blockIdx = (group * heads + head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D) memory,
-// neighbouring CTAs then read neighbouring 2 D bytes of the same tokens.
-// A group is a tile, or a block where blocks do not share a scale; CTA `rank` of a cluster has blocks rank, rank + cluster_size ...
+// blockIdx = (group * heads + head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D)
+// memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. A group is a tile, or a block where
+// blocks do not share a scale; CTA `rank` of a cluster has blocks rank, rank + cluster_size ...
 struct WorkItem {
   int batch;
   int head;

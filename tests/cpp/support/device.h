@@ -16,19 +16,20 @@ inline std::string no_device_reason() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
-    return std::string("no CUDA device (") + cudaGetErrorString(status) + "): needs an sm_90 GPU, or FPSATTN_EMULATOR at configure time";
+    return std::string("no CUDA device (") + cudaGetErrorString(status) +
+           "): needs an sm_90 GPU, or FPSATTN_EMULATOR at configure time";
   }
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
   return major == 9 ? "" : "device 0 has compute capability " + std::to_string(major) + ".x: these kernels need 9.0";
 }
 
-#define FPSATTN_SKIP_WITHOUT_DEVICE()                                  \
-  do {                                                                 \
-    const std::string reason_ = ::fpsattn::test::no_device_reason();   \
-    if (!reason_.empty()) {                                            \
-      GTEST_SKIP() << reason_;                                         \
-    }                                                                  \
+#define FPSATTN_SKIP_WITHOUT_DEVICE()                                \
+  do {                                                               \
+    const std::string reason_ = ::fpsattn::test::no_device_reason(); \
+    if (!reason_.empty()) {                                          \
+      GTEST_SKIP() << reason_;                                       \
+    }                                                                \
   } while (0)
 
 // `count` elements on the device between two guard zones that check_guards() looks at.

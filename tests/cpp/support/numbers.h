@@ -1,4 +1,5 @@
-// Number formats on the host, written from their definitions (independent of the device code), and a small random generator.
+// Number formats on the host, written from their definitions (independent of the device code), and a small random
+// generator.
 #pragma once
 
 #include <cmath>
@@ -104,7 +105,7 @@ class Random {
   }
   int below(int n) { return static_cast<int>(next() % n); }
   float uniform() { return static_cast<float>(next() >> 40) * 0x1p-24f; }  // [0, 1)
-  float normal() {                                                        // sum of 12 uniforms: close enough
+  float normal() {                                                         // sum of 12 uniforms: close enough
     float sum = -6.0f;
     for (int i = 0; i < 12; ++i) {
       sum += uniform();

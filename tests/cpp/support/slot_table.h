@@ -1,4 +1,5 @@
-// A slot table built straight from the definition (clipped tiles in raster order, then text), independent of the planner.
+// A slot table built straight from the definition (clipped tiles in raster order, then text), independent of the
+// planner.
 #pragma once
 
 #include <algorithm>

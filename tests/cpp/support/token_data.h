@@ -12,10 +12,9 @@
 namespace fpsattn::test {
 
 enum class Memory {
-  kHnd,        // (B, H, S, D)
-  kNhd,        // (B, S, H, D)
-  kFusedQkv,   // (B, S, 3, H, D): q, k and v are views of one projection
-  kUnaligned,  // (B, S, H, D) at an odd address with odd row strides
+  kHnd,       // (B, H, S, D)
+  kNhd,       // (B, S, H, D)
+  kFusedQkv,  // (B, S, 3, H, D): q, k and v are views of one projection
 };
 
 // Values are rounded to `dtype`; value(b, h, s, d) reads them back as FP32.
@@ -24,7 +23,10 @@ class TokenData {
   using Generator = std::function<float(int b, int h, int s, int d)>;
 
   TokenData(const ProblemSize& size, DType dtype, Memory memory, const Generator& generate)
-      : size_(size), dtype_(dtype), strides_(strides(size, memory)), bits_(static_cast<size_t>(size.batch) * strides_.stride_batch + 64, 0x7fff) {
+      : size_(size),
+        dtype_(dtype),
+        strides_(strides(size, memory)),
+        bits_(static_cast<size_t>(size.batch) * strides_.stride_batch + 64, 0x7fff) {
     for (int b = 0; b < size.batch; ++b) {
       for (int h = 0; h < size.heads; ++h) {
         for (int s = 0; s < size.num_tokens; ++s) {
@@ -56,9 +58,6 @@ class TokenData {
       case Memory::kFusedQkv:
         first_ = heads * dim;  // the middle one; the others hold NaN
         return {nullptr, tokens * 3 * heads * dim, dim, 3 * heads * dim};
-      case Memory::kUnaligned:
-        first_ = 1;
-        return {nullptr, tokens * (heads * dim + 3), dim, heads * dim + 3};
     }
     return {};
   }
