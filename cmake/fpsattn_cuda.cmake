@@ -50,7 +50,7 @@ set(FPSATTN_NVCC_FLAGS ${FPSATTN_GENCODE} -lineinfo --expt-relaxed-constexpr -Xp
 function(fpsattn_add_kernel name)
   add_library(${name} OBJECT ${ARGN})
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/include" "${PROJECT_SOURCE_DIR}/csrc")
-  target_include_directories(${name} SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}")
+  target_include_directories(${name} SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}" ${CUDAToolkit_INCLUDE_DIRS})
   target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${FPSATTN_NVCC_FLAGS}>)
   set_property(GLOBAL APPEND PROPERTY FPSATTN_KERNEL_OBJECTS ${name})
 endfunction()

@@ -48,7 +48,11 @@ def main():
     torch.manual_seed(0)
     data = Latents(args.latents)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    model = WanTransformer3DModel.from_pretrained(args.model, subfolder="transformer") if args.model else tiny_model(*data[0])
+    model = (
+        WanTransformer3DModel.from_pretrained(args.model, subfolder="transformer")
+        if args.model
+        else tiny_model(*data[0])
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loader = torch.utils.data.DataLoader(data, batch_size=args.batch_size, shuffle=True, drop_last=True)
 

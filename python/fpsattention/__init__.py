@@ -1,0 +1,64 @@
+"""FP8 + 3D-tile-sparse attention for video diffusion transformers on NVIDIA Hopper GPUs, trainable straight through.
+
+``import fpsattention as fps``: :func:`attention`, :func:`plan`, :func:`sliding_tile_mask`, :func:`dense_mask`,
+:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule`, :func:`apply`. Importing needs no GPU and no compiled part;
+what is missing raises :class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from .attention import attention
+from .errors import BuildError, ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .integrations.diffusers import apply
+    from .masks import BlockMask, dense_mask, sliding_tile_mask
+    from .schedule import Schedule
+    from .tiles import TileLayout, clear_plan_cache, plan
+
+try:
+    __version__ = importlib.metadata.version("fpsattention")
+except importlib.metadata.PackageNotFoundError:  # used from a source folder
+    __version__ = "0+source"
+
+_LAZY = {
+    "apply": "integrations.diffusers",
+    "BlockMask": "masks",
+    "dense_mask": "masks",
+    "sliding_tile_mask": "masks",
+    "Schedule": "schedule",
+    "TileLayout": "tiles",
+    "clear_plan_cache": "tiles",
+    "plan": "tiles",
+}
+
+__all__ = [
+    "BlockMask",
+    "BuildError",
+    "ConfigError",
+    "Schedule",
+    "TileLayout",
+    "UnsupportedError",
+    "apply",
+    "attention",
+    "clear_plan_cache",
+    "dense_mask",
+    "plan",
+    "sliding_tile_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
