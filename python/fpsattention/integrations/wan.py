@@ -56,7 +56,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call, part: Part) ->
     query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     layout, lists = call.layout, part.lists
     assert lists is not None
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     namespace = torch.ops.fpsattn_sm90 if _resolve_backend("auto", query) == "sm90" else torch.ops.fpsattn
     out = namespace.attention(
         query,
@@ -72,8 +71,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call, part: Part) ->
         granularity=GRANULARITY_CODES[part.granularity],
         softmax_scale=query.shape[-1] ** -0.5,
         smooth_k=True,
-        # As in fpsattention.attention: exact BF16 dequantization where a backward may follow, a subsampled K mean.
-        pow2_scales=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        # As in fpsattention.attention: exact BF16 dequantization where a backward may follow, a subsampled K mean. Grad mode as it
+        # was when the transformer's forward began: reentrant checkpointing turns it off inside, and on in the recomputation.
+        pow2_scales=lists.q_indices is not None,
         k_mean_stride=max(1, min(8, query.shape[2] // 1024)),
     )[0]
     return out.transpose(1, 2)
