@@ -31,7 +31,7 @@ class Installation:
 
     def __init__(
         self,
-        transformer: WanTransformer3DModel,
+        transformer: Any,  # WanTransformer3DModel, whose attributes diffusers does not type
         schedule: Schedule,
         name: str,
         scheduler: Callable[[], Any],
@@ -204,7 +204,7 @@ def unsupported(transformer: Any) -> str | None:
     return None
 
 
-def check_not_compiled(transformer: WanTransformer3DModel) -> None:
+def check_not_compiled(transformer: Any) -> None:
     """Recording reads tensors in Python, which compiled blocks do not run."""
     if any(m._compiled_call_impl is not None for m in (transformer, *transformer.blocks)):
         raise UnsupportedError(

@@ -16,8 +16,8 @@ from .levels import Call, Part
 
 GRANULARITY_CODES = {"tile": 0, "block": 1, "token": 2}
 
-#: Called with (layer name, q, k, v, output); q, k, v ``(B, S, H, D)`` after RoPE, output ``(B, S, H * D)`` or None.
-Observer = Callable[[str, Tensor, Tensor, Tensor, "Tensor | None"], None]
+#: Called with (layer name, q, k, v, output); q, k, v ``(B, S, H, D)`` after RoPE, output ``(B, S, H * D)``.
+Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
