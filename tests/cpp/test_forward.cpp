@@ -1,0 +1,76 @@
+// The forward kernel against the host reference: shapes, lists, scales, extreme values.
+#include "forward_case.h"
+#include "support/device.h"
+
+namespace fpsattn::test {
+namespace {
+
+class Forward : public testing::TestWithParam<ForwardCase> {};
+
+TEST_P(Forward, MatchesReference) {
+  FPSATTN_SKIP_WITHOUT_DEVICE();
+  const ForwardCase& test = GetParam();
+  const ForwardInputs inputs = make_inputs(test);
+  expect_matches_reference(inputs, run_forward(inputs, test.out_dtype, test.memory), test.out_dtype);
+}
+
+std::vector<ForwardCase> cases() {
+  std::vector<ForwardCase> list;
+  const auto add = [&](const std::string& name, const std::function<void(ForwardCase&)>& change) {
+    for (const int dim : {128, 64}) {
+      ForwardCase test;
+      test.name = name + "_d" + std::to_string(dim);
+      test.head_dim = dim;
+      change(test);
+      list.push_back(test);
+    }
+  };
+  add("one_token", [](ForwardCase& t) { t.grid = {1, 1, 1}, t.tile = {1, 1, 1}; });
+  add("one_block", [](ForwardCase& t) { t.grid = {2, 8, 8}, t.tile = {2, 8, 8}; });
+  add("dense", [](ForwardCase& t) { t.heads = 2; });
+  add("clipped_odd_grid", [](ForwardCase& t) { t.grid = {3, 7, 11}, t.tile = {3, 4, 5}, t.memory = OutMemory::kHnd; });
+  add("tiles_of_3_blocks_and_text", [](ForwardCase& t) { t.grid = {5, 7, 13}, t.tile = {5, 7, 9}, t.text = 77, t.out_dtype = DType::kFloat16; });
+  add("tiles_of_5_blocks", [](ForwardCase& t) { t.grid = {4, 10, 16}, t.tile = {4, 10, 15}, t.memory = OutMemory::kPadded; });
+  add("list_lengths_per_batch_and_head", [](ForwardCase& t) {
+    t.grid = {3, 10, 11}, t.tile = {3, 5, 4}, t.batch = 2, t.heads = 2, t.mask_batch = t.mask_heads = true;
+    t.length = [](int b, int h, int tile) { return (tile * 3 + h + 2 * b) % 6; };  // 0 and 1 included
+  });
+  add("lists_per_batch", [](ForwardCase& t) {
+    t.batch = 2, t.heads = 2, t.mask_batch = true;
+    t.length = [](int b, int, int tile) { return 1 + (tile + b) % 2; };
+  });
+  add("lists_per_head", [](ForwardCase& t) {
+    t.batch = 2, t.heads = 2, t.mask_heads = true;
+    t.length = [](int, int h, int) { return 2 - h; };
+  });
+  add("block_scales", [](ForwardCase& t) { t.granularity = Granularity::kBlock, t.heads = 2, t.grid = {3, 9, 10}; });
+  add("token_scales", [](ForwardCase& t) { t.granularity = Granularity::kToken, t.heads = 2, t.grid = {3, 9, 10}, t.tile = {3, 9, 5}; });
+  add("pow2_scales_without_smoothing", [](ForwardCase& t) { t.pow2 = true, t.smooth_k = false, t.with_q_k_mean = false; });
+  add("promotion_1200_keys", [](ForwardCase& t) {
+    t.grid = {4, 15, 20}, t.tile = {4, 5, 5};
+    t.length = [](int, int, int tile) { return tile % 4 == 0 ? 1 << 30 : 1; };
+  });
+  add("huge_scores", [](ForwardCase& t) { t.softmax_scale = 40.0f; });  // logits to +-1e4
+  add("constant_rows", [](ForwardCase& t) {
+    t.generate = [](Random& r, char what, int, int d) { return what == 'v' ? r.normal() : what == 'q' ? 0.5f : d % 3 - 1.0f; };
+  });
+  add("equal_keys", [](ForwardCase& t) {
+    t.smooth_k = false;
+    t.generate = [](Random& r, char what, int, int d) { return what == 'k' ? 0.25f * (d % 7) - 0.5f : r.normal(); };
+  });
+  add("dominant_key", [](ForwardCase& t) {
+    t.generate = [](Random& r, char what, int token, int d) {
+      return what == 'q' ? 1.0f + 0.1f * r.normal() : what == 'k' && token == 137 ? 6.0f : r.normal() * (what == 'k' && d > 99 ? 0 : 1);
+    };
+  });
+  add("rising_maxima", [](ForwardCase& t) {  // the maximum moves in every block
+    t.smooth_k = false;
+    t.generate = [](Random& r, char what, int token, int) { return what == 'v' ? r.normal() : what == 'q' ? 1.0f : 0.01f * token + 0.1f * r.normal(); };
+  });
+  return list;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Forward, testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace fpsattn::test
