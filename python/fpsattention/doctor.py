@@ -98,8 +98,8 @@ def probe_build_info() -> dict[str, Any]:
 
 
 def probe_library_dir() -> Path:
-    """Folder of libfpsattn.so and fpsattn_torch.so."""
-    return Path(str(importlib.import_module("fpsattention.ops").library_dir()))
+    """Folder of the compiled libraries, without importing what a broken one would break."""
+    return Path(__file__).resolve().parent / "lib"
 
 
 def probe_load(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Where the error of FPSAttention comes from, on recorded q, k, v: quantization and sparsity apart.
 
-`Handle.record()` writes one file per capture, `layer{NN}_sigma{S}.safetensors`: tensors q, k, v [B, S, H, D] and metadata
-strings `grid` ("T,H,W"), `sigma`, `layer`, `text_len`, `level`. Each capture is compared three ways, always against dense
-full-precision attention of the same q, k, v:
+`Handle.record()` writes one safetensors file per capture: tensors q, k, v [B, S, H, D], `sigma` [B], `grid` [3], and metadata
+strings `layer`, `model`, `tile`. Files of other tools may give `grid` ("T,H,W"), `sigma`, `text_len` and `text_position` as
+metadata strings. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
 
     quantization   FP8 with every block attended      (nothing skipped, everything rounded)
     sparsity       full precision under the mask      (nothing rounded, blocks skipped)
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 PARTS = ("quantization", "sparsity", "total", "quantization_same_mask")
 GRANULARITY_CODES = {"tile": 0, "block": 1, "token": 2}
-_METADATA = ("grid", "sigma", "layer")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Capture:
     grid: tuple[int, int, int]
     text_len: int = 0
     text_position: str = "suffix"
-    level: str = ""
+    model: str = ""
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, each [B, S, H, D]."""
@@ -76,23 +75,25 @@ def find_captures(folder: str | Path) -> list[Capture]:
             f"fpsattention.analyze: no *.safetensors in {folder}, wanted what Handle.record() wrote: run the pipeline after "
             "handle.record(folder)"
         )
-    return sorted(map(_read_header, paths), key=lambda capture: (capture.layer, -capture.sigma, str(capture.path)))
+    return sorted(map(_read_header, paths), key=lambda capture: (capture.model, capture.layer, -capture.sigma, str(capture.path)))
 
 
 def _read_header(path: Path) -> Capture:
     safetensors = require("safetensors", "analyze")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = dict(file.metadata() or {})
+            if "sigma" in file.keys():  # noqa: SIM118  (not a dict)
+                metadata["sigma"] = repr(float(file.get_tensor("sigma").max()))
+            if "grid" in file.keys():  # noqa: SIM118
+                metadata["grid"] = ",".join(str(size) for size in file.get_tensor("grid").tolist())
     except Exception as error:  # safetensors has its own error types, by version
         raise ConfigError(f"fpsattention.analyze: {path} cannot be read as safetensors: {error}") from error
-    missing = [key for key in _METADATA if key not in metadata]
-    if missing:
-        raise ConfigError(
-            f"fpsattention.analyze: {path} has no {missing[0]!r} in its metadata, wanted a file that Handle.record() wrote"
-        )
     try:
-        sizes = tuple(int(part) for part in metadata["grid"].split(","))
+        missing = [key for key in ("layer", "sigma", "grid") if key not in metadata]
+        if missing:
+            raise ValueError(f"no {missing[0]!r}, wanted a file that Handle.record() wrote")
+        sizes = tuple(int(part) for part in str(metadata["grid"]).split(","))
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"grid {metadata['grid']!r}, wanted 'T,H,W'")
         return Capture(
@@ -102,10 +103,10 @@ def _read_header(path: Path) -> Capture:
             grid=sizes,
             text_len=int(metadata.get("text_len", "0")),
             text_position=metadata.get("text_position", "suffix"),
-            level=metadata.get("level", ""),
+            model=metadata.get("model", ""),
         )
     except ValueError as error:
-        raise ConfigError(f"fpsattention.analyze: {path} has unreadable metadata: {error}") from error
+        raise ConfigError(f"fpsattention.analyze: {path}: {error}") from error
 
 
 def choose_tiles(layout: Any, max_rows: int | None, seed: int = 0) -> list[int]:
@@ -291,6 +292,7 @@ def _analyze(
         level = schedule.levels[level_name] if level_name else schedule.at(capture.sigma, capture.layer)
         record: dict[str, Any] = {
             "file": capture.path.name,
+            "model": capture.model,
             "layer": capture.layer,
             "sigma": capture.sigma,
             "grid": list(capture.grid),
@@ -301,7 +303,8 @@ def _analyze(
         }
         if level.precision == "fp8":
             q, k, v = (x.to(device) for x in capture.load())
-            mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, capture.text_len, capture.text_position)
+            text = (capture.text_len, capture.text_position)
+            mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text)
             record["granularity"] = level.granularity
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
