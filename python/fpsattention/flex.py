@@ -115,7 +115,9 @@ def _check_mask_mod(layout: TileLayout, block_mask: FlexBlockMask, partial: Tens
     """Every pair of valid slots in a partial block must be attended."""
     valid = layout.token_of_slot.to(partial.device) >= 0
     inside = torch.arange(BLOCK, device=partial.device)
-    for chunk in partial.nonzero().split(_BLOCKS_PER_CHECK):
+    places = partial.nonzero()
+    for start in range(0, len(places), _BLOCKS_PER_CHECK):
+        chunk = places[start : start + _BLOCKS_PER_CHECK]
         b, h, q_block, kv_block = chunk.unbind(1)
         q, kv = torch.broadcast_tensors(
             (q_block[:, None] * BLOCK + inside)[:, :, None], (kv_block[:, None] * BLOCK + inside)[:, None, :]

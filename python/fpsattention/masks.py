@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _C, flex
+from . import flex
 from .errors import ConfigError
-from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, int3
+from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, core, int3
 
 _MASK_CACHE_SIZE = 64
 
@@ -71,7 +71,7 @@ class BlockMask:
         if 0 in shown:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected no empty size")
         matrix = matrix.reshape((1,) * (4 - matrix.ndim) + shown)
-        lists = _C.lists_from_matrix(layout.cpu().tile_block_offsets.numpy(), matrix.cpu().contiguous().numpy())
+        lists = core().lists_from_matrix(layout.cpu().tile_block_offsets.numpy(), matrix.cpu().contiguous().numpy())
         return _from_numpy(layout.cpu(), lists).to(layout.device)
 
     @classmethod
@@ -147,7 +147,7 @@ class BlockMask:
         if not self._transposed:
             if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
                 offsets = self.layout.cpu().tile_block_offsets.numpy()
-                lists = _C.transpose_lists(self.kv_num_blocks.numpy(), self.kv_indices.numpy(), offsets)
+                lists = core().transpose_lists(self.kv_num_blocks.numpy(), self.kv_indices.numpy(), offsets)
                 self._transposed.append((torch.from_numpy(lists[0]), torch.from_numpy(lists[1])))
             else:
                 self._transposed.append(_transpose_on_device(self))
@@ -173,7 +173,7 @@ class BlockMask:
 
     def validate(self) -> BlockMask:
         """Check every value (range, duplicates), copying to the CPU where needed; returns the mask itself."""
-        _C.validate_lists(self.kv_num_blocks.cpu().numpy(), self.kv_indices.cpu().numpy(), self.layout.num_blocks)
+        core().validate_lists(self.kv_num_blocks.cpu().numpy(), self.kv_indices.cpu().numpy(), self.layout.num_blocks)
         return self
 
     def to(self, device: torch.device | str) -> BlockMask:
@@ -258,7 +258,7 @@ def dense_mask(layout: TileLayout) -> BlockMask:
 @lru_cache(maxsize=_MASK_CACHE_SIZE)
 def _sliding_tile_mask(layout: TileLayout, window: Int3) -> BlockMask:
     offsets = layout.cpu().tile_block_offsets.numpy()
-    mask = _from_numpy(layout.cpu(), _C.sliding_tile_lists(layout.tile_grid, offsets, window))
+    mask = _from_numpy(layout.cpu(), core().sliding_tile_lists(layout.tile_grid, offsets, window))
     return mask.to(layout.device)
 
 

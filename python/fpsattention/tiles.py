@@ -17,14 +17,6 @@ from torch import Tensor
 
 from .errors import BuildError, ConfigError
 
-try:
-    from . import _C
-except ImportError as error:
-    raise BuildError(
-        f"fpsattention: the compiled module fpsattention._C is missing or does not load ({error}): install the package with "
-        "`pip install .` in the repository root"
-    ) from error
-
 BLOCK = 128  # slots of a block
 TEXT_POSITIONS = ("suffix", "prefix", "none")
 _PLAN_CACHE_SIZE = 64
@@ -191,9 +183,25 @@ _CLEAR_WITH_PLANS: list[Any] = []  # cache_clear functions of modules that cache
 
 @lru_cache(maxsize=_PLAN_CACHE_SIZE)
 def _plan(grid: Int3, tile: Int3 | None, text_len: int, text_position: str) -> TileLayout:
-    tables: dict[str, Any] = dict(_C.plan(grid, tile, text_len, text_position))
+    tables: dict[str, Any] = dict(core().plan(grid, tile, text_len, text_position))
     tables |= {f.name: torch.from_numpy(tables[f.name]) for f in fields(TileLayout) if f.type == "Tensor"}
     return TileLayout(**tables)
+
+
+def core() -> Any:
+    """The compiled module ``fpsattention._C``. It is loaded here, so that importing the package needs no compiled part.
+
+    Raises:
+        BuildError: if it is missing or does not load.
+    """
+    try:
+        from . import _C
+    except ImportError as error:
+        raise BuildError(
+            f"fpsattention: the compiled module fpsattention._C is missing or does not load ({error}): install the package with "
+            "`pip install .` in the repository root"
+        ) from error
+    return _C
 
 
 def int3(value: Sequence[int], what: str) -> Int3:
