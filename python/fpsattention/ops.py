@@ -300,8 +300,10 @@ def _register() -> None:
     kernels: dict[str, Any] = {
         "quantize": _cpu_quantize, "forward": _cpu_forward, "backward": _cpu_backward, "attention": _cpu_attention
     }  # fmt: skip
+    # Autocast reaches into the torch calls of a CPU kernel, whose FP32 matmuls must stay FP32.
+    no_autocast = torch.autocast("cpu", enabled=False)
     for name in OPS:
-        torch.library.impl(f"fpsattn::{name}", "CPU")(kernels[name])
+        torch.library.impl(f"fpsattn::{name}", "CPU")(no_autocast(kernels[name]))
         for namespace in NAMESPACES:
             torch.library.register_fake(f"{namespace}::{name}")(fakes[name])
     for namespace in NAMESPACES:

@@ -111,13 +111,13 @@ def quantize(
     v: Tensor,
     token_of_slot: Tensor,
     tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
     *,
     granularity: int,
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
-    k_mean: Tensor | None = None,
-    v_absmax: Tensor | None = None,
 ) -> Quantized:
     """Tile order, K smoothing, scales and e4m3 bytes (sections 1 and 2).
 
@@ -186,11 +186,11 @@ def forward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
     *,
     num_tokens: int,
     softmax_scale: float,
     out_dtype: torch.dtype,
-    q_k_mean: Tensor | None = None,
 ) -> Forward:
     """Block-sparse attention on quantized operands, a Python loop over (batch, head, query block, KV block).
 

@@ -1,0 +1,100 @@
+// Checks of the ops' tensors, metadata only: nothing waits for the device. python/fpsattention/op_checks.py has the same ones for
+// the CPU kernels, where values are checked too. All throw fpsattn::Error with the op, the argument, what came, what was wanted.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "fpsattn/params.h"
+#include "fpsattn/status.h"
+
+namespace fpsattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+
+inline std::string shape_text(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + ")";
+}
+
+// kAnySize matches every size.
+inline constexpr int64_t kAnySize = -1;
+
+inline void check_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+  bool same = x.dim() == static_cast<int64_t>(want.size());
+  std::string text;
+  int64_t i = 0;
+  for (const int64_t size : want) {
+    same = same && (size == kAnySize || x.size(i) == size);
+    text += (i++ ? ", " : "") + (size == kAnySize ? std::string("any") : std::to_string(size));
+  }
+  FPSATTN_CHECK(same, op, ": ", name, " has shape ", shape_text(x), ", expected (", text, ")");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType want) {
+  FPSATTN_CHECK(x.scalar_type() == want, op, ": ", name, " has dtype ", dtype_name(x.scalar_type()), ", expected ",
+                dtype_name(want));
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& x) {
+  FPSATTN_CHECK(x.is_contiguous(), op, ": ", name, " is not contiguous: pass ", name, ".contiguous()");
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& x, const Tensor& like) {
+  FPSATTN_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
+                " is on another device than the first argument: move all tensors to one device");
+}
+
+// A contiguous tensor of a given dtype and shape on the device of `like`.
+inline void check_buffer(const char* op, const char* name, const Tensor& x, const Tensor& like, ScalarType type,
+                         std::initializer_list<int64_t> shape) {
+  check_same_device(op, name, x, like);
+  check_dtype(op, name, x, type);
+  check_shape(op, name, x, shape);
+  check_contiguous(op, name, x);
+}
+
+inline DType kernel_dtype(const char* op, const char* name, ScalarType type) {
+  FPSATTN_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name, " has dtype ", dtype_name(type),
+                ", the sm_90a kernels take BFloat16 or Half");
+  return type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
+// (B, H, S, D) with unit stride in D.
+inline TokenTensor token_tensor(const char* op, const char* name, const Tensor& x) {
+  FPSATTN_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_text(x), ", expected (B, H, S, D)");
+  FPSATTN_CHECK(x.stride(3) == 1, op, ": ", name, " has stride ", x.stride(3), " in D, expected 1: pass ", name, ".contiguous()");
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Block lists "<kind>_num_blocks [Bm, Hm, rows]" and "<kind>_indices [Bm, Hm, rows, max]".
+inline BlockLists block_lists(const char* op, const char* kind, const Tensor& counts, const Tensor& indices, const Tensor& like,
+                              int64_t batch, int64_t heads, int64_t rows) {
+  const std::string counts_name = std::string(kind) + "_num_blocks", indices_name = std::string(kind) + "_indices";
+  FPSATTN_CHECK(counts.dim() == 3 && indices.dim() == 4, op, ": ", counts_name, " has shape ", shape_text(counts), " and ",
+                indices_name, " ", shape_text(indices), ", expected [Bm, Hm, rows] and [Bm, Hm, rows, max]");
+  FPSATTN_CHECK((counts.size(0) == 1 || counts.size(0) == batch) && (counts.size(1) == 1 || counts.size(1) == heads), op, ": ",
+                counts_name, " has shape ", shape_text(counts), ", expected (", batch, " or 1, ", heads, " or 1, ", rows, ")");
+  check_buffer(op, counts_name.c_str(), counts, like, ScalarType::Int, {counts.size(0), counts.size(1), rows});
+  check_buffer(op, indices_name.c_str(), indices, like, ScalarType::Int,
+               {counts.size(0), counts.size(1), rows, indices.size(3)});
+  BlockLists lists;
+  lists.num_blocks = static_cast<const int32_t*>(counts.data_ptr());
+  lists.indices = static_cast<const int32_t*>(indices.data_ptr());
+  lists.batch = static_cast<int>(counts.size(0));
+  lists.heads = static_cast<int>(counts.size(1));
+  lists.rows = static_cast<int>(rows);
+  lists.max_blocks = static_cast<int>(indices.size(3));
+  return lists;
+}
+
+}  // namespace fpsattn

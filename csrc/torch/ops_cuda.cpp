@@ -1,0 +1,305 @@
+// The sm_90a kernels as torch ops, on torch's stable ABI: check, allocate with torch's allocator, fill plain Params, launch on the
+// current stream. fpsattn.* serves CUDA tensors; fpsattn_sm90.* the same and, where FPSATTN_SM90_ON_HOST=1 says that device
+// code runs on the host (an emulator), CPU tensors. Nothing synchronizes, so the ops can be captured in CUDA graphs.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "fpsattn/launch.h"
+#include "torch/check.h"
+#include "torch/schemas.h"
+
+// In libtorch_cuda only: absent, and never needed, where torch is a CPU build.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fpsattn {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Where a launch goes: the current stream of the tensors' device. Makes that device current for the scope.
+class Launch {
+ public:
+  Launch(const char* op, const Tensor& first) {
+    if (!first.is_cuda()) {
+      const char* on_host = std::getenv("FPSATTN_SM90_ON_HOST");
+      FPSATTN_CHECK(on_host != nullptr && std::strcmp(on_host, "1") == 0, op,
+                    ": the first tensor is on the CPU, the sm_90a kernels need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for "
+                    "running them under an emulator)");
+      return;
+    }
+    const int device = first.get_device_index();
+    int major = 0, minor = 0;
+    FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    FPSATTN_CHECK(major == 9 && minor == 0, op, ": device ", device, " has compute capability ", major, ".", minor,
+                  ", the kernels are built for 9.0 (Hopper: H100, H200, H20)");
+    FPSATTN_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch has no CUDA support");
+    FPSATTN_CUDA_CHECK(op, cudaGetDevice(&previous_));
+    if (previous_ != device) FPSATTN_CUDA_CHECK(op, cudaSetDevice(device));
+    void* stream = nullptr;
+    FPSATTN_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, op, ": torch gave no current stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~Launch() {
+    if (previous_ >= 0) cudaSetDevice(previous_);
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int previous_ = -1;
+  cudaStream_t stream_ = nullptr;
+};
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+// (B, H, S, D) over (B, S, H, D) memory.
+Tensor empty_tokens(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim, ScalarType type) {
+  return torch::stable::transpose(empty(like, {batch, tokens, heads, dim}, type), 1, 2);
+}
+
+// The kernels read rows 16 bytes at a time; a view that does not allow that (a pointer or a stride off by a few elements) is copied.
+Tensor with_aligned_rows(const Tensor& x) {
+  const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
+                       x.stride(2) % 8 == 0;
+  if (aligned) return x;
+  Tensor copy = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  return torch::stable::copy_(copy, x);
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+const float* optional_floats(const char* op, const char* name, const OptionalTensor& x, const Tensor& like,
+                             std::initializer_list<int64_t> shape) {
+  if (!x.has_value()) return nullptr;
+  check_buffer(op, name, *x, like, ScalarType::Float, shape);
+  return data<const float>(*x);
+}
+
+void check_slots(const char* op, const Tensor& token_of_slot, const Tensor& like) {
+  check_buffer(op, "token_of_slot", token_of_slot, like, ScalarType::Int, {kAnySize});
+  FPSATTN_CHECK(token_of_slot.size(0) > 0 && token_of_slot.size(0) % kBlockSlots == 0, op, ": token_of_slot has ",
+                token_of_slot.size(0), " entries, expected a positive multiple of ", kBlockSlots);
+}
+
+using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, OptionalTensor k_mean,
+                      OptionalTensor v_absmax, int64_t granularity, bool smooth_k, bool pow2_scales, int64_t k_mean_stride) {
+  const char* op = "quantize";
+  const Launch launch(op, q);
+  FPSATTN_CHECK(q.dim() == 4, op, ": q has shape ", shape_text(q), ", expected (B, H, S, D)");
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
+  FPSATTN_CHECK(dim == 64 || dim == 128, op, ": q has head dimension ", dim, ", supported are 64 and 128");
+  FPSATTN_CHECK(batch > 0 && heads > 0 && tokens > 0, op, ": q has shape ", shape_text(q), ": no size may be 0");
+  QuantizeParams params;
+  params.dtype = kernel_dtype(op, "q", q.scalar_type());
+  Tensor* const tensors[] = {&q, &k, &v};
+  TokenTensor* const views[] = {&params.q, &params.k, &params.v};
+  const char* const names[] = {"q", "k", "v"};
+  for (int i = 0; i < 3; ++i) {
+    check_same_device(op, names[i], *tensors[i], q);
+    check_dtype(op, names[i], *tensors[i], q.scalar_type());
+    check_shape(op, names[i], *tensors[i], {batch, heads, tokens, dim});
+    token_tensor(op, names[i], *tensors[i]);
+    *tensors[i] = with_aligned_rows(*tensors[i]);
+    *views[i] = token_tensor(op, names[i], *tensors[i]);
+  }
+  check_slots(op, token_of_slot, q);
+  check_buffer(op, "tile_block_offsets", tile_block_offsets, q, ScalarType::Int, {kAnySize});
+  FPSATTN_CHECK(granularity >= 0 && granularity <= 2, op, ": granularity is ", granularity,
+                ", expected 0 (tile), 1 (block) or 2 (token)");
+  FPSATTN_CHECK(k_mean_stride >= 1, op, ": k_mean_stride is ", k_mean_stride, ", expected at least 1");
+  const int64_t num_blocks = token_of_slot.size(0) / kBlockSlots;
+  params.size = {static_cast<int>(batch), static_cast<int>(heads),      static_cast<int>(dim),
+                 static_cast<int>(tokens), static_cast<int>(num_blocks), static_cast<int>(tile_block_offsets.size(0) - 1)};
+  params.granularity = static_cast<Granularity>(granularity);
+  params.smooth_k = smooth_k;
+  params.pow2_scales = pow2_scales;
+  params.k_mean_stride = static_cast<int>(k_mean_stride < tokens ? k_mean_stride : tokens);
+  params.token_of_slot = data<const int32_t>(token_of_slot);
+  params.tile_block_offsets = data<const int32_t>(tile_block_offsets);
+  params.given_k_mean = optional_floats(op, "k_mean", k_mean, q, {batch, heads, dim});
+  params.given_v_absmax = optional_floats(op, "v_absmax", v_absmax, q, {batch, heads, dim});
+
+  const auto e4m3 = ScalarType::Float8_e4m3fn;
+  Tensor q8 = empty(q, {batch, heads, num_blocks, kBlockSlots, dim}, e4m3);
+  Tensor k8 = empty(q, {batch, heads, num_blocks, kBlockSlots, dim}, e4m3);
+  Tensor v8t = empty(q, {batch, heads, num_blocks, dim + kVExtraRows, kBlockSlots}, e4m3);
+  std::vector<int64_t> scales = {batch, heads, num_blocks};
+  if (params.granularity == Granularity::kToken) scales.push_back(kBlockSlots);
+  Tensor q_scale = empty(q, scales, ScalarType::Float), k_scale = empty(q, scales, ScalarType::Float);
+  Tensor v_scale = empty(q, {batch, heads, dim}, ScalarType::Float);
+  Tensor used_mean = empty(q, {batch, heads, dim}, ScalarType::Float);
+  Tensor q_k_mean = empty(q, {batch, heads, tokens}, ScalarType::Float);
+  params.q8 = data<uint8_t>(q8);
+  params.k8 = data<uint8_t>(k8);
+  params.v8t = data<uint8_t>(v8t);
+  params.q_scale = data<float>(q_scale);
+  params.k_scale = data<float>(k_scale);
+  params.v_scale = data<float>(v_scale);
+  params.k_mean = data<float>(used_mean);
+  params.q_k_mean = data<float>(q_k_mean);
+  params.workspace_bytes = quantize_workspace_bytes(params);
+  Tensor workspace = empty(q, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
+  params.workspace = workspace.data_ptr();
+  quantize(params, launch.stream());
+  return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean};
+}
+
+// What forward and backward share of their arguments.
+template <class Params>
+void fill_operands(const char* op, Params& params, const Tensor& q8, const Tensor& k8, const Tensor& v8t, const Tensor& q_scale,
+                   const Tensor& k_scale, const Tensor& v_scale, const Tensor& token_of_slot, const Tensor& tile_of_block,
+                   const Tensor& kv_num_blocks, const Tensor& kv_indices, int64_t num_tokens) {
+  const auto e4m3 = ScalarType::Float8_e4m3fn;
+  FPSATTN_CHECK(q8.dim() == 5, op, ": q8 has shape ", shape_text(q8), ", expected (B, H, num_blocks, 128, D)");
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
+  FPSATTN_CHECK(dim == 64 || dim == 128, op, ": q8 has head dimension ", dim, ", supported are 64 and 128");
+  check_buffer(op, "q8", q8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, dim});
+  check_buffer(op, "k8", k8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, dim});
+  check_buffer(op, "v8t", v8t, q8, e4m3, {batch, heads, num_blocks, dim + kVExtraRows, kBlockSlots});
+  const auto check_scale = [&](const char* name, const Tensor& x) {
+    if (x.dim() == 4) {
+      check_buffer(op, name, x, q8, ScalarType::Float, {batch, heads, num_blocks, kBlockSlots});
+    } else {
+      check_buffer(op, name, x, q8, ScalarType::Float, {batch, heads, num_blocks});
+    }
+    return x.dim() == 4;
+  };
+  params.q_scale_per_token = check_scale("q_scale", q_scale);
+  params.k_scale_per_token = check_scale("k_scale", k_scale);
+  check_buffer(op, "v_scale", v_scale, q8, ScalarType::Float, {batch, heads, dim});
+  check_slots(op, token_of_slot, q8);
+  check_shape(op, "token_of_slot", token_of_slot, {num_blocks * kBlockSlots});
+  check_buffer(op, "tile_of_block", tile_of_block, q8, ScalarType::Int, {num_blocks});
+  FPSATTN_CHECK(num_tokens >= 1 && num_tokens <= num_blocks * kBlockSlots, op, ": num_tokens is ", num_tokens,
+                ", expected 1 to ", num_blocks * kBlockSlots);
+  const int64_t num_tiles = kv_num_blocks.dim() == 3 ? kv_num_blocks.size(2) : 0;
+  params.kv = block_lists(op, "kv", kv_num_blocks, kv_indices, q8, batch, heads, num_tiles);
+  params.size = {static_cast<int>(batch),      static_cast<int>(heads),      static_cast<int>(dim),
+                 static_cast<int>(num_tokens), static_cast<int>(num_blocks), static_cast<int>(num_tiles)};
+  params.q8 = data<const uint8_t>(q8);
+  params.k8 = data<const uint8_t>(k8);
+  params.v8t = data<const uint8_t>(v8t);
+  params.q_scale = data<const float>(q_scale);
+  params.k_scale = data<const float>(k_scale);
+  params.v_scale = data<const float>(v_scale);
+  params.token_of_slot = data<const int32_t>(token_of_slot);
+  params.tile_of_block = data<const int32_t>(tile_of_block);
+}
+
+using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor token_of_slot,
+                    Tensor tile_of_block, Tensor kv_num_blocks, Tensor kv_indices, OptionalTensor q_k_mean, int64_t num_tokens,
+                    double softmax_scale, ScalarType out_dtype) {
+  const char* op = "forward";
+  const Launch launch(op, q8);
+  ForwardParams params;
+  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
+                num_tokens);
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
+  params.out_dtype = kernel_dtype(op, "out_dtype", out_dtype);
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.q_k_mean = optional_floats(op, "q_k_mean", q_k_mean, q8, {batch, heads, num_tokens});
+  Tensor out = empty_tokens(q8, batch, heads, num_tokens, dim, out_dtype);
+  Tensor lse = empty(q8, {batch, heads, num_tokens}, ScalarType::Float);
+  Tensor row_max = empty(q8, {batch, heads, num_blocks * kBlockSlots}, ScalarType::Float);
+  Tensor row_sum = empty(q8, {batch, heads, num_blocks * kBlockSlots}, ScalarType::Float);
+  params.out = token_tensor(op, "out", out);
+  params.lse = data<float>(lse);
+  params.row_max = data<float>(row_max);
+  params.row_sum = data<float>(row_sum);
+  params.workspace_bytes = forward_workspace_bytes(params);
+  Tensor workspace = empty(q8, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
+  params.workspace = workspace.data_ptr();
+  forward(params, launch.stream());
+  return {out, lse, row_max, row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale,
+                                               Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum,
+                                               Tensor token_of_slot, Tensor tile_of_block, Tensor kv_num_blocks,
+                                               Tensor kv_indices, Tensor q_num_blocks, Tensor q_indices, double softmax_scale,
+                                               bool deterministic) {
+  const char* op = "backward";
+  const Launch launch(op, grad_out);
+  FPSATTN_CHECK(out.dim() == 4, op, ": out has shape ", shape_text(out), ", expected (B, H, S, D)");
+  const int64_t tokens = out.size(2);
+  BackwardParams params;
+  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
+                tokens);
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
+  const ScalarType type = out.scalar_type();
+  params.dtype = kernel_dtype(op, "out", type);
+  check_dtype(op, "grad_out", grad_out, type);
+  check_same_device(op, "grad_out", grad_out, q8);
+  check_same_device(op, "out", out, q8);
+  check_shape(op, "out", out, {batch, heads, tokens, dim});
+  check_shape(op, "grad_out", grad_out, {batch, heads, tokens, dim});
+  check_buffer(op, "row_max", row_max, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
+  check_buffer(op, "row_sum", row_sum, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
+  params.q = block_lists(op, "q", q_num_blocks, q_indices, q8, batch, heads, num_blocks);
+  token_tensor(op, "grad_out", grad_out);
+  token_tensor(op, "out", out);
+  grad_out = with_aligned_rows(grad_out);
+  out = with_aligned_rows(out);
+  params.grad_out = token_tensor(op, "grad_out", grad_out);
+  params.out = token_tensor(op, "out", out);
+  params.row_max = data<const float>(row_max);
+  params.row_sum = data<const float>(row_sum);
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.deterministic = deterministic;
+  Tensor dq = empty_tokens(out, batch, heads, tokens, dim, type);
+  Tensor dk = empty_tokens(out, batch, heads, tokens, dim, type);
+  Tensor dv = empty_tokens(out, batch, heads, tokens, dim, type);
+  params.dq = token_tensor(op, "dq", dq);
+  params.dk = token_tensor(op, "dk", dk);
+  params.dv = token_tensor(op, "dv", dv);
+  params.workspace_bytes = backward_workspace_bytes(params);
+  Tensor workspace = empty(q8, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
+  params.workspace = workspace.data_ptr();
+  backward(params, launch.stream());
+  return {dq, dk, dv};
+}
+
+using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+AttentionResult attention_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets,
+                             Tensor kv_num_blocks, Tensor kv_indices, OptionalTensor q_num_blocks, OptionalTensor q_indices,
+                             OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, double softmax_scale,
+                             bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool deterministic) {
+  (void)q_num_blocks, (void)q_indices, (void)deterministic;  // for the backward, which autograd.py calls
+  auto [q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean] =
+      quantize_op(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales, k_mean_stride);
+  auto [out, lse, row_max, row_sum] =
+      forward_op(q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
+                 q.size(2), softmax_scale, q.scalar_type());
+  return {out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum};
+}
+
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("quantize", TORCH_BOX(&quantize_op));
+  m.impl("forward", TORCH_BOX(&forward_op));
+  m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("attention", TORCH_BOX(&attention_op));
+}
+
+}  // namespace
+}  // namespace fpsattn
+
+STABLE_TORCH_LIBRARY_IMPL(fpsattn, CUDA, m) { fpsattn::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(fpsattn_sm90, CUDA, m) { fpsattn::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(fpsattn_sm90, CPU, m) { fpsattn::register_ops(m); }

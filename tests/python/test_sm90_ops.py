@@ -1,0 +1,178 @@
+"""The sm_90a kernels through the torch ops, against the reference.
+
+Run on a Hopper GPU, or on CPU tensors with FPSATTN_SM90_ON_HOST=1 in a process whose CUDA runtime is an emulator. Skipped elsewhere.
+"""
+
+import pytest
+import torch
+from cases import CASES, IDS, Case
+
+import fpsattention as fps
+from fpsattention import ops, reference
+
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+if ops.sm90_missing():
+    pytest.skip(f"no sm_90a kernels: {ops.sm90_missing()}", allow_module_level=True)
+if not (ON_GPU or ops.sm90_on_host()):
+    pytest.skip("neither a Hopper GPU nor FPSATTN_SM90_ON_HOST=1 (emulator)", allow_module_level=True)
+DEVICE = "cuda" if ON_GPU else "cpu"
+SM90 = torch.ops.fpsattn_sm90
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def inputs(case, dtype, seed=0):
+    return tuple(x.transpose(1, 2) for x in case.inputs(dtype, seed))
+
+
+def on_device(*tensors):
+    return tuple(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in tensors)
+
+
+def same_bytes(a, b):
+    a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(torch.where(a % 128 == 127, 127, a), torch.where(b % 128 == 127, 127, b))  # any NaN is NaN
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("granularity", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "pow2"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_quantize_is_bit_exact(case, granularity, dtype, pow2):
+    layout = case.layout()
+    qkv = inputs(case, dtype)
+    options = {"granularity": granularity, "smooth_k": True, "pow2_scales": pow2, "k_mean_stride": 2}
+    got = SM90.quantize(*on_device(*qkv, layout.token_of_slot, layout.tile_block_offsets), **options)
+    got = [x.cpu() for x in got]
+    mean = qkv[1].float()[:, :, ::2].mean(2)
+    torch.testing.assert_close(got[6], mean, rtol=1e-5, atol=1e-5)
+    want = reference.quantize(*qkv, layout.token_of_slot, layout.tile_block_offsets, k_mean=got[6], **options)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        if a.dtype == torch.float8_e4m3fn:
+            assert same_bytes(a, b), name
+        elif name == "q_k_mean":
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(a, b), name
+
+
+def test_quantize_takes_views_of_a_fused_projection_and_odd_strides():
+    case = CASES[4]
+    layout = case.layout()
+    fused = torch.randn(
+        1, layout.num_tokens, 3, case.heads, case.dim, generator=torch.Generator().manual_seed(1)
+    ).bfloat16()
+    tables = (layout.token_of_slot, layout.tile_block_offsets)
+    options = {"granularity": 0, "smooth_k": False, "pow2_scales": False}
+    views = [x.transpose(1, 2) for x in fused.to(DEVICE).unbind(2)]
+    odd = torch.zeros(
+        *fused.shape[:-1], case.dim + 3, dtype=torch.bfloat16, device=DEVICE
+    )  # rows 16-byte loads cannot read
+    odd[..., : case.dim] = fused.to(DEVICE)
+    odd = [x.transpose(1, 2) for x in odd[..., : case.dim].unbind(2)]
+    want = reference.quantize(*(x.transpose(1, 2) for x in fused.unbind(2)), *tables, **options)
+    for tensors in (views, odd):
+        got = SM90.quantize(*tensors, *on_device(*tables), **options)
+        assert all(same_bytes(a.cpu(), b) for a, b in zip(got[:3], want[:3], strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("granularity", [0, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_forward_is_as_accurate_as_the_reference(case, granularity, dtype):
+    layout, mask = case.layout(), case.mask()
+    q, k, v = inputs(case, dtype)
+    z = reference.quantize(
+        q,
+        k,
+        v,
+        layout.token_of_slot,
+        layout.tile_block_offsets,
+        granularity=granularity,
+        smooth_k=True,
+        pow2_scales=False,
+    )
+    lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
+    options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": dtype}
+    want = reference.forward(*z[:6], *lists, z.q_k_mean, **options)
+    out, lse, row_max, row_sum = (x.cpu() for x in SM90.forward(*on_device(*z[:6], *lists, z.q_k_mean), **options))
+    exact = reference.attention_fp64(q, k, v, mask.to_token_mask())
+    ours, theirs = (out.double() - exact).abs(), (want.out.double() - exact).abs()
+    assert ours.sum() <= 1.05 * theirs.sum() + 1e-6
+    # An element may differ by a P that rounded the other way (one e4m3 step, 2^-3 of itself) and by the output's own rounding.
+    step = 2.0**-3 * v.float().abs().amax() / 4 + torch.finfo(dtype).eps * exact.abs().amax()
+    assert (out.float() - want.out.float()).abs().max() <= step
+    torch.testing.assert_close(lse, want.lse, rtol=1e-3, atol=2e-3)
+    assert (row_max != want.row_max).float().mean() < 5e-3
+    same = row_max == want.row_max
+    torch.testing.assert_close(row_sum[same], want.row_sum[same], rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("case", CASES[1:6], ids=IDS[1:6])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_backward_equals_the_reference(case, dtype, deterministic):
+    layout, mask = case.layout(), case.mask()
+    q, k, v = inputs(case, dtype)
+    z = reference.quantize(
+        q, k, v, layout.token_of_slot, layout.tile_block_offsets, granularity=0, smooth_k=True, pow2_scales=True
+    )
+    lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
+    scale = case.dim**-0.5
+    f = reference.forward(*z[:6], *lists, num_tokens=layout.num_tokens, softmax_scale=scale, out_dtype=dtype)
+    grad = torch.randn(f.out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    args = (grad, f.out, *z[:6], f.row_max, f.row_sum, *lists)
+    want = reference.backward(*args, softmax_scale=scale)
+    runs = [
+        [
+            x.cpu()
+            for x in SM90.backward(
+                *on_device(*args, *mask.transpose()), softmax_scale=scale, deterministic=deterministic
+            )
+        ]
+        for _ in range(2 if deterministic else 1)
+    ]
+    for name, a, b in zip(("dq", "dk", "dv"), runs[0], want, strict=True):
+        # P and dS enter the tensor cores in BF16 (2^-9 of themselves), the result is rounded once more.
+        assert a.dtype == dtype and (a.float() - b).norm() <= 2.0**-7 * b.norm(), name
+    if deterministic:
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_public_function_and_its_gradients():
+    case = Case("public", (4, 9, 10), (4, 5, 5), (1, 2, 1), text_len=9, batch=2, dim=128)
+    host = [x.requires_grad_() for x in case.inputs(torch.bfloat16)]
+    device = [x.detach().to(DEVICE).requires_grad_() for x in host]
+    results = []
+    for tensors, backend in ((host, "reference"), (device, "sm90")):
+        out, lse = fps.attention(*tensors, backend=backend, return_lse=True, **case.kwargs())
+        grads = torch.autograd.grad(out.float().square().sum(), tensors)
+        results.append([x.float().cpu() for x in (out, lse, *grads)])
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm(), name
+
+
+def test_ops_refuse_bad_tensors():
+    case = CASES[2]
+    layout = case.layout()
+    q, k, v = on_device(*inputs(case, torch.bfloat16))
+    tables = on_device(layout.token_of_slot, layout.tile_block_offsets)
+    options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}
+    with pytest.raises(RuntimeError, match="k has dtype Half, expected BFloat16"):
+        SM90.quantize(q, k.half(), v, *tables, **options)
+    with pytest.raises(RuntimeError, match="v has shape"):
+        SM90.quantize(q, k, v[:, :, :-1], *tables, **options)
+    with pytest.raises(RuntimeError, match="granularity is 7"):
+        SM90.quantize(q, k, v, *tables, **{**options, "granularity": 7})
+    with pytest.raises(RuntimeError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
+        SM90.quantize(q.float(), k.float(), v.float(), *tables, **options)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_cuda_graph_replays():
+    case = CASES[3]
+    q, k, v = on_device(*case.inputs(torch.bfloat16))
+    out = fps.attention(q, k, v, **case.kwargs())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fps.attention(q, k, v, **case.kwargs())
+    graph.replay()
+    assert torch.equal(captured, out)
