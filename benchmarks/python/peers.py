@@ -125,7 +125,7 @@ def valid_slots(workload: Workload, size: int) -> torch.Tensor:
 
 def fpsattn(workload: Workload, device: str, granularity: str = "tile") -> Prepared:
     import fpsattention as fps
-    import fpsattention.ops  # noqa: F401  (registers torch.ops.fpsattn)
+    import fpsattention.ops
 
     tables, mask = workload.tables, workload.mask
     level = {"tile": 0, "block": 1, "token": 2}[granularity]
@@ -252,7 +252,7 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
     names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
     scales = [graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=fp32) for name in names]
     out, _, amax_s, amax_o = graph.sdpa_fp8(
-        q=q, k=k, v=v, **dict(zip(names, scales)), is_inference=True, attn_scale=workload.softmax_scale,
+        q=q, k=k, v=v, **dict(zip(names, scales, strict=True)), is_inference=True, attn_scale=workload.softmax_scale,
         use_causal_mask=False, name="sdpa",
     )  # fmt: skip
     out.set_output(True).set_dim(dim).set_stride(stride).set_data_type(e4m3)
@@ -279,8 +279,8 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
     def raw(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         result = torch.empty_strided(dim, stride, dtype=torch.float8_e4m3fn, device=device)
         values = [*(scale for _, scale in casts), descale_s, scale_s, state["scale_o"]]
-        pack = {tensor: data for tensor, (data, _) in zip((q, k, v), casts)}
-        pack.update(zip(scales, values))
+        pack = {tensor: data for tensor, (data, _) in zip((q, k, v), casts, strict=True)}
+        pack.update(zip(scales, values, strict=True))
         pack.update({out: result, amax_s: seen_s, amax_o: seen_o})
         graph.execute(pack, workspace, handle=handle)
         return result
@@ -436,4 +436,3 @@ PEERS = (
     Peer("vsa", "FastVideo VSA kernel, same block mask", "bf16", vsa),
     Peer("sta", "FastVideo STA, same window", "bf16", sta),
 )
-BASELINES = ("sdpa-cudnn", "sdpa-flash", "fa3-bf16", "sdpa-math")  # dense BF16: the best of them is what speed-ups are counted from

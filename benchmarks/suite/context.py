@@ -26,7 +26,7 @@ class Skip(Exception):
 
 
 class Journal:
-    """Appends events to a file, each flushed. Events: unit-begin, unit-end, enter, leave, case, ceiling, environment."""
+    """Appends events to a file, each flushed. Events: unit-begin, unit-end, enter, leave, case, ceiling, skip, alive."""
 
     def __init__(self, path: Path, part: str):
         path.parent.mkdir(parents=True, exist_ok=True)

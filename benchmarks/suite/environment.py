@@ -1,8 +1,9 @@
-"""What the numbers were measured on. Imported by a worker, not by the supervisor: it initializes CUDA."""
+"""What the numbers were measured on. ``python -m benchmarks.suite.environment`` prints it: the supervisor itself stays off CUDA."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 from typing import Any
@@ -54,3 +55,7 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "packages": packages,
         "settings": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("FPSATTN_", "CUDA_", "HOPPER_EMU"))},
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(collect()))

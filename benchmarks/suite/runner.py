@@ -249,8 +249,6 @@ class Runner:
             self.results.add_case(case)
         elif kind == "ceiling":
             self.results.data["ceilings"][event["name"]] = {"value": event["value"], "unit": event["unit"]}
-        elif kind == "environment":
-            self.results.data["environment"].update(event["values"])
         elif kind == "skip":
             attempt.skip = event["reason"]
 
@@ -271,6 +269,19 @@ class Runner:
                 time.sleep(0.05)
         self.process = None
 
+    def _environment(self) -> dict[str, Any]:
+        """What is measured on, asked of a process of its own: importing torch here would put CUDA into the supervisor."""
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = ":".join([str(REPOSITORY), environment.get("PYTHONPATH", "")]).rstrip(":")
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "benchmarks.suite.environment"], cwd=REPOSITORY, env=environment, timeout=60,
+                capture_output=True, text=True,
+            )  # fmt: skip
+            return json.loads(run.stdout.strip().splitlines()[-1])
+        except (subprocess.SubprocessError, ValueError, IndexError) as error:
+            return {"absent": f"{type(error).__name__}: {error}"[:300]}
+
     # The run ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -284,6 +295,7 @@ class Runner:
 
         previous = {sig: signal.signal(sig, interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
+            data["environment"] = self._environment()
             data["telemetry"]["static"] = telemetry.static()
             data["telemetry"]["start"] = telemetry.snapshot()
             for name in self.options.parts:

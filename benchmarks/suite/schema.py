@@ -14,6 +14,9 @@ STATES = ("running", "complete", "interrupted")
 PART_STATUSES = ("pending", "running", "ok", "failed", "skipped", "timeout", "interrupted")
 CASE_STATUSES = ("ok", "passed", "failed", "crashed", "absent", "skipped")
 
+# Dense BF16 implementations: the fastest of those measured together is what speed-ups are counted from.
+BASELINES = ("sdpa-cudnn", "sdpa-flash", "fa3-bf16", "sdpa-math")
+
 _TOP = {
     "schema": str, "state": str, "mode": str, "timings_meaningless": bool, "started": str, "command": str,
     "repository": dict, "environment": dict, "telemetry": dict, "ceilings": dict, "parts": list, "cases": list,

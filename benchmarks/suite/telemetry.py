@@ -38,7 +38,7 @@ def _query(fields: tuple[str, ...]) -> dict[str, Any]:
     if run.returncode != 0 or not run.stdout.strip():
         return {"absent": f"nvidia-smi answered {run.returncode}: {(run.stderr or run.stdout).strip()[:200]}"}
     values = [value.strip() for value in run.stdout.strip().splitlines()[0].split(",")]
-    return {field: _number(value) if _number(value) is not None else value for field, value in zip(fields, values)}
+    return {field: _number(value) if _number(value) is not None else value for field, value in zip(fields, values, strict=True)}
 
 
 def snapshot() -> dict[str, Any]:

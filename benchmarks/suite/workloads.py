@@ -100,7 +100,7 @@ def window_for_density(tile_grid: tuple[int, int, int], target: float) -> tuple[
     """
 
     def badness(window: tuple[int, ...]) -> tuple[float, float]:
-        shares = [w / n for w, n in zip(window, tile_grid)]
+        shares = [w / n for w, n in zip(window, tile_grid, strict=True)]
         return round(abs(math.prod(shares) - target), 4), max(shares) - min(shares)
 
     return min(itertools.product(*(range(1, n + 1) for n in tile_grid)), key=badness)  # type: ignore[return-value]

@@ -28,9 +28,6 @@ def summarize(document: Any) -> dict[str, Any]:
 
 
 def units(context: Context) -> Iterator[Unit]:
-    from .. import environment
-
-    context.journal.event("environment", values=environment.collect())
     if context.dry:
         raise Skip("a dry run has no hardware to measure")
     present = context.out / "facts.json"

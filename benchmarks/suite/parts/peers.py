@@ -238,8 +238,9 @@ class Comparison:
 
 def units(context: Context) -> Iterator[Unit]:
     try:
-        import fpsattention  # noqa: F401
         import torch
+
+        import fpsattention  # noqa: F401
     except Exception as error:
         raise Skip(f"cannot import: {type(error).__name__}: {error}"[:400]) from error
     if context.device == "cuda" and not torch.cuda.is_available():

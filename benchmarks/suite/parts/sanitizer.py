@@ -16,8 +16,8 @@ WEIGHTS = {"quick": 30.0, "full": 150.0, "dry": 1.0}
 CORRECTNESS = True
 OWN_CODE = True
 TOOLS = {"quick": ("memcheck", "racecheck"), "full": ("memcheck", "racecheck", "synccheck", "initcheck"), "dry": ("memcheck",)}
-# Tests whose names say that they are small. A sanitizer slows a kernel 10 to 100 times. FPSATTN_SANITIZER_FILTER overrides.
-SMALL = "*Small*:*Smoke*:*Tiny*:*OneBlock*:*OddGrid*"
+# All but the large: the tests run under an emulator too, so nearly all are small. FPSATTN_SANITIZER_FILTER overrides.
+SMALL = "*-*Beyond32Bits*:*Large*:*Slow*"
 ERROR_EXIT = 86  # so that a finding differs from a failing test
 
 
