@@ -20,10 +20,11 @@
 //            ds_written    named 1    256 consumer threads    the same    per step (fast mode)
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
-// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128 before overlap of lifetimes; 240 allowed
-//            shared     D = 128: K8 16K + V~ 32K + stages x 41K (3) = 171K; fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
-//            per 128 x 64 tile, clocks of an SM: tensor S 256 + dP 512 + dV 512 + dK 512 = 1792 (fast + dQ 512 = 2304);
-//            EX2 512; shared memory 1280 operands + 320 fill. Limit: tensor.
+// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once (peak 215, fast 228);
+//                       232 allowed, 40 for the producer. No spill in the loop.
+//            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K; fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
+//            per 128 x 64 tile, clocks of an SM (sassbudget): D = 128: tensor 1792, shared memory 1920, issue 982, EX2 512;
+//            fast: tensor 2304, shared memory 2816, issue 1290. Limit: shared memory, just above tensor.
 //
 // Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so p = dS = 0; rows of
 //            padding keys are computed and never stored, and K16 is 0 there, so they add nothing to dQ. No list: dK = dV = 0 is stored.

@@ -17,10 +17,11 @@
 //            full[s]         mbarrier   producer + bytes     consumers   per lap of the ring
 //            empty[s]        mbarrier   lane 0 of 8 warps    producer    per lap of the ring
 //
-// Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128; 240 allowed
+// Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128 (peak 213);
+//                       232 allowed, 40 for the producer. No spill.
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
-//            per 128 x 128 tile, clocks of an SM: tensor S 512 + dP 1024 + dQ 1024 = 2560; EX2 1024; shared memory 1920 operands +
-//            640 fill. Limit: tensor and shared memory tie.
+//            per 128 x 128 tile, clocks of an SM at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600, EX2 1024.
+//            Limit: tensor.
 //
 // Invariants list entries are < num_blocks (trapped on otherwise); K16 is 0 in padding keys, so their dS does not matter; an
 //            empty list stores dQ = 0.
