@@ -37,7 +37,9 @@ def main() -> int:
         loaded += wide * WARP_BYTES * (16 / 20 if "quantize_kernel" in kernel["kernel"] else 1)
         stored += kernel["bytes"]["global_store"]
     moved = loaded + stored
-    print(f"loaded {loaded:.0f} + stored {stored:.0f} = {moved:.0f} bytes; ideal {ideal:.0f}; ratio {moved / ideal:.3f} (limit {LIMIT})")
+    print(
+        f"loaded {loaded:.0f} + stored {stored:.0f} = {moved:.0f} bytes; ideal {ideal:.0f}; ratio {moved / ideal:.3f} (limit {LIMIT})"
+    )
     return 0 if loaded > 0 and stored > 0 and moved <= LIMIT * ideal else 1
 
 
