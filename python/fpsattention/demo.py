@@ -232,7 +232,9 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
     import fpsattention as fps
 
     from .evaluation.report import environment, write_report
+    from .schedule import Schedule
 
+    Schedule.resolve(config.preset)  # a wrong name must not cost a model's loading time
     begin = time.perf_counter()
     device = resolve_device(config.device)
     out = Path(config.out)

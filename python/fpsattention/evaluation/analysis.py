@@ -73,7 +73,7 @@ def find_captures(folder: str | Path) -> list[Capture]:
     if not paths:
         raise ConfigError(
             f"fpsattention.analyze: no *.safetensors in {folder}, wanted what Handle.record() wrote: run the pipeline after "
-            "handle.record(folder)"
+            "handle.record(dir=folder)"
         )
     return sorted(map(_read_header, paths), key=lambda capture: (capture.model, capture.layer, -capture.sigma, str(capture.path)))
 
