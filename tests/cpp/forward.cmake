@@ -1,5 +1,25 @@
 # Tests of csrc/forward.
 if(FPSATTN_HAS_CUDA)
   include("${CMAKE_CURRENT_LIST_DIR}/support/device_test.cmake")
-  fpsattn_add_device_test(test_forward test_forward.cpp forward_case.cpp)
+  fpsattn_add_device_test(test_forward test_forward.cpp test_forward_identities.cpp forward_case.cpp)
+
+  # Other schedules of the emulator, and its stricter checks. --sms: few CTAs, so that each takes many work items.
+  function(fpsattn_add_emulator_run name target options)
+    add_test(NAME ${name} COMMAND ${target})
+    set_tests_properties(${name} PROPERTIES ENVIRONMENT "HOPPER_EMU_OPTS=${options}" LABELS "device")
+  endfunction()
+  add_executable(test_forward_accumulation test_forward_accumulation.cpp forward_case.cpp)
+  target_include_directories(test_forward_accumulation PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp")
+  target_link_libraries(test_forward_accumulation PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
+  fpsattn_add_emulator_run(test_forward_accumulation test_forward_accumulation "--fp8-acc=truncated")
+  if(FPSATTN_EMULATOR)
+    fpsattn_add_emulator_run(test_forward.seed11 test_forward "--async=random --seed=11 --sms=2")
+    fpsattn_add_emulator_run(test_forward.fine test_forward "--async=random --seed=23 --quantum=20")
+    fpsattn_add_emulator_run(test_forward.racecheck test_forward "--racecheck --sms=3")
+    fpsattn_add_emulator_run(test_forward.strict test_forward "--strict-proxy --async=lazy")
+  endif()
+
+  add_executable(test_forward_errors test_forward_errors.cpp)
+  target_link_libraries(test_forward_errors PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
+  add_test(NAME test_forward_errors COMMAND test_forward_errors)
 endif()
