@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,8 +286,14 @@ def _schedule(config: DemoConfig, pipe: Any) -> Any:
     from .schedule import Schedule
 
     if config.preset in PRESETS:
-        return Schedule.preset(config.preset, float(getattr(pipe.scheduler.config, "flow_shift", None) or 5.0))
-    return Schedule.resolve(config.preset)
+        schedule = Schedule.preset(config.preset, float(getattr(pipe.scheduler.config, "flow_shift", None) or 5.0))
+    else:
+        schedule = Schedule.resolve(config.preset)
+    if config.model is None and schedule.tile is None:
+        from .evaluation.tiny_wan import TILE
+
+        schedule = replace(schedule, tile=TILE)
+    return schedule
 
 
 def _split(folder: Path, schedule: Any, config: DemoConfig, device: str, progress: Progress) -> list[dict[str, Any]]:

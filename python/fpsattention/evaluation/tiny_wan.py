@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 HEADS, HEAD_DIM, LAYERS, CHANNELS, TEXT_DIM, TEXT_TOKENS = 2, 128, 2, 16, 64, 16
 FLOW_SHIFT = 3.0
+# Tokens. The planner would cut so small a grid into 8 tiles, too few to tell windows apart; this gives 30 on 9x16x24.
+TILE = (3, 8, 5)
 _PATCH = (1, 2, 2)
 _SHARPNESS = (1.0, 0.9)  # gain of q and k after their norm, per head: logits of equal tokens are 11.3 * gain^2
 _ATTENDED_SHARE = 0.9  # of the attended mean, subtracted over all layers
