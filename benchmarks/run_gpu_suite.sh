@@ -5,6 +5,6 @@ set -eu
 root=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "run_gpu_suite.sh: no $python: set PYTHON to an interpreter that has torch" >&2; exit 2; }
-PYTHONPATH="$root:$root/python${PYTHONPATH:+:$PYTHONPATH}"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 exec "$python" -m benchmarks.suite "$@"

@@ -18,17 +18,19 @@ def utc_now() -> str:
 
 
 def repository_state(root: Path) -> dict[str, Any]:
-    """Commit and cleanliness of the checkout, or why they are unknown. FPSATTN_COMMIT names it where git is absent."""
-    given = os.environ.get("FPSATTN_COMMIT")
+    """Commit and cleanliness of the checkout. FPSATTN_COMMIT names the commit where there is no git (and wins where there is)."""
+    if os.environ.get("FPSATTN_COMMIT"):
+        return {"commit": os.environ["FPSATTN_COMMIT"], "dirty": None, "source": "FPSATTN_COMMIT"}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-        dirty = bool(run("status", "--porcelain", "--untracked-files=no"))
-        return {"commit": run("rev-parse", "HEAD"), "dirty": dirty, "source": "git"}
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "source": "git"}
     except (OSError, subprocess.SubprocessError) as error:
-        source = "FPSATTN_COMMIT" if given else f"unknown: {type(error).__name__}; set FPSATTN_COMMIT"
-        return {"commit": given or "unknown", "dirty": None, "source": source}
+        return {"commit": "unknown", "dirty": None, "source": f"unknown: {type(error).__name__}; set FPSATTN_COMMIT"}
 
 
 class Results:
@@ -82,8 +84,13 @@ class Results:
         return record
 
     def add_case(self, case: dict[str, Any]) -> None:
-        """Adds a case; a later one of the same part and id replaces the earlier (a unit run again after a crash)."""
+        """Adds a case; a later one of the same part and id replaces the earlier (a unit run again after a crash).
+
+        Only a crash stays: that its culprit was left out of the second try is no news, and must not hide it.
+        """
         key = (case["part"], case["id"])
+        if key in self._case_index and case["status"] == "skipped" and self.data["cases"][self._case_index[key]]["status"] == "crashed":
+            return
         if key in self._case_index:
             self.data["cases"][self._case_index[key]] = case
         else:

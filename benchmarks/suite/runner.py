@@ -5,6 +5,7 @@ Nothing here imports torch, so nothing here can be taken down by a device.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ class Runner:
         self.started = time.monotonic()
         self.process: subprocess.Popen | None = None
         self.banned: dict[str, str] = {}
+        self.signals: list[int] = []  # noted by the handler, acted on where nothing is half done
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
@@ -198,7 +200,9 @@ class Runner:
         log = scratch / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        extra = [str(REPOSITORY), str(REPOSITORY / "python")]
+        extra = [str(REPOSITORY)]
+        if importlib.util.find_spec("fpsattention") is None:  # an installed package has the built kernels: never shadow it
+            extra.append(str(REPOSITORY / "python"))
         environment["PYTHONPATH"] = ":".join([*extra, environment.get("PYTHONPATH", "")]).rstrip(":")
         follower = Follower(journal)
         with open(log, "ab") as file:
@@ -213,6 +217,7 @@ class Runner:
         self.process, follower = self._launch(name, done, deadline)
         alive = time.monotonic()
         while True:
+            self._stop_if_told()
             exit_status = self.process.poll()
             events = follower.events()
             if events:
@@ -252,6 +257,10 @@ class Runner:
         elif kind == "skip":
             attempt.skip = event["reason"]
 
+    def _stop_if_told(self) -> None:
+        if self.signals:
+            raise Interrupted
+
     def _kill(self) -> None:
         """Ends the worker's whole session: it may have started compilers and test programs."""
         if self.process is None:
@@ -287,18 +296,14 @@ class Runner:
     def run(self) -> int:
         """All parts. 0: checked and right, 1: something is wrong, 3: nothing checked right or wrong, 130/143: stopped."""
         data = self.results.data
-        stop: list[int] = []
-
-        def interrupt(signum: int, _frame: Any) -> None:
-            stop.append(signum)
-            raise Interrupted
-
-        previous = {sig: signal.signal(sig, interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
+        note = lambda signum, _frame: self.signals.append(signum)  # noqa: E731
+        previous = {sig: signal.signal(sig, note) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
             data["environment"] = self._environment()
             data["telemetry"]["static"] = telemetry.static()
             data["telemetry"]["start"] = telemetry.snapshot()
             for name in self.options.parts:
+                self._stop_if_told()
                 self.run_part(name)
             data["state"] = "complete"
         except Interrupted:
@@ -306,7 +311,7 @@ class Runner:
             self._kill()
             for record in data["parts"]:
                 if record["status"] == "running":
-                    record.update(status="interrupted", reason=f"the suite got signal {stop[0]}")
+                    record.update(status="interrupted", reason=f"the suite got signal {self.signals[0]}")
             self.say("interrupted: what was measured is kept")
         finally:
             for sig, handler in previous.items():
@@ -314,6 +319,6 @@ class Runner:
         data["telemetry"]["end"] = telemetry.snapshot()
         data["finished"] = utc_now()
         self.results.save()
-        if stop:
-            return 128 + stop[0]
+        if data["state"] == "interrupted":
+            return 128 + self.signals[0]
         return 1 if self.results.incorrect() else 0 if self.results.checked() else 3

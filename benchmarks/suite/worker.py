@@ -46,6 +46,7 @@ def make_context(settings: dict[str, Any]) -> Context:
 def run_units(context: Context, module: Any) -> int:
     """Every unit that is not done yet and still fits. A failing unit is recorded and the next one is begun."""
     journal = context.journal
+    journal.event("alive")
     for unit in module.units(context):
         if unit.id in context.done:
             continue
