@@ -3,8 +3,9 @@
 //   bench_backward            Wan 480p and 720p, dense and windowed
 //   bench_backward --small    one small shape, once: what an emulator can run (its times mean nothing)
 //
-// FLOPs counted: 10 * 128 * 128 * D per computed (query block, KV block) pair, five products, whatever a mode really executes (the
-// deterministic one executes seven). Padding slots are computed and counted; `tflops_useful` counts attended token pairs only.
+// FLOPs counted: 10 * 128 * 128 * D per computed (query block, KV block) pair, five products, whatever a mode really
+// executes (the deterministic one executes seven). Padding slots are computed and counted; `tflops_useful` counts
+// attended token pairs only.
 #include <cstring>
 #include <memory>
 
@@ -67,7 +68,8 @@ class Arena {
     return data;
   }
   BlockLists lists(const BlockListTable& table) {
-    return {ints(table.num_blocks), ints(table.indices), 1, 1, static_cast<int>(table.rows), static_cast<int>(table.width)};
+    return {ints(table.num_blocks),       ints(table.indices),          1, 1,
+            static_cast<int>(table.rows), static_cast<int>(table.width)};
   }
   TokenTensor tokens(const ProblemSize& size) {
     const int64_t row = int64_t{size.heads} * size.head_dim;
@@ -129,7 +131,8 @@ void run(const Case& c, int repeats) {
         keys += layout.token_of_slot[slot] >= 0;
       }
     }
-    block_pairs += double(kv.num_blocks[tile]) * (layout.tile_block_offsets[tile + 1] - layout.tile_block_offsets[tile]);
+    block_pairs +=
+        double(kv.num_blocks[tile]) * (layout.tile_block_offsets[tile + 1] - layout.tile_block_offsets[tile]);
     token_pairs += keys * layout.tile_tokens[tile];
   }
   const double flops = 10.0 * c.head_dim * c.heads * block_pairs * kBlockSlots * kBlockSlots;
@@ -170,8 +173,8 @@ int main(int argc, char** argv) {
   const int heads = 12;  // of Wan 1.3B; Wan 14B has 40: the same per head
   bench::run({"wan_480p_dense", {21, 30, 52}, {7, 9, 6}, {3, 4, 9}, heads, 128}, 10);
   bench::run({"wan_720p_dense", {21, 45, 80}, {7, 9, 4}, {3, 5, 20}, heads, 128}, 5);
-  bench::run({"wan_720p_window_3_3_6", {21, 45, 80}, {7, 9, 4}, {3, 3, 6}, heads, 128}, 20);   // density about 0.18
-  bench::run({"wan_720p_window_2_3_5", {21, 45, 80}, {7, 9, 4}, {2, 3, 5}, heads, 128}, 20);   // about 0.10
+  bench::run({"wan_720p_window_3_3_6", {21, 45, 80}, {7, 9, 4}, {3, 3, 6}, heads, 128}, 20);  // density about 0.18
+  bench::run({"wan_720p_window_2_3_5", {21, 45, 80}, {7, 9, 4}, {2, 3, 5}, heads, 128}, 20);  // about 0.10
   bench::run({"wan_720p_d64", {21, 45, 80}, {7, 9, 4}, {3, 3, 6}, heads, 64}, 20);
   return 0;
 }

@@ -101,7 +101,12 @@ std::vector<uint16_t> TokenBuffer::read(const char* name, bool nan_expected) con
 }
 
 BackwardRun::BackwardRun(const BackwardCase& c, const Poison& poison)
-    : case_(c), table_(make_slot_table(c.grid, c.tile, c.text)), out_(size_of(c), c.memory), grad_out_(size_of(c), c.memory), dq_(size_of(c), c.memory), dk_(size_of(c), c.memory),
+    : case_(c),
+      table_(make_slot_table(c.grid, c.tile, c.text)),
+      out_(size_of(c), c.memory),
+      grad_out_(size_of(c), c.memory),
+      dq_(size_of(c), c.memory),
+      dk_(size_of(c), c.memory),
       dv_(size_of(c), c.memory) {
   params.size = size_of(c);
   params.dtype = c.dtype;
@@ -122,8 +127,8 @@ void BackwardRun::make_lists() {
       for (int j = 0; j < blocks; ++j) {
         const int block = (first + j) % blocks;
         const bool keep = case_.mask == Mask::kDense || (case_.mask == Mask::kOwnBlock && j == 0) ||
-                          (case_.mask == Mask::kRandom && tile % 3 != 1 && block % 4 != 3 && (tile % 3 == 0 || j == 0) &&
-                           random.below(4) != 0);
+                          (case_.mask == Mask::kRandom && tile % 3 != 1 && block % 4 != 3 &&
+                           (tile % 3 == 0 || j == 0) && random.below(4) != 0);
         if (keep) {
           lists[tile].push_back(block);
         }
@@ -253,12 +258,9 @@ void BackwardRun::upload() {
     }
   }
   const auto element = [=](int s, int d) { return size_t(slot_of_token[s]) * size.head_dim + d; };
-  out_.fill(case_.dtype, [&](int b, int h, int s, int d) {
-    return forwards_[b * size.heads + h].out[element(s, d)];
-  });
-  grad_out_.fill(case_.dtype, [&](int b, int h, int s, int d) {
-    return heads_[b * size.heads + h].grad_out[element(s, d)];
-  });
+  out_.fill(case_.dtype, [&](int b, int h, int s, int d) { return forwards_[b * size.heads + h].out[element(s, d)]; });
+  grad_out_.fill(case_.dtype,
+                 [&](int b, int h, int s, int d) { return heads_[b * size.heads + h].grad_out[element(s, d)]; });
   params.out = out_.tensor(), params.grad_out = grad_out_.tensor();
   params.dq = dq_.tensor(), params.dk = dk_.tensor(), params.dv = dv_.tensor();
 }
@@ -277,9 +279,9 @@ Gradients BackwardRun::launch(bool deterministic, bool nan_expected) {
   return {dq_.read("dq", nan_expected), dk_.read("dk", nan_expected), dv_.read("dv", nan_expected)};
 }
 
-// Per tensor and element: NaN where the reference has NaN; else |got - exact| at most twice the largest error of the same maths
-// with BF16 roundings (FlashAttention's rule), plus one rounding of the result, plus the slack of that element. The relative L2
-// error is at most twice that of the BF16 maths, plus half a rounding step, plus the slack.
+// Per tensor and element: NaN where the reference has NaN; else |got - exact| at most twice the largest error of the
+// same maths with BF16 roundings (FlashAttention's rule), plus one rounding of the result, plus the slack of that
+// element. The relative L2 error is at most twice that of the BF16 maths, plus half a rounding step, plus the slack.
 void BackwardRun::check(const Gradients& got) {
   const ProblemSize& size = params.size;
   const size_t per_head = size_t(size.num_tokens) * size.head_dim;
@@ -315,14 +317,15 @@ void BackwardRun::check(const Gradients& got) {
           const double bound = 2 * low_max + step * std::fabs(t.exact[i]) + t.slack[i] + tiny + 1e-30;
           if (std::isnan(t.exact[i]) != std::isnan(value) || (!std::isnan(value) && !(error <= bound))) {
             ++reported;
-            ADD_FAILURE() << t.name << " head " << head << " token " << token << " d " << d << ": got " << value << ", want "
-                          << t.exact[i] << ", error bound " << bound << " (BF16 maths " << low_max << ", slack " << t.slack[i] << ")";
+            ADD_FAILURE() << t.name << " head " << head << " token " << token << " d " << d << ": got " << value
+                          << ", want " << t.exact[i] << ", error bound " << bound << " (BF16 maths " << low_max
+                          << ", slack " << t.slack[i] << ")";
           }
           error_square += std::isnan(error) ? 0.0 : error * error;
         }
       }
-      EXPECT_LE(std::sqrt(error_square), 2 * std::sqrt(low_square) + 0.5 * step * std::sqrt(square) + std::sqrt(slack_square) +
-                                             tiny * std::sqrt(double(t.exact.size())) + 1e-30)
+      EXPECT_LE(std::sqrt(error_square), 2 * std::sqrt(low_square) + 0.5 * step * std::sqrt(square) +
+                                             std::sqrt(slack_square) + tiny * std::sqrt(double(t.exact.size())) + 1e-30)
           << t.name << " head " << head << ": L2 error";
     }
   }

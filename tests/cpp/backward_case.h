@@ -79,7 +79,8 @@ class BackwardRun {
  public:
   // poison(x, tensor, b, h, s, d) may replace an input value (tensor 0 to 3: q, k, v, grad_out).
   using Poison = std::function<float(float x, int tensor, int b, int h, int s, int d)>;
-  explicit BackwardRun(const BackwardCase& c, const Poison& poison = [](float x, int, int, int, int, int) { return x; });
+  explicit BackwardRun(
+      const BackwardCase& c, const Poison& poison = [](float x, int, int, int, int, int) { return x; });
 
   Gradients launch(bool deterministic, bool nan_expected = false);
   void check(const Gradients& got);  // tolerance: see the definition

@@ -1,10 +1,10 @@
-// Forward and straight-through backward on the host, from their definition (docs/design.md section 3, docs/kernels/backward.md):
-// plain loops in FP64 over the quantized operands.
+// Forward and straight-through backward on the host, from their definition (docs/design.md section 3,
+// docs/kernels/backward.md): plain loops in FP64 over the quantized operands.
 //
 // Besides the gradients themselves two yardsticks come out of the same loops:
-//   low    the same maths with what a BF16 kernel must round: p, dS, V~, dO (FP16 inputs), each to BF16, and the result
-//   slack  P is a step function: where 2^y lies so close to the boundary of two e4m3 values that FP32 arithmetic may fall on
-//          either side, the difference that the other value would make to each gradient element, summed
+//   low    the same maths with what a BF16 kernel must round: p, dS, V~, dO (FP16 inputs), each to BF16
+//   slack  P is a step function: where 2^y lies so close to the boundary of two e4m3 values that FP32 arithmetic may
+//          fall on either side, the difference that the other value would make to each gradient element, summed
 #pragma once
 
 #include <cmath>
@@ -23,16 +23,16 @@ using Lists = std::vector<std::vector<int32_t>>;  // a list of blocks per row
 struct HostHead {
   int dim = 0;
   const SlotTable* table = nullptr;
-  const Lists* kv = nullptr;               // row per tile
-  std::vector<float> q, k, v;              // raw e4m3 values [slots, D]; v is 0 in padding
-  std::vector<float> q_scale, k_scale;     // [slots]
-  std::vector<float> v_scale;              // [D]
-  std::vector<float> grad_out;             // [slots, D], 0 in padding
+  const Lists* kv = nullptr;            // row per tile
+  std::vector<float> q, k, v;           // raw e4m3 values [slots, D]; v is 0 in padding
+  std::vector<float> q_scale, k_scale;  // [slots]
+  std::vector<float> v_scale;           // [D]
+  std::vector<float> grad_out;          // [slots, D], 0 in padding
   float softmax_scale = 0.0f;
 };
 
 struct HostForward {
-  std::vector<float> out;  // [slots, D], rounded to the dtype
+  std::vector<float> out;               // [slots, D], rounded to the dtype
   std::vector<float> row_max, row_sum;  // [slots]
 };
 
@@ -153,8 +153,9 @@ inline HostBackward host_backward(const HostHead& in, const HostForward& f, doub
           out.low.dq[query + d] += ds_k * in.k[key + d];
         }
         // Would an exponent that is off by the rounding of FP32 give another byte?
-        const double error = accumulator_error * std::sqrt(q_norm[qs] * k_norm[ks]) * sq * sk * in.softmax_scale * 1.4427 +
-                             0x1p-22 * (std::fabs(y) + 1.0);
+        const double error =
+            accumulator_error * std::sqrt(q_norm[qs] * k_norm[ks]) * sq * sk * in.softmax_scale * 1.4427 +
+            0x1p-22 * (std::fabs(y) + 1.0);
         const float below = e4m3_to_float(to_e4m3(static_cast<float>(value * std::exp2(-error))));
         const float above = e4m3_to_float(to_e4m3(static_cast<float>(value * std::exp2(error))));
         if (below != above) {

@@ -34,26 +34,107 @@ std::vector<BackwardCase> cases() {
   return {
       variant("dense_d128", [](C&) {}),
       variant("dense_d64", [](C& c) { c.head_dim = 64; }),
-      variant("one_token", [](C& c) { c.grid = {1, 1, 1}; c.tile = {1, 1, 1}; c.heads = 2; }),
-      variant("one_block", [](C& c) { c.grid = {2, 8, 8}; c.tile = {2, 8, 8}; c.head_dim = 64; }),
-      variant("block_plus_one", [](C& c) { c.grid = {3, 1, 43}; c.tile = {3, 1, 43}; c.head_dim = 64; }),
-      variant("primes_and_text", [](C& c) { c.grid = {3, 5, 11}; c.tile = {3, 5, 7}; c.text = 13; }),
-      variant("long_lists_d64", [](C& c) { c.grid = {5, 7, 11}; c.tile = {3, 7, 8}; c.text = 5; c.head_dim = 64; }),
+      variant("one_token",
+              [](C& c) {
+                c.grid = {1, 1, 1};
+                c.tile = {1, 1, 1};
+                c.heads = 2;
+              }),
+      variant("one_block",
+              [](C& c) {
+                c.grid = {2, 8, 8};
+                c.tile = {2, 8, 8};
+                c.head_dim = 64;
+              }),
+      variant("block_plus_one",
+              [](C& c) {
+                c.grid = {3, 1, 43};
+                c.tile = {3, 1, 43};
+                c.head_dim = 64;
+              }),
+      variant("primes_and_text",
+              [](C& c) {
+                c.grid = {3, 5, 11};
+                c.tile = {3, 5, 7};
+                c.text = 13;
+              }),
+      variant("long_lists_d64",
+              [](C& c) {
+                c.grid = {5, 7, 11};
+                c.tile = {3, 7, 8};
+                c.text = 5;
+                c.head_dim = 64;
+              }),
       variant("per_token", [](C& c) { c.granularity = Granularity::kToken; }),
-      variant("per_token_scales_of_any_value", [](C& c) { c.granularity = Granularity::kToken; c.pow2 = false; c.head_dim = 64; }),
-      variant("per_block_scales_of_any_value", [](C& c) { c.granularity = Granularity::kBlock; c.pow2 = false; }),
-      variant("random_lists", [](C& c) { c.grid = {4, 6, 26}; c.mask = Mask::kRandom; c.heads = 2; c.head_dim = 64; }),
-      variant("masks_of_heads", [](C& c) { c.mask = Mask::kRandom; c.heads = c.mask_heads = 3; }),
-      variant("masks_of_batches", [](C& c) { c.mask = Mask::kRandom; c.batch = c.mask_batch = 2; c.heads = 2; c.head_dim = 64; }),
-      variant("mask_of_everyone", [](C& c) { c.mask = Mask::kRandom; c.batch = 2; c.heads = 2; c.head_dim = 64; }),
-      variant("own_block_only", [](C& c) { c.mask = Mask::kOwnBlock; c.text = 3; }),
+      variant("per_token_scales_of_any_value",
+              [](C& c) {
+                c.granularity = Granularity::kToken;
+                c.pow2 = false;
+                c.head_dim = 64;
+              }),
+      variant("per_block_scales_of_any_value",
+              [](C& c) {
+                c.granularity = Granularity::kBlock;
+                c.pow2 = false;
+              }),
+      variant("random_lists",
+              [](C& c) {
+                c.grid = {4, 6, 26};
+                c.mask = Mask::kRandom;
+                c.heads = 2;
+                c.head_dim = 64;
+              }),
+      variant("masks_of_heads",
+              [](C& c) {
+                c.mask = Mask::kRandom;
+                c.heads = c.mask_heads = 3;
+              }),
+      variant("masks_of_batches",
+              [](C& c) {
+                c.mask = Mask::kRandom;
+                c.batch = c.mask_batch = 2;
+                c.heads = 2;
+                c.head_dim = 64;
+              }),
+      variant("mask_of_everyone",
+              [](C& c) {
+                c.mask = Mask::kRandom;
+                c.batch = 2;
+                c.heads = 2;
+                c.head_dim = 64;
+              }),
+      variant("own_block_only",
+              [](C& c) {
+                c.mask = Mask::kOwnBlock;
+                c.text = 3;
+              }),
       variant("all_rows_empty", [](C& c) { c.mask = Mask::kEmpty; }),
       variant("fp16", [](C& c) { c.dtype = DType::kFloat16; }),
-      variant("hnd", [](C& c) { c.memory = Memory::kHnd; c.batch = 2; c.heads = 2; c.head_dim = 64; }),
-      variant("fused_qkv", [](C& c) { c.memory = Memory::kFusedQkv; c.heads = 2; }),
-      variant("unaligned", [](C& c) { c.memory = Memory::kUnaligned; c.heads = 2; c.head_dim = 64; c.dtype = DType::kFloat16; }),
+      variant("hnd",
+              [](C& c) {
+                c.memory = Memory::kHnd;
+                c.batch = 2;
+                c.heads = 2;
+                c.head_dim = 64;
+              }),
+      variant("fused_qkv",
+              [](C& c) {
+                c.memory = Memory::kFusedQkv;
+                c.heads = 2;
+              }),
+      variant("unaligned",
+              [](C& c) {
+                c.memory = Memory::kUnaligned;
+                c.heads = 2;
+                c.head_dim = 64;
+                c.dtype = DType::kFloat16;
+              }),
       variant("peaked_softmax", [](C& c) { c.magnitude = 3.0f; }),
-      variant("flat_softmax", [](C& c) { c.magnitude = 0.0f; c.head_dim = 64; }),
+      variant("flat_softmax",
+              [](C& c) {
+                c.magnitude = 0.0f;
+                c.head_dim = 64;
+              }),
   };
 }
 

@@ -78,7 +78,8 @@ TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
       backward(params, nullptr);
       ADD_FAILURE() << "no error, expected: " << bad.text;
     } catch (const Error& error) {
-      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos) << error.what() << "\nexpected: " << bad.text;
+      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos)
+          << error.what() << "\nexpected: " << bad.text;
     }
   }
 }

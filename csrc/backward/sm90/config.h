@@ -10,10 +10,10 @@
 
 namespace fpsattn::sm90::bwd {
 
-inline constexpr int kQueryRows = 64;                        // queries of a step of the KV-major kernel
-inline constexpr int kHalves = kBlockSlots / kQueryRows;     // steps of a query block
+inline constexpr int kQueryRows = 64;                     // queries of a step of the KV-major kernel
+inline constexpr int kHalves = kBlockSlots / kQueryRows;  // steps of a query block
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kConsumerWarpgroups = 2;                // 64 rows each
+inline constexpr int kConsumerWarpgroups = 2;  // 64 rows each
 inline constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
 inline constexpr int kThreads = kWarpgroupThreads * (1 + kConsumerWarpgroups);  // warpgroup 0 holds the producer
 inline constexpr int kProducerRegisters = 40;
@@ -23,17 +23,18 @@ static_assert(kWarpgroupThreads * (kProducerRegisters + kConsumerWarpgroups * kC
 inline constexpr int kPanelColumns = 64;  // BF16 tiles lie in panels of 64 columns: 128-byte rows, 128-byte swizzle
 inline constexpr int kSharedMemoryLimit = 227 * 1024;
 
-// What a query row brings to the elementwise part, one array of 64 floats each per step: [half block][kNumRowFacts][64].
+// What a query row brings to the elementwise part, an array of 64 floats each: [half block][kNumRowFacts][64].
 enum RowFact { kQueryScale, kExponentShift, kInverseSum, kDelta, kNumRowFacts };
 // kQueryScale s_q   kExponentShift 8 - m   kInverseSum 1 / l (0: empty row or padding)   kDelta rowsum(dO * O)
 inline constexpr int kRowFactsBytes = kNumRowFacts * kQueryRows * int(sizeof(float));
 
 // Workspace, offsets in bytes. All in slot order, rows = B * H * num_blocks * 128.
 struct Workspace {
-  size_t q, k, v, d_out;  // BF16 [rows, D]: raw e4m3 values of Q and K (0 in padding), V~ = v8 * v_scale, dO (0 in padding)
-  size_t row_facts;       // FP32 [rows / 64, kNumRowFacts, 64]
-  size_t k_scale;         // FP32 [rows]
-  size_t dq_sum;          // FP32 [rows / 64, 64 * D] in accumulator order; fast mode only
+  size_t q, k;       // BF16 [rows, D]: raw e4m3 values of Q and K, 0 in padding
+  size_t v, d_out;   // BF16 [rows, D]: V~ = v8 * v_scale; dO, 0 in padding
+  size_t row_facts;  // FP32 [rows / 64, kNumRowFacts, 64]
+  size_t k_scale;    // FP32 [rows]
+  size_t dq_sum;     // FP32 [rows / 64, 64 * D] in accumulator order; fast mode only
   size_t bytes;
 
   static Workspace of(const BackwardParams& params) {

@@ -4,14 +4,15 @@
 //   dV += p^T dO        dP^T = V~ dO^T               dS = p (dP - delta)
 //   dK += (dS s_q)^T Q8, times scale at the end      dQ += (dS s_k) K8, times scale at the end (fast mode)
 //
-// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts FP32
-// Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63, so its P^T and dS^T are A operands in registers
-// Layouts    e4m3: one panel of D bytes. BF16: panels of 64 columns, 128-byte swizzle, read K-major (dP) and MN-major (dV, dK)
-//            alike. The scales are folded into dS before it is rounded to BF16, so the raw e4m3 values stay exact.
+// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts
+// Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
+//            registers
+// Layouts    e4m3: one panel of D bytes. BF16: panels of 64 columns, 128-byte swizzle, read K-major (dP) and MN-major
+//            (dV, dK) alike. The scales are folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
-//            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           the warpgroups drift apart and fill each other's gaps
-//   fast               S dP | exp2, e4m3 | dV | dS | dK dQ | reduce  dS goes through shared memory, as dQ sums over both warpgroups
+//            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           they drift apart and fill each other's gaps
+//   fast               S dP | exp2, e4m3 | dV | dS | dK dQ | reduce  dS goes through shared memory: dQ sums over both
 //
 // Barriers   name          kind       arrives                 waits       phase flips
 //            keys_loaded   mbarrier   producer + bytes        consumers   never (one work item per CTA)
@@ -20,14 +21,16 @@
 //            ds_written    named 1    256 consumer threads    the same    per step (fast mode)
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
-// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once (peak 215, fast 228);
-//                       232 allowed, 40 for the producer. No spill in the loop.
-//            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K; fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
-//            per 128 x 64 tile, clocks of an SM (sassbudget): D = 128: tensor 1792, shared memory 1920, issue 982, EX2 512;
-//            fast: tensor 2304, shared memory 2816, issue 1290. Limit: shared memory, just above tensor.
+// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once
+//                       (peak 215, fast 228); 232 allowed, 40 for the producer. No spill in the loop.
+//            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K
+//                       fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
+//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 982,
+//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1290. Limit: shared memory.
 //
-// Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so p = dS = 0; rows of
-//            padding keys are computed and never stored, and K16 is 0 there, so they add nothing to dQ. No list: dK = dV = 0 is stored.
+// Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
+//            p = dS = 0; rows of padding keys are computed and never stored; K16 is 0 there: they add nothing to dQ.
+//            An empty list stores dK = dV = 0.
 #pragma once
 
 #include "backward/sm90/config.h"
@@ -40,17 +43,17 @@
 namespace fpsattn::sm90::bwd {
 
 struct DkdvArgs {
-  CUtensorMap k8, v;          // boxes of 128 rows
-  CUtensorMap q8, q, d_out;   // boxes of 64 rows
-  CUtensorMap k;              // fast mode: boxes of 128 rows, panels of D / 2 columns
+  CUtensorMap k8, v;         // boxes of 128 rows
+  CUtensorMap q8, q, d_out;  // boxes of 64 rows
+  CUtensorMap k;             // fast mode: boxes of 128 rows, panels of D / 2 columns
   const float* row_facts;
   const float* k_scale;
   const int32_t* token_of_slot;
-  DeviceLists queries;        // rows = KV blocks, entries = query blocks
+  DeviceLists queries;  // rows = KV blocks, entries = query blocks
   int heads, num_blocks;
   float softmax_scale, scale_log2e;
   GradientTensor dk, dv;
-  float* dq_sum;              // fast mode
+  float* dq_sum;  // fast mode
 };
 
 template <int D, int kStages>
@@ -70,14 +73,15 @@ struct SeparateDq {
   struct Storage {};
 };
 
-// Policy: dQ is summed in FP32 by the copy engine. The order of the sums, and with it the last bits, varies from run to run.
+// Policy: dQ is summed in FP32 by the copy engine. The order of the sums, and so the last bits, varies from run to run.
 template <int D>
 struct ReducedDq {
   static constexpr int kStages = 2;
   static constexpr bool kReducesDq = true;
   struct Storage {
-    alignas(1024) uint16_t k[kBlockSlots * D];                          // panel w: columns of warpgroup w
-    alignas(1024) uint16_t ds[2][kBlockSlots * kQueryRows];             // [key][query], 128-byte swizzle; one per parity of the step
+    alignas(1024) uint16_t k[kBlockSlots * D];  // panel w: columns of warpgroup w
+    // [key][query], 128-byte swizzle, one per parity of the step: a warpgroup may be a step ahead of the other's reads.
+    alignas(1024) uint16_t ds[2][kBlockSlots * kQueryRows];
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
 };
@@ -95,8 +99,8 @@ struct DkdvStorage {
 
 // The producer: one thread.
 template <int D, template <int> class DqPolicy>
-__device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem, int head, int block,
-                                                const int32_t* list, int count) {
+__device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem, int head,
+                                                int block, const int32_t* list, int count) {
   using Policy = DqPolicy<D>;
   using Ring = DkdvRing<D, Policy::kStages>;
   const int key_row = (head * args.num_blocks + block) * kBlockSlots;
@@ -125,8 +129,8 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
 }
 
 // s: S^T in, p out (FP32); packed: p as the A operand of dV. sk: scales of this thread's two keys.
-__device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)[16], const float* facts, const float (&sk)[2],
-                                              float scale_log2e) {
+__device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)[16], const float* facts,
+                                              const float (&sk)[2], float scale_log2e) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < kQueryRows / 8; ++j) {
@@ -172,8 +176,7 @@ struct DkdvConsumer {
     keep_registers(s);
     keep_registers(dp);
     wgmma_fence();
-    multiply_fp8<D>(s, tile_descriptor<D>(smem.k8 + warpgroup * 64 * D),
-                    tile_descriptor<D>(smem.ring.q8[stage]));
+    multiply_fp8<D>(s, tile_descriptor<D>(smem.k8 + warpgroup * 64 * D), tile_descriptor<D>(smem.ring.q8[stage]));
     wgmma_commit();
     multiply_rows<D>(dp, tile_descriptor<128>(smem.v + warpgroup * 64 * kPanelColumns), kBlockSlots * 128, d_out,
                      kQueryRows * 128);
@@ -237,9 +240,8 @@ struct DkdvConsumer {
     float dq[D / 4];
     keep_registers(dq);
     wgmma_fence();
-    multiply_columns<kBlockSlots, D>(
-        dq, tile_descriptor<128>(smem.dq.ds[buffer]),
-        tile_descriptor<D>(smem.dq.k + warpgroup * kBlockSlots * D / 2));
+    multiply_columns<kBlockSlots, D>(dq, tile_descriptor<128>(smem.dq.ds[buffer]),
+                                     tile_descriptor<D>(smem.dq.k + warpgroup * kBlockSlots * D / 2));
     wgmma_commit();
     wgmma_wait<0>();
     keep_registers(dv);
@@ -262,7 +264,8 @@ struct DkdvConsumer {
     named_barrier_sync(kSumStaged + warpgroup, kWarpgroupThreads);
     if (thread == 0) {
       constexpr int kFloats = kQueryRows * D / 2;
-      bulk_reduce_add(args.dq_sum + (query_half * kConsumerWarpgroups + warpgroup) * kFloats, sum, kFloats * int(sizeof(float)));
+      bulk_reduce_add(args.dq_sum + (query_half * kConsumerWarpgroups + warpgroup) * kFloats, sum,
+                      kFloats * int(sizeof(float)));
       bulk_commit();
     }
   }

@@ -3,14 +3,14 @@
 //   S = Q8 K8^T (e4m3, the forward's product)   p = e4m3(2^(S s_q s_k scale log2e - m + 8)) / l
 //   dP = dO V~^T    dS = p (dP - delta)         dQ += (dS s_k) K8, times scale at the end
 //
-// It recomputes S and dP, 7 products in place of 5 over both kernels, and needs no sum across CTAs: same bits on every run.
+// It recomputes S and dP, 7 products in place of 5 over both kernels, and needs no sum across CTAs: the same bits.
 //
-// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): K8, V~, dO as BF16 [slots, D], row facts, s_k per slot
-// Tiles      128 queries x 128 keys x D; consumer warpgroup w owns queries 64w..64w+63; dS is the A operand in registers
+// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): K8, V~, dO as BF16 [slots, D], facts, s_k
+// Tiles      128 queries x 128 keys x D; consumer warpgroup w owns queries 64w..64w+63; dS: A operand in registers
 // Layouts    as in dkdv_kernel.h; K16 is read MN-major
 //
 // Pipeline   producer  Q8 dO | K8 V~ K16 s_k of key block 0, 1, 2, ... of the tile's list, 2 stages
-//            WG1, WG2  S dP | exp2, e4m3 | dS | dQ |               the warpgroups drift apart and fill each other's gaps
+//            WG1, WG2  S dP | exp2, e4m3 | dS | dQ |               they drift apart and fill each other's gaps
 //
 // Barriers   name            kind       arrives              waits       phase flips
 //            queries_loaded  mbarrier   producer + bytes     consumers   never (one work item per CTA)
@@ -20,11 +20,11 @@
 // Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128 (peak 213);
 //                       232 allowed, 40 for the producer. No spill.
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
-//            per 128 x 128 tile, clocks of an SM at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600, EX2 1024.
-//            Limit: tensor.
+//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600,
+//                       EX2 1024. Limit: tensor.
 //
-// Invariants list entries are < num_blocks (trapped on otherwise); K16 is 0 in padding keys, so their dS does not matter; an
-//            empty list stores dQ = 0.
+// Invariants list entries are < num_blocks (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
+//            an empty list stores dQ = 0.
 #pragma once
 
 #include "backward/sm90/config.h"
@@ -65,8 +65,8 @@ struct DqStorage {
 
 // The producer: one thread.
 template <int D>
-__device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& smem, int head, int block, const int32_t* list,
-                                             int count) {
+__device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& smem, int head, int block,
+                                             const int32_t* list, int count) {
   const int query_row = (head * args.num_blocks + block) * kBlockSlots;
   smem.queries_loaded.arrive_expect_bytes(kBlockSlots * D * 3);
   tma_load_2d(smem.q8, &args.q8, &smem.queries_loaded, 0, query_row);
@@ -112,8 +112,7 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
   keep_registers(s);
   keep_registers(dp);
   wgmma_fence();
-  multiply_fp8<D>(s, tile_descriptor<D>(smem.q8 + warpgroup * 64 * D),
-                  tile_descriptor<D>(smem.k8[stage]));
+  multiply_fp8<D>(s, tile_descriptor<D>(smem.q8 + warpgroup * 64 * D), tile_descriptor<D>(smem.k8[stage]));
   wgmma_commit();
   multiply_rows<D>(dp, tile_descriptor<128>(smem.d_out + warpgroup * 64 * kPanelColumns), kBlockSlots * 128,
                    tile_descriptor<128>(smem.v[stage]), kBlockSlots * 128);
@@ -145,8 +144,7 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = 4 * j + 2 * r;
-      ds_packed[2 * j + r] =
-          pack_bf16(s[i] * (dp[i] - q.delta[r]) * sk.x, s[i + 1] * (dp[i + 1] - q.delta[r]) * sk.y);
+      ds_packed[2 * j + r] = pack_bf16(s[i] * (dp[i] - q.delta[r]) * sk.x, s[i + 1] * (dp[i + 1] - q.delta[r]) * sk.y);
     }
   }
   keep_registers(ds_packed);
@@ -158,7 +156,7 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
   keep_registers(dq);
 }
 
-// Grid: x = query block, last first (text tiles have the longest lists and come last in slot order), y = head, z = batch.
+// Grid: x = query block, last first (text tiles, the longest lists, come last in slot order), y = head, z = batch.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ DqArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];

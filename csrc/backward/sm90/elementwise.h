@@ -25,7 +25,7 @@ __device__ __forceinline__ float2 quantized_probabilities(float y0, float y1) {
   return __half22float2(*reinterpret_cast<__half2*>(&halves));
 }
 
-// The four lanes of a quad hold words w[i] of column group i; afterwards lane q holds the four words of group q, in lane order.
+// The four lanes of a quad hold words w[i] of column group i; then lane q holds the words of group q, in lane order.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   const int lane = threadIdx.x % 4;
 #pragma unroll
@@ -52,7 +52,8 @@ __device__ __forceinline__ uint32_t pack_16bit(float low, float high, bool half)
 }
 
 // 8 elements to columns column..column+7 of a token's row.
-__device__ __forceinline__ void store_8(const GradientTensor& out, int64_t row_offset, int column, const uint32_t (&w)[4]) {
+__device__ __forceinline__ void store_8(const GradientTensor& out, int64_t row_offset, int column,
+                                        const uint32_t (&w)[4]) {
   char* target = out.data + (row_offset + column) * 2;
   if (out.aligned) {
     *reinterpret_cast<uint4*>(target) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -64,10 +65,10 @@ __device__ __forceinline__ void store_8(const GradientTensor& out, int64_t row_o
   }
 }
 
-// Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1 stores nothing.
+// Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1: not stored.
 template <int D>
-__device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const GradientTensor& out, int b,
-                                           int h, const int (&tokens)[2]) {
+__device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const GradientTensor& out,
+                                           int b, int h, const int (&tokens)[2]) {
   const int quad_lane = threadIdx.x % 4;
   const int64_t base = b * out.stride_batch + h * out.stride_head;
 #pragma unroll

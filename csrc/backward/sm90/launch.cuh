@@ -1,4 +1,4 @@
-// From checked parameters to launches: prepare, then the two main kernels (deterministic mode) or the fused one and finish.
+// From checked parameters to launches: prepare, then two main kernels (deterministic) or the fused one and finish.
 #pragma once
 
 #include "backward/sm90/dkdv_kernel.h"
@@ -15,8 +15,8 @@ inline InputTensor input_tensor(const TokenTensor& t) {
 }
 
 inline GradientTensor gradient_tensor(const TokenTensor& t, DType dtype) {
-  return {static_cast<char*>(t.data), t.stride_batch,       t.stride_head,
-          t.stride_token,             has_aligned_rows(t), dtype == DType::kFloat16};
+  return {static_cast<char*>(t.data), t.stride_batch,          t.stride_head, t.stride_token,
+          has_aligned_rows(t),        dtype == DType::kFloat16};
 }
 
 inline DeviceLists device_lists(const BlockLists& lists) {
@@ -24,7 +24,8 @@ inline DeviceLists device_lists(const BlockLists& lists) {
 }
 
 template <class Kernel, class Args>
-void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Args& args) {
+void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+            const Args& args) {
   if (shared_bytes > 48 * 1024) {
     FPSATTN_CUDA_CHECK(what, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
@@ -36,7 +37,10 @@ template <int D>
 class Launcher {
  public:
   Launcher(const BackwardParams& params, cudaStream_t stream)
-      : params_(params), stream_(stream), space_(Workspace::of(params)), base_(static_cast<char*>(params.workspace)),
+      : params_(params),
+        stream_(stream),
+        space_(Workspace::of(params)),
+        base_(static_cast<char*>(params.workspace)),
         rows_(uint64_t(params.size.batch) * params.size.heads * params.size.num_blocks * kBlockSlots),
         blocks_(params.size.num_blocks, params.size.heads, params.size.batch) {}
 
@@ -46,7 +50,8 @@ class Launcher {
       dkdv<SeparateDq>();
       dq();
     } else {
-      FPSATTN_CUDA_CHECK("backward: dq_sum", cudaMemsetAsync(at<float>(space_.dq_sum), 0, rows_ * D * sizeof(float), stream_));
+      FPSATTN_CUDA_CHECK("backward: dq_sum",
+                         cudaMemsetAsync(at<float>(space_.dq_sum), 0, rows_ * D * sizeof(float), stream_));
       dkdv<ReducedDq>();
       finish();
     }
@@ -120,10 +125,10 @@ class Launcher {
 
   void finish() {
     const BackwardParams& p = params_;
-    const FinishArgs args{at<float>(space_.dq_sum), p.token_of_slot, gradient_tensor(p.dq, p.dtype), p.softmax_scale,
-                          p.size.heads,             p.size.num_blocks};
-    launch("backward: finish", finish_kernel<D>, dim3(blocks_.x * kHalves, blocks_.y, blocks_.z), kFinishThreads, 0, stream_,
-           args);
+    const FinishArgs args{at<float>(space_.dq_sum), p.token_of_slot, gradient_tensor(p.dq, p.dtype),
+                          p.softmax_scale,          p.size.heads,    p.size.num_blocks};
+    launch("backward: finish", finish_kernel<D>, dim3(blocks_.x * kHalves, blocks_.y, blocks_.z), kFinishThreads, 0,
+           stream_, args);
   }
 
   const BackwardParams& params_;

@@ -1,7 +1,7 @@
-// The four kinds of product of the backward kernels, on the WGMMA wrappers of common/wgmma.h (fragments are described there).
+// The four kinds of product of the backward kernels, on the WGMMA wrappers of common/wgmma.h (fragments: see there).
 //
-// An FP32 accumulator packed pairwise to BF16 already is an A operand: registers 4k..4k+3 are the fragment of k step k (16
-// columns). So P^T and dS^T (or dS) feed the next product from registers, without a shuffle.
+// An FP32 accumulator packed pairwise to BF16 already is an A operand: registers 4k..4k+3 are the fragment of k step k
+// (16 columns). So P^T and dS^T (or dS) feed the next product from registers, without a shuffle.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct WgmmaBf16<32, kMajorA, kMajorB> {
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, %19, %20;\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
           "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)), "n"(static_cast<int>(kMajorB)));
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)),
+          "n"(static_cast<int>(kMajorB)));
   }
 };
 
@@ -27,8 +28,8 @@ struct WgmmaBf16<32, kMajorA, kMajorB> {
 
 namespace fpsattn::sm90::bwd {
 
-// Descriptor of a tile with rows of kRowBytes = 64 or 128 bytes, swizzled over that width. K-major and MN-major alike, groups of 8
-// rows follow each other; panel_bytes leads from one panel of 64 columns to the next (MN-major, more than one panel).
+// Descriptor of a tile with rows of kRowBytes = 64 or 128 bytes, swizzled over that width. K-major and MN-major alike,
+// groups of 8 rows follow each other; panel_bytes leads from a panel of 64 columns to the next (MN-major, D = 128).
 template <int kRowBytes>
 __device__ __forceinline__ uint64_t tile_descriptor(const void* tile, uint32_t panel_bytes = 16) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "the swizzle is as wide as a row");
@@ -36,7 +37,9 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* tile, uint32_t p
 }
 
 // A descriptor `bytes` further on (a multiple of 16).
-__device__ __forceinline__ constexpr uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+__device__ __forceinline__ constexpr uint64_t advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
 
 // d[64, N] = A[64, K] B[N, K]^T in e4m3, K = kRowBytes; both tiles are one panel.
 template <int kRowBytes, int R>

@@ -1,12 +1,12 @@
 // Backward, before the main kernels: operands in tile order and the facts of every query row. Memory-bound.
 //
-//   Q16, K16 = raw e4m3 values as BF16 (exact); 0 in padding slots         V~ = bf16(v8 * v_scale), transposed back from v8t
-//   dO gathered to slot order as BF16; 0 in padding slots                  delta = rowsum(dO * O), from the rounded dO
+//   Q16, K16 = raw e4m3 values as BF16 (exact); 0 in padding slots    V~ = bf16(v8 * v_scale), transposed back from v8t
+//   dO gathered to slot order as BF16; 0 in padding slots             delta = rowsum(dO * O), from the rounded dO
 //   facts: s_q, 8 - m, 1 / l, delta, 64 rows of each after another; s_k per slot, whatever the granularity
 //
-// FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): their range would not survive the other way round.
-// One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO) read,
-// 8 written. Invariant: every byte of the workspace that a main kernel reads is written here on every call.
+// FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): dS would not survive FP16's range.
+// One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO)
+// read, 8 written. Invariant: every byte of the workspace that a main kernel reads is written here on every call.
 #pragma once
 
 #include "backward/sm90/config.h"
@@ -83,10 +83,12 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
     float delta = 0.0f;
     if (token >= 0) {
       float o[8], g[8];
-      load_8(o, args.out, b * args.out.stride_batch + h * args.out.stride_head + token * args.out.stride_token + part * 8,
+      load_8(o, args.out,
+             b * args.out.stride_batch + h * args.out.stride_head + token * args.out.stride_token + part * 8,
              args.half);
       load_8(g, args.grad_out,
-             b * args.grad_out.stride_batch + h * args.grad_out.stride_head + token * args.grad_out.stride_token + part * 8,
+             b * args.grad_out.stride_batch + h * args.grad_out.stride_head + token * args.grad_out.stride_token +
+                 part * 8,
              args.half);
       uint32_t w[4];
 #pragma unroll
@@ -118,7 +120,7 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
   }
 }
 
-// Position of slot s of a group of 16 in v8t: the inverse of kVSlotOrder. Bits of s: b3 b2 b1 b0 -> position b2 b1 b3 b0.
+// Position of slot s of a group of 16 in v8t: the inverse of kVSlotOrder. Bits b3 b2 b1 b0 -> position b2 b1 b3 b0.
 __device__ __forceinline__ int v_position(int slot) {
   return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
 }
