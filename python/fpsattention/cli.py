@@ -95,7 +95,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """FP8 + 3D-tile-sparse attention for video diffusion transformers."""
 
@@ -140,7 +142,9 @@ def _escape(text: str) -> str:
 def plan(
     grid: Annotated[str, typer.Argument(help="Token grid T x H x W, e.g. 21x45x80 (Wan 720p, 81 frames).")],
     tile: Annotated[str | None, typer.Option(help="Tile in tokens, e.g. 6,8,8. Default: the planner's choice.")] = None,
-    window: Annotated[str | None, typer.Option(help="Sliding window in tiles, e.g. 3,3,6. Default: everything.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Sliding window in tiles, e.g. 3,3,6. Default: everything.")
+    ] = None,
     text_len: Annotated[int, typer.Option(help="Text tokens of the same sequence.")] = 0,
     text_position: Annotated[str, typer.Option(help="suffix or prefix.")] = "suffix",
     png: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
@@ -225,7 +229,9 @@ def _sketch(mask: Any, columns: int = 64, rows: int = 20) -> Any:
             elif (cell == 3).any():
                 text.append("t", style="green")
             else:
-                text.append("\u00b7\u2591\u2592\u2593\u2588"[0 if share == 0 else 1 + min(int(share * 4), 3)], style="blue")
+                text.append(
+                    "\u00b7\u2591\u2592\u2593\u2588"[0 if share == 0 else 1 + min(int(share * 4), 3)], style="blue"
+                )
         text.append("\n")
     return text
 
@@ -237,21 +243,31 @@ def _sketch(mask: Any, columns: int = 64, rows: int = 20) -> Any:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for videos, pictures and reports.")] = Path("fpsattn_demo"),
     preset: Annotated[str, typer.Option(help="paper, training_free, fp8, dense, or a schedule file.")] = "paper",
-    small: Annotated[bool, typer.Option("--small", help="The smallest useful size (96x160, 17 frames, 4 steps).")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="The smallest useful size (96x160, 17 frames, 4 steps).")
+    ] = False,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.  [default: 256]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.  [default: 384]")] = None,
-    num_frames: Annotated[int | None, typer.Option("--num-frames", "--num_frames", help="4k + 1.  [default: 33]")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", "--num_frames", help="4k + 1.  [default: 33]")
+    ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", "--num_inference_steps", help="Denoising steps.  [default: 6]")
+        int | None,
+        typer.Option("--num-inference-steps", "--num_inference_steps", help="Denoising steps.  [default: 6]"),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", "--guidance_scale", help="Classifier-free guidance.  [default: 3]")
+        float | None,
+        typer.Option("--guidance-scale", "--guidance_scale", help="Classifier-free guidance.  [default: 3]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights (tiny model) and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of real Wan weights. Default: a tiny model, offline.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of real Wan weights. Default: a tiny model, offline.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="For --model.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative_prompt", help="For --model.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "--negative_prompt", help="For --model.")
+    ] = None,
     control: Annotated[bool, typer.Option(help="Repeat the dense run; it must be identical.")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -290,7 +306,9 @@ def _show_demo(report: dict[str, Any], out: Path) -> None:
     console.print(f"FPSAttention against dense, same seed: {quality}", highlight=False)
     if control is not None:
         same = control["latents"]["identical"] and control["video"]["identical"]
-        console.print(f"control (dense run again): {'identical' if same else '[bold red]not identical[/]'}", highlight=False)
+        console.print(
+            f"control (dense run again): {'identical' if same else '[bold red]not identical[/]'}", highlight=False
+        )
     console.print(f"{report['seconds']['everything']:.1f} s on {report['environment']['device']}", highlight=False)
     console.print(f"written: {out}/report.md, dense.mp4, fps.mp4 and pictures", highlight=False, soft_wrap=True)
 
@@ -305,7 +323,9 @@ def analyze(
     level: Annotated[str | None, typer.Option(help="Try this level of the schedule at every sigma instead.")] = None,
     rows: Annotated[int, typer.Option(help="Query tokens per head to look at (0: all).")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for pictures and analysis.json. Default: DIR/analysis.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for pictures and analysis.json. Default: DIR/analysis.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -334,7 +354,12 @@ def analyze(
             )
         target = out or folder / "analysis"
         pictures = _draw_analysis(records, resolved, level, target)
-        result = {"schedule": resolved.to_dict(), "level": level, "captures": records, "pictures": list(map(str, pictures))}
+        result = {
+            "schedule": resolved.to_dict(),
+            "level": level,
+            "captures": records,
+            "pictures": list(map(str, pictures)),
+        }
         save_json(target / "analysis.json", result)
         if as_json:
             _print_json(result)
@@ -352,7 +377,9 @@ def _draw_analysis(records: list[dict[str, Any]], schedule: Any, level: str | No
         prefix = f"{model}_" if model else ""
         phases = [(1.0, 0.0, level)] if level else [(p.high, p.low, p.level) for p in schedule.phases]
         title = f"Error of one attention call{f', {model}' if model else ''} (mean over layers)"
-        pictures.append(plots.plot_error_vs_sigma(error_series(mine), phases, target / f"{prefix}error_vs_sigma.png", title))
+        pictures.append(
+            plots.plot_error_vs_sigma(error_series(mine), phases, target / f"{prefix}error_vs_sigma.png", title)
+        )
         for part in ("quantization", "sparsity", "total"):
             values = {(r["layer"], r["sigma"]): r[part]["rel_l1"] if part in r else 0.0 for r in mine}
             path = target / f"{prefix}{part}_by_layer.png"
@@ -370,7 +397,13 @@ def _show_analysis(records: list[dict[str, Any]], target: Path) -> None:
         errors = [f"{record[p]['rel_l1']:.4f}" if p in record else "0" for p in ("quantization", "sparsity", "total")]
         cosine = f"{record['total']['cosine']:.5f}" if "total" in record else "1"
         table.add_row(
-            record["model"], str(record["layer"]), f"{record['sigma']:.4f}", record["level"], f"{record['density']:.3f}", *errors, cosine
+            record["model"],
+            str(record["layer"]),
+            f"{record['sigma']:.4f}",
+            record["level"],
+            f"{record['density']:.3f}",
+            *errors,
+            cosine,
         )
     console.print(table)
     console.print(f"written: {target}/analysis.json and pictures", highlight=False, soft_wrap=True)

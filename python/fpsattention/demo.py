@@ -60,7 +60,9 @@ class DemoConfig:
                 f"fpsattention.demo: size {self.height}x{self.width}, wanted height and width that are multiples of 16"
             )
         if self.num_frames < 1 or self.num_frames % 4 != 1:
-            raise ConfigError(f"fpsattention.demo: num_frames {self.num_frames}, wanted 4k + 1 (1, 5, 9, ..., 33, ..., 81)")
+            raise ConfigError(
+                f"fpsattention.demo: num_frames {self.num_frames}, wanted 4k + 1 (1, 5, 9, ..., 33, ..., 81)"
+            )
         if self.num_inference_steps < 1:
             raise ConfigError(f"fpsattention.demo: num_inference_steps {self.num_inference_steps}, wanted at least 1")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -127,7 +129,9 @@ def _timed_ops(watch: _Stopwatch) -> Any:
 
         @staticmethod
         def _halves(ops: Any, func: Any, args: Any, kwargs: Any) -> Any:
-            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+            given = {
+                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
+            } | kwargs
             options = {name: given[name] for name in names if name in given and name != "softmax_scale"}
             q, k, v = given["q"], given["k"], given["v"]
             tables = [given[name] for name in ("token_of_slot", "tile_of_block", "kv_num_blocks", "kv_indices")]
@@ -144,11 +148,13 @@ def _timed_ops(watch: _Stopwatch) -> Any:
 
 
 def resolve_device(name: str) -> str:
-    """"cpu" or "cuda"; "auto" takes a Hopper GPU where the kernels can run, else the CPU."""
+    """ "cpu" or "cuda"; "auto" takes a Hopper GPU where the kernels can run, else the CPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("fpsattention.demo: device 'cuda', but torch sees no GPU: run fpsattn doctor, or use --device cpu")
+        raise ConfigError(
+            "fpsattention.demo: device 'cuda', but torch sees no GPU: run fpsattn doctor, or use --device cpu"
+        )
     if name != "auto":
         return name
     from .ops import sm90_missing
@@ -187,7 +193,9 @@ def load_pipeline(config: DemoConfig, device: str) -> tuple[Any, dict[str, Any]]
     return pipe, call
 
 
-def run_pipeline(pipe: Any, call: dict[str, Any], config: DemoConfig, device: str, what: str, progress: Progress) -> Run:
+def run_pipeline(
+    pipe: Any, call: dict[str, Any], config: DemoConfig, device: str, what: str, progress: Progress
+) -> Run:
     """One timed run from the configured seed."""
     import numpy as np
     import torch
@@ -336,12 +344,18 @@ def error_series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, f
     return series
 
 
-def _draw(out: Path, config: DemoConfig, schedule: Any, pipe: Any, dense: Run, sparse: Run, report: dict[str, Any]) -> None:
+def _draw(
+    out: Path, config: DemoConfig, schedule: Any, pipe: Any, dense: Run, sparse: Run, report: dict[str, Any]
+) -> None:
     from .evaluation import plots
 
     records = report["captures"]
     grid, heads = tuple(records[0]["grid"]), pipe.transformer.config.num_attention_heads
-    masks = {name: level_mask(schedule, level, grid, heads) for name, level in schedule.levels.items() if level.precision == "fp8"}
+    masks = {
+        name: level_mask(schedule, level, grid, heads)
+        for name, level in schedule.levels.items()
+        if level.precision == "fp8"
+    }
     if masks:
         layout = next(iter(masks.values())).layout
         title = f"Block masks on grid {'x'.join(map(str, grid))}, tile {'x'.join(map(str, layout.tile))} tokens"

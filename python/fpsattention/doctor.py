@@ -131,7 +131,10 @@ def probe_driver() -> dict[str, Any] | None:
     if run.returncode != 0:
         raise RuntimeError((run.stderr or run.stdout).strip() or f"nvidia-smi exited with status {run.returncode}")
     rows = [[cell.strip() for cell in line.split(",")] for line in run.stdout.splitlines() if line.strip()]
-    return {"driver": rows[0][1] if rows else "", "gpus": [f"{r[0]} (compute {r[2]}, {r[3]})" for r in rows if len(r) > 3]}
+    return {
+        "driver": rows[0][1] if rows else "",
+        "gpus": [f"{r[0]} (compute {r[2]}, {r[3]})" for r in rows if len(r) > 3],
+    }
 
 
 def probe_cuda_runtime() -> tuple[int, int]:
@@ -206,7 +209,9 @@ def _check_torch(torch_info: dict[str, Any] | None, error: str | None) -> Check:
     cuda = f"built for CUDA {torch_info['cuda']}" if torch_info["cuda"] else "CPU build"
     if _version_tuple(torch_info["version"]) < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
-        return Check("torch", "fail", f"{torch_info['version']} ({cuda}), wanted >= {wanted}", "pip install -U 'torch>=2.10'")
+        return Check(
+            "torch", "fail", f"{torch_info['version']} ({cuda}), wanted >= {wanted}", "pip install -U 'torch>=2.10'"
+        )
     return Check("torch", "ok", f"{torch_info['version']} ({cuda})")
 
 
@@ -224,7 +229,10 @@ def _check_gpu(driver: dict[str, Any] | None, driver_error: str | None, torch_in
         )  # fmt: skip
     if driver_error:
         return Check(
-            "GPU", "warn", f"nvidia-smi does not work: {driver_error}", "reboot, or reinstall the NVIDIA driver (>= 550)"
+            "GPU",
+            "warn",
+            f"nvidia-smi does not work: {driver_error}",
+            "reboot, or reinstall the NVIDIA driver (>= 550)",
         )
     if driver is None or not driver["gpus"]:
         return Check("GPU", "info", "none found: the CPU implementation is used")
@@ -304,7 +312,9 @@ def _check_libraries(has_cuda_build: bool, has_gpu: bool) -> list[Check]:
             library = missing.group(1) if missing else "the library named above"
             checks.append(
                 Check(
-                    name, "warn", f"{path} does not load ({load_error})",
+                    name,
+                    "warn",
+                    f"{path} does not load ({load_error})",
                     f"put {library} on the linker's path: pip install nvidia-cuda-runtime, or add the CUDA toolkit's lib64 to "
                     f"LD_LIBRARY_PATH, or rebuild with the toolkit of torch's CUDA version: {REINSTALL}",
                 )  # fmt: skip
@@ -338,7 +348,9 @@ def _check_attention(device: str) -> Check:
         return Check(name, "fail" if device == "cpu" else "warn", failure, f"in the source tree: {REINSTALL}")
     if not error <= SELF_CHECK_REL_L1:  # also catches NaN
         text = f"runs, but is wrong: relative L1 {error:.4f} against FP64, at most {SELF_CHECK_REL_L1} expected"
-        return Check(name, "fail" if device == "cpu" else "warn", text, "report this with the output of fpsattn doctor --json")
+        return Check(
+            name, "fail" if device == "cpu" else "warn", text, "report this with the output of fpsattn doctor --json"
+        )
     return Check(name, "ok", f"runs; relative L1 {error:.4f} against dense FP64 (FP8 rounding)")
 
 
@@ -367,7 +379,9 @@ def examine() -> Report:
     checks.append(_check_driver(driver, driver_error))
     checks.append(_check_runtime(*_try(probe_cuda_runtime), has_gpu))
     nvcc, nvcc_error = _try(probe_nvcc)
-    checks.append(Check("nvcc", "ok", nvcc) if nvcc else Check("nvcc", "info", nvcc_error or "none (needed only to build)"))
+    checks.append(
+        Check("nvcc", "ok", nvcc) if nvcc else Check("nvcc", "info", nvcc_error or "none (needed only to build)")
+    )
 
     version, package_error = _try(probe_package)
     if version is None:
@@ -392,10 +406,14 @@ def examine() -> Report:
 def _conclude(checks: list[Check], hopper: bool) -> Report:
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
-        return Report(checks, False, f"broken: {', '.join(failed)}. Follow the first fix above, then run fpsattn doctor again")
+        return Report(
+            checks, False, f"broken: {', '.join(failed)}. Follow the first fix above, then run fpsattn doctor again"
+        )
     on_gpu = any(check.name == "attention on cuda" and check.status == "ok" for check in checks)
     if on_gpu:
         return Report(checks, True, "usable: sm_90a kernels on the GPU, and the CPU implementation")
     if hopper:
-        return Report(checks, True, "usable on the CPU only: a Hopper GPU is here, but its kernels do not run (see the warnings)")
+        return Report(
+            checks, True, "usable on the CPU only: a Hopper GPU is here, but its kernels do not run (see the warnings)"
+        )
     return Report(checks, True, "usable on the CPU; the sm_90a kernels need a Hopper GPU")

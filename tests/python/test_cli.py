@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from fpsattention.cli import app, parse_sizes
-from fpsattention.errors import ConfigError
 from test_evaluation import save_capture
 from typer.testing import CliRunner
+
+from fpsattention.cli import app, parse_sizes
+from fpsattention.errors import ConfigError
 
 
 def run(*arguments):
@@ -73,7 +74,9 @@ def test_missing_package_in_demo(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "imageio.v2", None)
     result = run("demo", "--small", "--out", tmp_path)
-    assert result.exit_code == 2 and "'imageio'" in result.stderr and 'pip install "fpsattention[demo]"' in result.stderr
+    assert (
+        result.exit_code == 2 and "'imageio'" in result.stderr and 'pip install "fpsattention[demo]"' in result.stderr
+    )
 
 
 def test_analyze(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from fpsattention.demo import DemoConfig, load_pipeline, run_demo, run_pipeline
 from fpsattention.errors import ConfigError
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fpsattention.errors import BuildError, ConfigError
 from fpsattention.evaluation import compare, compare_videos, jsonable, plots
 from fpsattention.evaluation.analysis import (
@@ -28,12 +29,12 @@ def qkv(tokens, heads=2, seed=0, batch=1):
     return [torch.randn(batch, tokens, heads, 64, generator=generator) for _ in range(3)]
 
 
-def save_capture(path, layer, sigma, grid=GRID, **metadata):
+def save_capture(path, layer, sigma, grid=GRID, metadata=None):
     from safetensors.torch import save_file
 
     tensors = dict(zip("qkv", qkv(math.prod(grid), seed=layer), strict=True))
     tensors |= {"sigma": torch.tensor([sigma], dtype=torch.float64), "grid": torch.tensor(grid)}
-    save_file(tensors, path, metadata={"layer": str(layer), "model": "transformer", "tile": "auto", **metadata})
+    save_file(tensors, path, metadata={"layer": str(layer), "model": "transformer"} | (metadata or {}))
 
 
 def test_metrics_closed_form():
@@ -56,7 +57,10 @@ def test_metrics_identical_zero_and_nan():
 
 @pytest.mark.parametrize(
     ("out", "ref", "text"),
-    [(torch.ones(2), torch.ones(3), "out has shape (2,) but ref has (3,)"), (torch.ones(0), torch.ones(0), "no elements")],
+    [
+        (torch.ones(2), torch.ones(3), "out has shape (2,) but ref has (3,)"),
+        (torch.ones(0), torch.ones(0), "no elements"),
+    ],
 )
 def test_metrics_bad_input(out, ref, text):
     with pytest.raises(ConfigError, match=text.replace("(", r"\(").replace(")", r"\)")):
@@ -93,7 +97,9 @@ def test_split_separates_causes():
     q, k, v = qkv(layout.num_tokens)
     dense = split_error(q, k, v, dense_mask(layout), "tile")
     assert dense["sparsity"]["rel_l1"] < 1e-5  # nothing is skipped
-    assert dense["total"]["rel_l1"] == pytest.approx(dense["quantization"]["rel_l1"], rel=1e-6)  # order of the list differs
+    assert dense["total"]["rel_l1"] == pytest.approx(
+        dense["quantization"]["rel_l1"], rel=1e-6
+    )  # order of the list differs
     assert dense["quantization"]["rel_l1"] > 0.01
     mask = sliding_tile_mask(layout, (1, 1, 1))
     windowed = split_error(q, k, v, mask, "tile")
@@ -157,7 +163,7 @@ def test_captures_bad_files(tmp_path):
     bad.write_bytes(b"not safetensors")
     with pytest.raises(ConfigError, match="cannot be read as safetensors"):
         find_captures(tmp_path)
-    save_capture(bad, 0, 0.5, layer="first")
+    save_capture(bad, 0, 0.5, metadata={"layer": "first"})
     with pytest.raises(ConfigError, match="first"):
         find_captures(tmp_path)
     from safetensors.torch import save_file
@@ -169,7 +175,11 @@ def test_captures_bad_files(tmp_path):
     with pytest.raises(ConfigError, match="has no tensor 'k'"):
         find_captures(tmp_path)[0].load()
     one = torch.ones(1, 2, 1, 64)
-    save_file(dict.fromkeys("qkv", one) | {"k": one.clone(), "v": one.clone()}, bad, metadata={"layer": "0", "sigma": "0.5", "grid": "1,1,1"})
+    save_file(
+        dict.fromkeys("qkv", one) | {"k": one.clone(), "v": one.clone()},
+        bad,
+        metadata={"layer": "0", "sigma": "0.5", "grid": "1,1,1"},
+    )
     with pytest.raises(ConfigError, match=r"three times \[B, 1, H, D\]"):
         find_captures(tmp_path)[0].load()
 

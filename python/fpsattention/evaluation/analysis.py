@@ -53,7 +53,9 @@ class Capture:
         with safetensors.safe_open(str(self.path), framework="pt") as file:
             missing = {"q", "k", "v"} - set(file.keys())
             if missing:
-                raise ConfigError(f"fpsattention.analyze: {self.path} has no tensor {sorted(missing)[0]!r}, wanted q, k and v")
+                raise ConfigError(
+                    f"fpsattention.analyze: {self.path} has no tensor {sorted(missing)[0]!r}, wanted q, k and v"
+                )
             q, k, v = (file.get_tensor(name) for name in "qkv")
         wanted = self.grid[0] * self.grid[1] * self.grid[2] + self.text_len
         if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or q.shape[1] != wanted:
@@ -75,7 +77,9 @@ def find_captures(folder: str | Path) -> list[Capture]:
             f"fpsattention.analyze: no *.safetensors in {folder}, wanted what Handle.record() wrote: run the pipeline after "
             "handle.record(dir=folder)"
         )
-    return sorted(map(_read_header, paths), key=lambda capture: (capture.model, capture.layer, -capture.sigma, str(capture.path)))
+    return sorted(
+        map(_read_header, paths), key=lambda capture: (capture.model, capture.layer, -capture.sigma, str(capture.path))
+    )
 
 
 def _read_header(path: Path) -> Capture:
@@ -209,7 +213,14 @@ def _fp8(
         table.to(device) for table in (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
     )
     q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
-        q, k, v, token_of_slot, offsets, granularity=GRANULARITY_CODES[granularity], smooth_k=smooth_k, pow2_scales=False
+        q,
+        k,
+        v,
+        token_of_slot,
+        offsets,
+        granularity=GRANULARITY_CODES[granularity],
+        smooth_k=smooth_k,
+        pow2_scales=False,
     )
     visible = torch.zeros_like(counts)
     visible[..., list(chosen)] = 1
@@ -337,7 +348,9 @@ def level_mask(
         return masks[0]
     stacked = BlockMask.stack(masks)  # heads in the place of the batch
     return BlockMask(
-        layout, stacked.kv_num_blocks.transpose(0, 1).contiguous(), torch.transpose(stacked.kv_indices, 0, 1).contiguous()
+        layout,
+        stacked.kv_num_blocks.transpose(0, 1).contiguous(),
+        torch.transpose(stacked.kv_indices, 0, 1).contiguous(),
     )
 
 

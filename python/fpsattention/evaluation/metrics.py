@@ -119,7 +119,9 @@ def compare_videos(out: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
         psnr.append(math.inf if mean_square == 0.0 else 10.0 * math.log10(data_range**2 / mean_square))
         ssim.append(
             float(
-                skimage_metrics.structural_similarity(x, y, win_size=_SSIM_WINDOW, channel_axis=-1, data_range=data_range)
+                skimage_metrics.structural_similarity(
+                    x, y, win_size=_SSIM_WINDOW, channel_axis=-1, data_range=data_range
+                )
             )
         )
     identical = all(math.isinf(value) for value in psnr)

@@ -222,7 +222,9 @@ def plot_error_vs_sigma(
         color = color_of.setdefault(level, _PHASE_COLORS[len(color_of) % len(_PHASE_COLORS)])
         axis.axvspan(bottom, top, color=color, zorder=0, linewidth=0)
         axis.axvline(bottom, color="white", linewidth=1.5, zorder=0.5)
-        axis.text((top + bottom) / 2, 1.01, level, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
+        axis.text(
+            (top + bottom) / 2, 1.01, level, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=9
+        )
     dashes = {"quantization": "-", "sparsity": "--", "total": ":"}
     for index, (name, values) in enumerate(series.items()):
         ordered = sorted(values, reverse=True)
@@ -270,7 +272,9 @@ def plot_layer_heatmap(
     peak = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     image = axis.imshow(table, cmap="viridis", vmin=0.0, vmax=peak, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axis, label=label)
-    axis.set_xticks(range(len(sigmas)), [f"{s:.3f}" for s in sigmas], rotation=90 if len(sigmas) > 10 else 0, fontsize=8)
+    axis.set_xticks(
+        range(len(sigmas)), [f"{s:.3f}" for s in sigmas], rotation=90 if len(sigmas) > 10 else 0, fontsize=8
+    )
     axis.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
     axis.set_xlabel("sigma (denoising runs to the right)")
     axis.set_ylabel("layer")
@@ -313,7 +317,11 @@ def plot_side_by_side(
     cell_width = 11.0 / columns
     figure = _new_figure(11.6, 3 * cell_width * height / width + 0.9)
     figure.suptitle(title, fontsize=12)
-    rows = (("dense", dense), ("FPSAttention", fps), (f"|difference|\nx {gain:.0f}", np.clip(difference * gain, 0.0, 1.0)))
+    rows = (
+        ("dense", dense),
+        ("FPSAttention", fps),
+        (f"|difference|\nx {gain:.0f}", np.clip(difference * gain, 0.0, 1.0)),
+    )
     for row, (name, video) in enumerate(rows):
         for column, frame in enumerate(chosen):
             axis = figure.add_subplot(3, columns, row * columns + column + 1)

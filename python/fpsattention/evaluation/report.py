@@ -136,7 +136,11 @@ def _level_row(level: dict[str, Any]) -> list[str]:
 def _time_lines(report: dict[str, Any]) -> list[str]:
     seconds = report["seconds"]
     rows = [
-        [name, *(f"{seconds[name][part]:.2f}" for part in ("quantize", "attention", "rest")), f"{sum(seconds[name].values()):.2f}"]
+        [
+            name,
+            *(f"{seconds[name][part]:.2f}" for part in ("quantize", "attention", "rest")),
+            f"{sum(seconds[name].values()):.2f}",
+        ]
         for name in ("dense", "FPSAttention")
     ]
     return [
@@ -160,7 +164,9 @@ def _honest_lines(report: dict[str, Any], tiny: bool) -> list[str]:
     ]
     missing = ["quality as people see it: distance from a dense run of the same seed is not quality"]
     if tiny:
-        missing.insert(0, "anything about a trained model: these weights are set by hand and by seed (evaluation/tiny_wan.py)")
+        missing.insert(
+            0, "anything about a trained model: these weights are set by hand and by seed (evaluation/tiny_wan.py)"
+        )
     if report["environment"]["gpu"] is None:
         missing.insert(0, "GPU speed: no GPU was used, and CPU seconds say nothing about the sm_90a kernels")
     preset = report["schedule"].get("provenance", {}).get("preset")

@@ -72,7 +72,9 @@ def tiny_transformer(generator: torch.Generator) -> nn.Module:
         patch = CHANNELS * math.prod(_PATCH)
         embed = _orthogonal(width, patch, generator).view(width, CHANNELS, *_PATCH)
         model.patch_embedding.weight.copy_(_EMBED_GAIN * embed)
-        model.proj_out.weight.copy_(embed.permute(2, 3, 4, 1, 0).reshape(patch, width) / _EMBED_GAIN)  # (t, h, w, channel)
+        model.proj_out.weight.copy_(
+            embed.permute(2, 3, 4, 1, 0).reshape(patch, width) / _EMBED_GAIN
+        )  # (t, h, w, channel)
         flat_colors = embed.flatten(2).sum(2) / 2  # a constant patch, per channel: tints without a pattern
         for block in model.blocks:
             _set_block(block, flat_colors, noise, generator)
@@ -151,7 +153,11 @@ def tiny_pipeline(seed: int) -> Any:
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
     )
     return diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, transformer=tiny_transformer(generator), vae=tiny_vae(generator), scheduler=scheduler
+        tokenizer=None,
+        text_encoder=None,
+        transformer=tiny_transformer(generator),
+        vae=tiny_vae(generator),
+        scheduler=scheduler,
     )
 
 
