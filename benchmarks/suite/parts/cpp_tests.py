@@ -31,6 +31,11 @@ def executables(folder: Path) -> list[Path]:
     )  # fmt: skip
 
 
+def test_programs(build: Path) -> list[Path]:
+    """GoogleTest executables of a build folder; tests/ has other programs too (a consumer of the installed library)."""
+    return [path for path in executables(build / "tests") if path.name.startswith("test_")]
+
+
 def parse_gtest(document: dict[str, Any]) -> dict[str, Any]:
     """Counts and the first messages of a ``--gtest_output=json`` document."""
     passed, failures, skipped = 0, [], {}
@@ -67,7 +72,7 @@ def units(context: Context) -> Iterator[Unit]:
     build = context.find_build_dir()
     if build is None:
         raise Skip("nothing was built: see part `build`, or give --build-dir")
-    programs = executables(build / "tests")
+    programs = test_programs(build)
     if not programs:
         raise Skip(f"no test executables under {build.name}/tests")
     if context.dry and not context.emulator:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..context import Context, Skip, Unit, describe_status, tail
-from .cpp_tests import executables, run_gtest
+from .cpp_tests import run_gtest, test_programs
 
 NAME, TITLE = "sanitizer", "compute-sanitizer on small cases"
 WEIGHTS = {"quick": 30.0, "full": 150.0, "dry": 1.0}
@@ -40,7 +40,7 @@ def units(context: Context) -> Iterator[Unit]:
     if context.dry:
         raise Skip("a dry run has no GPU to sanitize on")
     build = context.find_build_dir()
-    programs = executables(build / "tests") if build else []
+    programs = test_programs(build) if build else []
     if not programs:
         raise Skip("no test executables: see part `build`, or give --build-dir")
     test_filter = os.environ.get("FPSATTN_SANITIZER_FILTER", SMALL)
