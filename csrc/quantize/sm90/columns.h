@@ -13,7 +13,8 @@ namespace fpsattn::sm90::quantization {
 
 inline constexpr uint32_t kE4m3One = 0x38;
 
-template <class Config>
+// kGivenScale: the scale may be smaller than the values need (delayed scaling), quotients saturate.
+template <class Config, bool kGivenScale>
 __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, const WorkItem& work) {
   const int group = threadIdx.x % kPatchRowsPerBlock;
   const int chunk = threadIdx.x / kPatchRowsPerBlock;
@@ -46,7 +47,8 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
         float x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x[i] = by.divide_saturating(patch.template value<typename Config::Element>(slot_at_position(4 * w + i), c));
+          const float value = patch.template value<typename Config::Element>(slot_at_position(4 * w + i), c);
+          x[i] = kGivenScale ? by.divide_saturating(value) : by.divide(value);
         }
         words[w] = to_e4m3x4(x[0], x[1], x[2], x[3]) & valid[w];  // padding is 0, under a NaN scale too
       }

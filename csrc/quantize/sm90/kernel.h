@@ -91,7 +91,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
   }
   switch (static_cast<Role>(blockIdx.y)) {
     case Role::kV:
-      quantize_columns<Config>(params, work);
+      if (params.given_v_absmax != nullptr) {
+        quantize_columns<Config, true>(params, work);
+      } else {
+        quantize_columns<Config, false>(params, work);
+      }
       break;
     case Role::kK:
       quantize_rows<Config, false>(params, work);
