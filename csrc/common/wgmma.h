@@ -55,6 +55,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, uint32_t
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (static_cast<uint64_t>(kSwizzle) << 62);
 }
 
+// The descriptor of a tile `bytes` further on (a multiple of 16). Only the low word changes: one addition.
+__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
 // Instructions -----------------------------------------------------------------------------------------------------------
 
 enum class Major : int { kK = 0, kMN = 1 };

@@ -14,18 +14,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Four values to e4m3, the first in the lowest byte: two F2FP, the second merges (no PRMT).
-__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
-  uint32_t word;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(word)
-      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
-  return word;
-}
-
 // Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a quad agree.
 struct RowMax {
   float row[2] = {-__builtin_huge_valf(), -__builtin_huge_valf()};
@@ -75,13 +63,21 @@ __device__ __forceinline__ void exponentiate(float (&score)[64], const float (&f
   for (int i = 0; i < 64; ++i) score[i] = exp2_approx(__fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]));
 }
 
+// P to e4m3, two columns to a register half. Done before the previous PV is over; only join_pairs needs its P registers free.
+__device__ __forceinline__ void convert_to_pairs(const float (&p)[64], uint16_t (&pairs)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    asm volatile("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs[i]) : "f"(p[2 * i + 1]), "f"(p[2 * i]));
+  }
+}
+
 // P as the A operand of PV. Byte b of lane q in k step s is column 16 (2 s + high) + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]: the slots that v8t holds at
 // positions 4q + b (kVSlotOrder), so nothing is shuffled.
-__device__ __forceinline__ void pack_probabilities(const float (&p)[64], uint32_t (&a)[16]) {
+__device__ __forceinline__ void join_pairs(const uint16_t (&pairs)[32], uint32_t (&a)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float* s = p + 8 * (i / 2) + 2 * (i % 2);
-    a[i] = pack_e4m3(s[0], s[1], s[4], s[5]);
+    const int first = 4 * (i / 2) + i % 2;
+    asm volatile("mov.b32 %0, {%1, %2};" : "=r"(a[i]) : "h"(pairs[first]), "h"(pairs[first + 2]));
   }
 }
 
