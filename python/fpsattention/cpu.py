@@ -105,6 +105,7 @@ def quantize(
     v_scale = scale_of(v_absmax.float(), pow2_scales)
     order = torch.arange(BLOCK).view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
     v_blocks = _gather(v, source.view(-1, BLOCK)[:, order].reshape(-1))
+    v_blocks.masked_fill_(v_blocks.isinf(), float("nan"))  # with a given v_absmax, an Inf must not saturate
     v_blocks = to_e4m3(v_blocks.div_(v_scale[:, :, None, None])).view(torch.uint8)
     valid = valid[:, order]
     v8t = torch.zeros(*v_blocks.shape[:3], v.shape[-1] + V_EXTRA_ROWS, BLOCK, dtype=torch.uint8)

@@ -147,6 +147,7 @@ def quantize(
     k8 = to_e4m3(k_blocks / k_scale.unsqueeze(-1))
 
     v_scale = scale_of(v.abs().amax(2) if v_absmax is None else v_absmax.float(), pow2_scales)
+    v = torch.where(v.isinf(), math.nan, v)  # with a given v_absmax, an Inf must not saturate to a number
     v_blocks = gather_slots(v, token_of_slot) / v_scale[:, :, None, None]
     v_blocks = torch.where(valid[:, :, None], v_blocks, 0.0).transpose(-1, -2)  # (B, H, num_blocks, D, 128)
     extra = torch.zeros_like(v_blocks[..., :V_EXTRA_ROWS, :])

@@ -2,42 +2,36 @@
 //
 //   s = rule(max |x| over the group)     x = q, k - k_mean, v       rule: scale_of_absmax in common/fp8.h
 //   byte = e4m3(x / s)                   nearest even, saturating
-//   group: a tile, a block of 128 slots, or a token (Q, K); a channel of all tokens (V: v_scale comes from
-//   statistics.h)
+//   group: a tile, a block of 128 slots, or a token (Q, K); a channel of all tokens (V: v_scale from statistics.h)
 //
-// Shapes     q, k, v (B, H, S, D), any strides           q8, k8 [B, H, num_blocks, 128, D]   v8t [B, H, num_blocks, D +
-// 8, 128]
-//            q_scale, k_scale [B, H, num_blocks(, 128)]  v_scale, k_mean [B, H, D]           q_k_mean [B, H, S]
+// Shapes     q, k, v (B, H, S, D), any strides; q8, k8 [B, H, num_blocks, 128, D]; v8t [B, H, num_blocks, D + 8, 128]
+//            q_scale, k_scale [B, H, num_blocks(, 128)]; v_scale, k_mean [B, H, D]; q_k_mean [B, H, S]
 // Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; D threads per CTA
-// Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h); rows.h and columns.h say which
-// one
+// Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h, rows.h, columns.h)
 //
-// Pipeline   statistics (K mean, V absmax; one read of V and of the subsample of K)  ->  finish  ->  this kernel
+// Pipeline   statistics (K mean, V absmax)  ->  finish  ->  this kernel
 //            CTA of Q/K   load block | absmax | cta max | cluster max | scale, cast, store
-//            CTA of V     load block | scale, cast, transpose in registers, store           no reduction, no barrier
+//            CTA of V     load block | scale, cast, transpose in registers, store      no reduction, no barrier
 //            Overlap comes from the 4 to 8 CTAs of an SM: while one waits for its loads another stores.
 //
 // A tile is shared by a cluster of CTAs, one block each, so that every input byte is read once. A tile of more blocks
-// than CTAs (the cluster has ceil(num_blocks / num_tiles) of them, at most 8) is read twice, the second time mostly
-// from the L2 cache: each CTA walks its blocks for the maximum, keeps the last one in registers and walks back.
+// than CTAs (ceil(num_blocks / num_tiles) of them, at most 8) is read twice: each CTA walks its blocks for the maximum,
+// keeps the last one in registers and walks back.
 //
-// Barriers   name             kind     arrives            waits                  phase flips
-//            (cta max)        bar 0    the CTA            the CTA                once per CTA
-//            maximum_written  cluster  active CTAs        active CTAs            once; remote maxima may be read after
-//            it maximum_read     cluster  active CTAs        active CTAs, at exit   once; no CTA leaves before its
-//            maximum was read CTAs without work exit at once: exited threads are not waited for, and nobody reads their
-//            memory.
+// Barriers   name             kind     arrives       waits                  phase flips
+//            (cta max)        bar 0    the CTA       the CTA                once per CTA
+//            maximum_written  cluster  active CTAs   active CTAs            once; remote maxima may be read after it
+//            maximum_read     cluster  active CTAs   active CTAs, at exit   once; no CTA leaves before it was read
+//            CTAs without work exit at once: exited threads are not waited for, and nobody reads their memory.
 //
-// Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses); 4 (D=128) or 8 (D=64) CTAs, 128 KiB in flight
-// per SM
-//            shared    4 + 1 floats
-//            bytes     Q, K, V once (2 B each element), outputs once (1 B); tests/cpp/quantize_bytes.py measures
-//            <= 1.10 of it limit     memory; per 16 x 8 patch about 600 ALU + 500 FMA instructions, a third of the time
-//            that its bytes take
+// Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses), no spills; 4 (D=128) or 8 (D=64) CTAs per SM
+//            shared    one float per warp and one more
+//            bytes     1.02 of the ideal counted under an emulator (benchmarks/cpp/quantize_bytes.py, limit 1.10)
+//            limit     memory, not yet measured on a GPU: 48 KiB a block are 2,600 clocks at 4.3 TB/s, 132 SMs and
+//                      1.755 GHz; the ALU needs at most about 2,300 of them (an upper estimate): not far behind
 //
-// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps); every byte of
-// every
-//            output is written on every call.
+// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps);
+//            every byte of every output is written on every call.
 #pragma once
 
 #include "quantize/sm90/columns.h"
