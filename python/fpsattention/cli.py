@@ -409,5 +409,13 @@ def _show_analysis(records: list[dict[str, Any]], target: Path) -> None:
     console.print(f"written: {target}/analysis.json and pictures", highlight=False, soft_wrap=True)
 
 
+def _register_train() -> None:
+    from .training.cli import register  # light: torch and accelerate are imported when it runs
+
+    register(app)
+
+
+_register_train()
+
 if __name__ == "__main__":
     app()

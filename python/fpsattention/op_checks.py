@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .reference import BLOCK, TOKEN, V_EXTRA_ROWS
+from .reference import BLOCK, V_EXTRA_ROWS
 
 HEAD_DIMS = (64, 128)
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}

@@ -34,7 +34,9 @@ def test_close_to_fp64(case, granularity):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_backends_agree(case):
     q, k, v = (x.requires_grad_() for x in case.inputs())
-    outs = [fps.attention(q, k, v, backend=backend, return_lse=True, **case.kwargs()) for backend in ("cpu", "reference")]
+    outs = [
+        fps.attention(q, k, v, backend=backend, return_lse=True, **case.kwargs()) for backend in ("cpu", "reference")
+    ]
     # A score one ulp off may round a P the other way: see test_cpu.py.
     assert relative_l1(outs[0][0], outs[1][0].double()) < 1e-3
     torch.testing.assert_close(outs[0][1], outs[1][1], rtol=1e-4, atol=5e-4)
@@ -49,7 +51,9 @@ def test_layouts_dtypes_and_strides_are_the_same_computation(dtype):
     q, k, v = case.inputs(dtype)
     out, lse = fps.attention(q, k, v, return_lse=True, **case.kwargs())
     assert out.dtype == dtype and lse.dtype == torch.float32 and lse.shape == (2, 1, q.shape[1])
-    heads_first = fps.attention(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), tensor_layout="HND", **case.kwargs())
+    heads_first = fps.attention(
+        *(x.transpose(1, 2).contiguous() for x in (q, k, v)), tensor_layout="HND", **case.kwargs()
+    )
     assert torch.equal(heads_first.transpose(1, 2), out)
     wide = torch.zeros(*q.shape[:3], 2 * case.dim, dtype=dtype)
     strided = []
@@ -111,11 +115,16 @@ def video_like(kind, tokens=4096, dim=128):
         return tuple(base + 0.1 * torch.randn(shape, generator=generator) for _ in range(3))
     x = [torch.randn(shape, generator=generator) for _ in range(3)]
     if kind == "outliers":
-        x = [t + 10 * torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 1e-3) for t in x]
+        x = [
+            t + 10 * torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 1e-3)
+            for t in x
+        ]
     return tuple(x)
 
 
-@pytest.mark.parametrize(("kind", "limit", "cosine"), [("normal", 0.056, 0.9984), ("outliers", 0.081, 0.0), ("smooth", 0.0125, 0.9998)])
+@pytest.mark.parametrize(
+    ("kind", "limit", "cosine"), [("normal", 0.056, 0.9984), ("outliers", 0.081, 0.0), ("smooth", 0.0125, 0.9998)]
+)
 def test_accuracy_table(kind, limit, cosine):
     q, k, v = video_like(kind)
     out = fps.attention(q, k, v, grid=(4, 32, 32))
@@ -135,7 +144,15 @@ def problems(draw):
     position = draw(st.sampled_from(["suffix", "prefix"]))
     layout = fps.plan(grid, tile, text_len, position)
     window = draw(st.none() | st.tuples(*(st.integers(1, n) for n in layout.tile_grid)))
-    return grid, tile, window, text_len, position, draw(st.sampled_from(["tile", "block", "token"])), draw(st.integers(0, 2**16))
+    return (
+        grid,
+        tile,
+        window,
+        text_len,
+        position,
+        draw(st.sampled_from(["tile", "block", "token"])),
+        draw(st.integers(0, 2**16)),
+    )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -145,7 +162,9 @@ def test_fuzz_against_fp64(problem):
     layout = fps.plan(grid, tile, text_len, position)
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, layout.num_tokens, 1, 64, generator=generator) for _ in range(3))
-    out = fps.attention(q, k, v, grid, tile=tile, window=window, text_len=text_len, text_position=position, granularity=granularity)
+    out = fps.attention(
+        q, k, v, grid, tile=tile, window=window, text_len=text_len, text_position=position, granularity=granularity
+    )
     mask = (fps.dense_mask(layout) if window is None else fps.sliding_tile_mask(layout, window)).to_token_mask()
     want = reference.attention_fp64(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
     assert relative_l1(out, want) < 0.09  # few tokens average few errors: 2^-4 of V, of P, and of the scores
@@ -165,10 +184,16 @@ def call(**changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"grid": (21, 30, 52), "shape": (1, 32768, 1, 64)}, r"grid \(21, 30, 52\) has 32760 tokens but q has 32768: pass text_len=8 or fix grid"),
+        (
+            {"grid": (21, 30, 52), "shape": (1, 32768, 1, 64)},
+            r"grid \(21, 30, 52\) has 32760 tokens but q has 32768: pass text_len=8 or fix grid",
+        ),
         ({"grid": (5, 5, 5)}, r"grid \(5, 5, 5\) has 125 tokens but q has 24: fix grid"),
         ({"shape": (1, 24, 2, 80)}, "head dimension 80, supported are 64 and 128"),
-        ({"v": torch.zeros(1, 24, 2, 64, dtype=torch.float16)}, "v has dtype torch.float16, expected torch.float32 like q"),
+        (
+            {"v": torch.zeros(1, 24, 2, 64, dtype=torch.float16)},
+            "v has dtype torch.float16, expected torch.float32 like q",
+        ),
         ({"k": torch.zeros(1, 23, 2, 64)}, r"k has shape \(1, 23, 2, 64\), expected \(1, 24, 2, 64\) like q"),
         ({"k": torch.zeros(1, 24, 2, 64, device="meta")}, "k is on meta, expected cpu like q"),
         ({"q": torch.zeros(24, 2, 64)}, r"q has shape \(24, 2, 64\), expected \(B, S, H, D\)"),
@@ -202,7 +227,11 @@ def test_bad_block_masks():
     with pytest.raises(ConfigError, match=r"block_mask was made for grid \(2, 3, 5\)"):
         call(block_mask=fps.dense_mask(fps.plan((2, 3, 5))))
     with pytest.raises(ConfigError, match="lists for 3 samples and 1 heads"):
-        call(block_mask=fps.BlockMask.from_tiles(layout, torch.ones(3, 1, layout.num_tiles, layout.num_tiles, dtype=torch.bool)))
+        call(
+            block_mask=fps.BlockMask.from_tiles(
+                layout, torch.ones(3, 1, layout.num_tiles, layout.num_tiles, dtype=torch.bool)
+            )
+        )
 
 
 def test_sm90_backend_on_a_cpu_tensor_says_why(monkeypatch):

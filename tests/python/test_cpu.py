@@ -13,7 +13,12 @@ def quantized(case, granularity, dtype=torch.float32, seed=0, **options):
     layout = case.layout()
     q, k, v = (x.transpose(1, 2) for x in case.inputs(dtype, seed))
     options = {"granularity": granularity, "smooth_k": True, "pow2_scales": False, **options}
-    return layout, (q, k, v), reference.quantize(q, k, v, layout.token_of_slot, layout.tile_block_offsets, **options), options
+    return (
+        layout,
+        (q, k, v),
+        reference.quantize(q, k, v, layout.token_of_slot, layout.tile_block_offsets, **options),
+        options,
+    )
 
 
 def same_bytes(a, b):
@@ -41,7 +46,17 @@ def test_quantize_is_bit_exact(case, granularity, options):
 def test_quantize_computes_the_strided_mean_and_repeats_its_bits():
     layout, (q, k, v), *_ = quantized(CASES[2], 0)
     runs = [
-        cpu.quantize(q, k, v, layout.token_of_slot, layout.tile_block_offsets, granularity=0, smooth_k=True, pow2_scales=False, k_mean_stride=3)
+        cpu.quantize(
+            q,
+            k,
+            v,
+            layout.token_of_slot,
+            layout.tile_block_offsets,
+            granularity=0,
+            smooth_k=True,
+            pow2_scales=False,
+            k_mean_stride=3,
+        )
         for _ in range(2)
     ]
     torch.testing.assert_close(runs[0][6], k[:, :, ::3].mean(2), rtol=1e-5, atol=1e-6)
@@ -69,7 +84,12 @@ def test_forward_and_backward_equal_the_reference(case, granularity):
     layout, (q, _, _), z, _ = quantized(case, granularity)
     mask = case.mask()
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
-    options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": torch.float32, "q_k_mean": z.q_k_mean}
+    options = {
+        "num_tokens": layout.num_tokens,
+        "softmax_scale": case.dim**-0.5,
+        "out_dtype": torch.float32,
+        "q_k_mean": z.q_k_mean,
+    }
     want = reference.forward(*z[:6], *lists, **options)
     got = cpu.forward(*z[:6], *lists, **options)
     # Equal but for FP32 rounding. A score off by one ulp can move a P across a rounding boundary by one e4m3 step, 2^-3 of
@@ -78,7 +98,9 @@ def test_forward_and_backward_equal_the_reference(case, granularity):
     assert (difference > 2e-5 * size).float().mean() < 0.02
     assert difference.max() < 2**-4 * size
     torch.testing.assert_close(got[1], want.lse, rtol=1e-4, atol=2e-4)
-    assert (got[2] != want.row_max).float().mean() < 1e-3  # a maximum within an ulp of an integer may round up in one of them
+    assert (
+        got[2] != want.row_max
+    ).float().mean() < 1e-3  # a maximum within an ulp of an integer may round up in one of them
     same = got[2] == want.row_max
     torch.testing.assert_close(got[3][same], want.row_sum[same], rtol=2e-3, atol=0)
 
@@ -94,7 +116,9 @@ def test_empty_rows_and_per_head_lists():
     case = Case("rows", (2, 8, 24), (2, 8, 8), heads=3)
     layout, _, z, _ = quantized(case, 0)
     counts = torch.tensor([[[3, 0, 1], [0, 0, 0], [1, 1, 1]]], dtype=torch.int32)
-    indices = torch.tensor([[[[2, 0, 1], [0, 0, 0], [1, 0, 0]], [[0, 0, 0]] * 3, [[2, 0, 0], [0, 0, 0], [1, 0, 0]]]], dtype=torch.int32)
+    indices = torch.tensor(
+        [[[[2, 0, 1], [0, 0, 0], [1, 0, 0]], [[0, 0, 0]] * 3, [[2, 0, 0], [0, 0, 0], [1, 0, 0]]]], dtype=torch.int32
+    )
     lists = (layout.token_of_slot, layout.tile_of_block, counts, indices)
     options = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.float32}
     want, got = reference.forward(*z[:6], *lists, **options), cpu.forward(*z[:6], *lists, **options)

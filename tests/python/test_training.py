@@ -231,3 +231,20 @@ def test_example_trainer_needs_one_line(latents, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "config.json").exists() and "step 1: loss" in run.stdout
+
+
+def test_command_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from fpsattention.cli import app
+
+    runner = CliRunner()
+    write_synthetic(tmp_path / "data", num_samples=3, latent_shape=SHAPE, text_shape=(3, 16))
+    arguments = ["train", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--steps", "2", "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 2 and (tmp_path / "run" / "fps_schedule.json").exists()
+    result = runner.invoke(app, ["train", "--output", str(tmp_path / "x")])
+    assert result.exit_code == 1 and "expected exactly one of them" in result.output
+    result = runner.invoke(app, [*arguments, "--schedule", "nonsense"])
+    assert result.exit_code == 1 and "'nonsense'" in result.output

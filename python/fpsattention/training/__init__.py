@@ -1,9 +1,25 @@
-"""Fine-tuning through the FP8 sparse forward. See ``docs/training.md``."""
+"""Fine-tuning through the FP8 sparse forward. See ``docs/training.md``. Nothing heavy is imported until it is asked for."""
 
-from .config import TrainConfig
-from .data import LatentFolder, write_synthetic
-from .objective import flow_matching_loss, sample_sigma
-from .trainer import TrainResult, train
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .data import LatentFolder, write_synthetic
+    from .objective import flow_matching_loss, sample_sigma
+    from .trainer import TrainResult, train
+
+_WHERE = {
+    "LatentFolder": "data",
+    "TrainConfig": "config",
+    "TrainResult": "trainer",
+    "flow_matching_loss": "objective",
+    "sample_sigma": "objective",
+    "train": "trainer",
+    "write_synthetic": "data",
+}
 
 __all__ = [
     "LatentFolder",
@@ -14,3 +30,9 @@ __all__ = [
     "train",
     "write_synthetic",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
