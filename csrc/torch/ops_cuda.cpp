@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
@@ -13,13 +15,21 @@
 #include "torch/check.h"
 #include "torch/schemas.h"
 
-// In libtorch_cuda only: absent, and never needed, where torch is a CPU build.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-
 namespace fpsattn {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+// The stable ABI's function for torch's current stream. It is in libtorch_cuda, which a CPU build of torch lacks, so this library
+// cannot depend on it; and Python loads torch's libraries with local scope, so a weak reference would stay null with a
+// CUDA torch, too. It is looked up in the libtorch_cuda that this process has loaded.
+using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
+
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const scope = library != nullptr ? library : RTLD_DEFAULT;
+  return reinterpret_cast<CurrentStream>(dlsym(scope, "aoti_torch_get_current_cuda_stream"));
+}
 
 // Where a launch goes: the current stream of the tensors' device. Makes that device current for the scope.
 class Launch {
@@ -38,11 +48,12 @@ class Launch {
     FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     FPSATTN_CHECK(major == 9 && minor == 0, op, ": device ", device, " has compute capability ", major, ".", minor,
                   ", the kernels are built for 9.0 (Hopper: H100, H200, H20)");
-    FPSATTN_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch has no CUDA support");
+    static const CurrentStream current_stream = find_current_stream();
+    FPSATTN_CHECK(current_stream != nullptr, op, ": this torch has no CUDA support (no libtorch_cuda.so is loaded)");
     FPSATTN_CUDA_CHECK(op, cudaGetDevice(&previous_));
     if (previous_ != device) FPSATTN_CUDA_CHECK(op, cudaSetDevice(device));
     void* stream = nullptr;
-    FPSATTN_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, op, ": torch gave no current stream");
+    FPSATTN_CHECK(current_stream(device, &stream) == 0, op, ": torch gave no current stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
   ~Launch() {
