@@ -48,16 +48,12 @@ enum class Swizzle : uint32_t { k128B = 1, k64B = 2, k32B = 3 };  // the values 
 // K advances the descriptor by 2 (units of 16 bytes).
 // MN-major tile (16-bit types only; rows of K, 128 bytes of M or N each): stride_bytes is the distance between groups of 8 K rows,
 // leading_bytes the distance between panels of 64 elements along M or N.
+// A tile n bytes further on: descriptor + n / 16.
 template <Swizzle kSwizzle>
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, uint32_t stride_bytes, uint32_t leading_bytes = 16) {
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
   return ((address & 0x3ffff) >> 4) | (static_cast<uint64_t>(leading_bytes >> 4) << 16) |
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (static_cast<uint64_t>(kSwizzle) << 62);
-}
-
-// The descriptor of a tile `bytes` further on (a multiple of 16). Only the low word changes: one addition.
-__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 // Instructions -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ struct Config {
   static constexpr int kRows = 64 * kConsumers;                       // query rows of a work item: one query block
   static constexpr int kThreads = 128 * (kConsumers + 1);             // warpgroup 0: producer (one warp works)
   static constexpr int kConsumerWarps = 4 * kConsumers;
-  // The CTA owns 168 registers a thread; setmaxnreg moves them. 24/240 would spill in the producer, and the main loop peaks at 226.
+  // The CTA owns 168 registers a thread; setmaxnreg moves them. 24/240 would spill in the producer, and the main loop peaks at 225.
   static constexpr uint32_t kProducerRegisters = 40;
   static constexpr uint32_t kConsumerRegisters = 232;
   static_assert(kRows == kBlockSlots);

@@ -18,12 +18,9 @@ template <class C>
 struct Mainloop {
   Storage<C>& shared;
   const uint32_t warpgroup;         // 0 or 1 of the consumers
-  uint32_t blocks_done = 0;  // of all lists so far: block number n of this CTA lies in slot n % kStages of both rings, in lap n / kStages
+  RingPosition<C::kStages> k_slot;  // of the K block whose scores come next. V blocks lie in the same order in slots of the same numbers
 
   __device__ Mainloop(Storage<C>& storage, uint32_t consumer_warpgroup) : shared(storage), warpgroup(consumer_warpgroup) {}
-
-  static __device__ __forceinline__ uint32_t slot(uint32_t block) { return block % C::kStages; }
-  static __device__ __forceinline__ uint32_t parity(uint32_t block) { return block / C::kStages & 1; }
 
   // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e).
   __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2, RowState<C>& state) {
@@ -34,9 +31,7 @@ struct Mainloop {
     uint16_t pairs[2 * C::kProbabilityRegisters];
     float factor[2];  // of the scores in flight or in registers
     RowMax before;
-    uint32_t k_block = blocks_done, v_block = blocks_done;  // whose scores, whose PV come next
-    const uint64_t k_ring = matrix_descriptor<C::kQkSwizzle>(shared.k[0], 8 * C::kHeadDim);
-    const uint64_t v_ring = matrix_descriptor<Swizzle::k128B>(shared.v[0], 8 * kBlockSlots);
+    RingPosition<C::kStages> v_slot = k_slot, next_v_slot;
 
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
@@ -44,40 +39,37 @@ struct Mainloop {
     state.m = RowMax{};
 
     auto await_k = [&] {
-      shared.k_full[slot(k_block)].wait(parity(k_block));
+      shared.k_full[k_slot.stage].wait(k_slot.parity);
       if constexpr (C::kKScalePerToken) {
         factor[0] = q_scale[0] * scale_log2;
         factor[1] = q_scale[1] * scale_log2;
       } else {
-        const float k_scale = shared.k_scale[slot(k_block)][0];
+        const float k_scale = shared.k_scale[k_slot.stage][0];
         factor[0] = (q_scale[0] * k_scale) * scale_log2;
         factor[1] = (q_scale[1] * k_scale) * scale_log2;
       }
     };
     auto issue_qk = [&] {
-      const uint64_t k_tile = advance_descriptor(k_ring, slot(k_block) * C::kKBytes);
+      const uint64_t k_tile = matrix_descriptor<C::kQkSwizzle>(shared.k[k_slot.stage], 8 * C::kHeadDim);
 #pragma unroll
-      for (int step = 0; step < C::kHeadDim / 32; ++step) {
-        C::QkMma::ss(score, advance_descriptor(q_tile, 32 * step), advance_descriptor(k_tile, 32 * step), step > 0);
-      }
+      for (int step = 0; step < C::kHeadDim / 32; ++step) C::QkMma::ss(score, q_tile + 2 * step, k_tile + 2 * step, step > 0);
       wgmma_commit();
     };
     auto issue_pv = [&](bool accumulate) {
-      const uint64_t v_tile = advance_descriptor(v_ring, slot(v_block) * C::kVBytes);
+      const uint64_t v_tile = matrix_descriptor<Swizzle::k128B>(shared.v[v_slot.stage], 8 * kBlockSlots);
 #pragma unroll
-      for (int step = 0; step < kBlockSlots / 32; ++step) {
-        C::PvMma::rs(work, p + 4 * step, advance_descriptor(v_tile, 32 * step), step > 0 || accumulate);
-      }
+      for (int step = 0; step < kBlockSlots / 32; ++step) C::PvMma::rs(work, p + 4 * step, v_tile + 2 * step, step > 0 || accumulate);
       wgmma_commit();
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
-      if constexpr (C::kKScalePerToken) scale_columns(score, shared.k_scale[slot(k_block)]);
-      if (threadIdx.x % 32 == 0) shared.k_empty[slot(k_block)].arrive();
-      ++k_block;
+      if constexpr (C::kKScalePerToken) scale_columns(score, shared.k_scale[k_slot.stage]);
+      if (threadIdx.x % 32 == 0) shared.k_empty[k_slot.stage].arrive();
+      next_v_slot = k_slot;
+      k_slot.advance();
     };
     auto release_v = [&] {
-      if (threadIdx.x % 32 == 0) shared.v_empty[slot(v_block)].arrive();
-      ++v_block;
+      if (threadIdx.x % 32 == 0) shared.v_empty[v_slot.stage].arrive();
+      v_slot = next_v_slot;
     };
     auto softmax = [&] {
       before = state.m;
@@ -124,7 +116,7 @@ struct Mainloop {
       if constexpr (C::kOrdered) named_barrier_sync(C::order_barrier(warpgroup), 256);
       wgmma_fence();
       issue_qk();
-      shared.v_full[slot(v_block)].wait(parity(v_block));
+      shared.v_full[v_slot.stage].wait(v_slot.parity);
       wgmma_fence();
       issue_pv(block % C::kPromoteBlocks != 0);
       if constexpr (C::kOrdered) named_barrier_arrive(C::order_barrier(warpgroup ^ 1), 256);
@@ -147,7 +139,7 @@ struct Mainloop {
       keep_registers(work);
     }
 
-    shared.v_full[slot(v_block)].wait(parity(v_block));
+    shared.v_full[v_slot.stage].wait(v_slot.parity);
     wgmma_fence();
     issue_pv((count - 1) % C::kPromoteBlocks != 0);
     wgmma_wait<0>();
@@ -155,7 +147,6 @@ struct Mainloop {
     release_v();
     collect_sum();
     promote();
-    blocks_done += count;
   }
 };
 
