@@ -257,7 +257,7 @@ def demo(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option("--guidance-scale", "--guidance_scale", help="Classifier-free guidance.  [default: 3]"),
+        typer.Option("--guidance-scale", "--guidance_scale", help="Classifier-free guidance.  [default: 2]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights (tiny model) and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -45,7 +45,7 @@ class DemoConfig:
     width: int = 384
     num_frames: int = 33
     num_inference_steps: int = 6
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     seed: int = 0
     device: str = "auto"
     model: str | None = None  # None: the tiny pipeline

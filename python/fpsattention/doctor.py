@@ -15,7 +15,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -369,8 +368,6 @@ def _check_optional() -> list[Check]:
 def examine() -> Report:
     """Look at everything. Never raises."""
     checks = [Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    if sys.version_info < (3, 10):
-        checks[0] = Check("python", "fail", platform.python_version(), "use Python >= 3.10")
     torch_info, torch_error = _try(probe_torch)
     driver, driver_error = _try(probe_driver)
     has_gpu = bool((torch_info or {}).get("devices")) or bool(driver and driver["gpus"])
