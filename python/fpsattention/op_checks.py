@@ -6,6 +6,7 @@ tensors, so only the CPU kernels make them; the sm_90a kernels must not wait for
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -112,7 +113,9 @@ def check_slots(op: str, token_of_slot: Tensor) -> None:
 def check_lists(op: str, kind: str, num_blocks: Tensor, indices: Tensor, batch: int, heads: int, rows: Any) -> None:
     """``kind`` is "kv" or "q": prefix of the argument names."""
     _int32(op, f"{kind}_num_blocks", num_blocks, ("1 or B", "1 or H", rows))
-    _int32(op, f"{kind}_indices", indices, (num_blocks.shape[0], num_blocks.shape[1], num_blocks.shape[2], f"max_{kind}"))
+    _int32(
+        op, f"{kind}_indices", indices, (num_blocks.shape[0], num_blocks.shape[1], num_blocks.shape[2], f"max_{kind}")
+    )
     if num_blocks.shape[0] not in (1, batch) or num_blocks.shape[1] not in (1, heads):
         _fail(
             op, f"{kind}_num_blocks",
@@ -121,7 +124,14 @@ def check_lists(op: str, kind: str, num_blocks: Tensor, indices: Tensor, batch: 
 
 
 def check_quantized(
-    op: str, q8: Tensor, k8: Tensor, v8t: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, token_of_slot: Tensor
+    op: str,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    token_of_slot: Tensor,
 ) -> None:
     _dtype(op, "q8", q8, E4M3)
     _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, "D"))
@@ -165,7 +175,12 @@ def check_forward(
     _int32(op, "tile_of_block", tile_of_block, (num_blocks,))
     check_lists(op, "kv", kv_num_blocks, kv_indices, batch, heads, "num_tiles")
     _same_device(
-        op, q8.device, tile_of_block=tile_of_block, kv_num_blocks=kv_num_blocks, kv_indices=kv_indices, q_k_mean=q_k_mean
+        op,
+        q8.device,
+        tile_of_block=tile_of_block,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        q_k_mean=q_k_mean,
     )
     if not 0 < num_tokens <= num_blocks * BLOCK:
         _fail(op, "num_tokens", f"is {num_tokens}, expected 1 to {num_blocks * BLOCK}")
@@ -220,35 +235,61 @@ def check_backward(
 # Values (CPU only) -------------------------------------------------------------------------------------------------------
 
 
+def check_softmax_scale(op: str, softmax_scale: float) -> None:
+    """A scale <= 0 would turn the block maxima, taken before scaling, into minima."""
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        _fail(op, "softmax_scale", f"is {softmax_scale}, expected a finite number > 0")
+
+
 def check_slot_values(op: str, token_of_slot: Tensor, num_tokens: int) -> None:
     """Every token in exactly one slot, and slot 0 of every block valid."""
     low, high = (int(x) for x in torch.aminmax(token_of_slot))
     if low < -1 or high >= num_tokens:
         _fail(op, "token_of_slot", f"holds values from {low} to {high}, expected -1 to {num_tokens - 1}")
     if bool((token_of_slot.view(-1, BLOCK)[:, 0] < 0).any()):
-        _fail(op, "token_of_slot", f"has a block whose slot 0 is padding: valid slots come first in each of its {BLOCK}-slot blocks")
+        _fail(
+            op,
+            "token_of_slot",
+            f"has a block whose slot 0 is padding: valid slots come first in each of its {BLOCK}-slot blocks",
+        )
     counts = torch.bincount(token_of_slot[token_of_slot >= 0], minlength=num_tokens)
     if int(counts.min()) != 1 or int(counts.max()) != 1:
         token = int(torch.nonzero(counts != 1)[0])
-        _fail(op, "token_of_slot", f"holds token {token} {int(counts[token])} times, expected every token of {num_tokens} once")
+        _fail(
+            op,
+            "token_of_slot",
+            f"holds token {token} {int(counts[token])} times, expected every token of {num_tokens} once",
+        )
 
 
 def check_offset_values(op: str, tile_block_offsets: Tensor, num_blocks: int) -> None:
     sizes = tile_block_offsets.diff()
     if int(tile_block_offsets[0]) != 0 or int(tile_block_offsets[-1]) != num_blocks or int(sizes.min()) < 1:
-        _fail(op, "tile_block_offsets", f"must rise from 0 to num_blocks = {num_blocks}, came {tile_block_offsets.tolist()[:8]}...")
+        _fail(
+            op,
+            "tile_block_offsets",
+            f"must rise from 0 to num_blocks = {num_blocks}, came {tile_block_offsets.tolist()[:8]}...",
+        )
 
 
 def check_tile_of_block(op: str, tile_of_block: Tensor, num_tiles: int) -> None:
     low, high = (int(x) for x in torch.aminmax(tile_of_block))
     if low < 0 or high >= num_tiles:
-        _fail(op, "tile_of_block", f"holds tiles {low} to {high}, expected 0 to {num_tiles - 1} (the rows of kv_num_blocks)")
+        _fail(
+            op,
+            "tile_of_block",
+            f"holds tiles {low} to {high}, expected 0 to {num_tiles - 1} (the rows of kv_num_blocks)",
+        )
 
 
 def check_list_values(op: str, kind: str, num_blocks: Tensor, indices: Tensor, limit: int) -> None:
     low, high = (int(x) for x in torch.aminmax(num_blocks))
     if low < 0 or high > indices.shape[-1]:
-        _fail(op, f"{kind}_num_blocks", f"holds lengths {low} to {high}, expected 0 to {indices.shape[-1]} (the last size of {kind}_indices)")
+        _fail(
+            op,
+            f"{kind}_num_blocks",
+            f"holds lengths {low} to {high}, expected 0 to {indices.shape[-1]} (the last size of {kind}_indices)",
+        )
     if high == 0:
         return
     used = torch.arange(indices.shape[-1]) < num_blocks.unsqueeze(-1)

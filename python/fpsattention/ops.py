@@ -41,6 +41,7 @@ from .op_checks import (
     check_offset_values,
     check_quantize,
     check_slot_values,
+    check_softmax_scale,
     check_tile_of_block,
 )
 from .reference import BLOCK, TOKEN, V_EXTRA_ROWS
@@ -63,7 +64,9 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(schemas))
     except OSError as error:
-        raise BuildError(f"fpsattention.ops: {schemas} does not load ({error}): torch >= 2.10 is needed, then {REINSTALL}") from error
+        raise BuildError(
+            f"fpsattention.ops: {schemas} does not load ({error}): torch >= 2.10 is needed, then {REINSTALL}"
+        ) from error
     if not kernels.exists():
         return "this installation was built without CUDA kernels (no nvcc was found, or FPSATTN_BUILD_CUDA=OFF)"
     try:
@@ -238,6 +241,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, ...]:
     operands = (q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
     check_forward(*operands, num_tokens, out_dtype, q_k_mean)
+    check_softmax_scale("forward", softmax_scale)
     check_slot_values("forward", token_of_slot, num_tokens)
     check_tile_of_block("forward", tile_of_block, kv_num_blocks.shape[2])
     check_list_values("forward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
@@ -252,6 +256,7 @@ def _cpu_backward(
     check_backward(grad_out, out, q8, *operands)
     *shared, kv_num_blocks, kv_indices, q_num_blocks, q_indices = operands
     token_of_slot, tile_of_block = shared[-2:]
+    check_softmax_scale("backward", softmax_scale)
     check_slot_values("backward", token_of_slot, out.shape[2])
     check_tile_of_block("backward", tile_of_block, kv_num_blocks.shape[2])
     check_list_values("backward", "kv", kv_num_blocks, kv_indices, q8.shape[2])

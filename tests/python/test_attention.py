@@ -1,5 +1,6 @@
 """fps.attention: against the FP64 reference, layouts, dtypes, strides, backends; its errors; a fuzz over grids."""
 
+import importlib
 import math
 
 import pytest
@@ -238,3 +239,37 @@ def test_sm90_backend_on_a_cpu_tensor_says_why(monkeypatch):
     monkeypatch.delenv("FPSATTN_SM90_ON_HOST", raising=False)
     with pytest.raises(UnsupportedError, match="fpsattn doctor"):
         call(backend="sm90", shape=(1, 24, 2, 64))
+
+
+def test_a_gpu_that_is_not_hopper_is_refused_with_the_reason(monkeypatch):
+    function = importlib.import_module("fpsattention.attention")
+    monkeypatch.setattr(function.ops, "sm90_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "NVIDIA A100 has compute capability 8.0, they are built for 9.0" in function._sm90_problem(
+        torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert function._sm90_problem(torch.device("cuda")) == ""
+    monkeypatch.setattr(function.ops, "sm90_missing", lambda: "built without CUDA kernels")
+    assert function._sm90_problem(torch.device("cuda")) == "built without CUDA kernels"
+
+
+@pytest.mark.parametrize("kind", ["huge", "constant", "one_key"])
+def test_extreme_scores(kind):
+    """Logits around +-1e4, all keys equal, one key that dominates: finite, and as good as the format allows."""
+    q, k, v = CASES[2].inputs()
+    if kind == "huge":
+        q, k = 40 * q, 40 * k
+    elif kind == "constant":
+        k = k[:, :1].expand_as(k)
+    else:
+        k = torch.cat([20 * q.sign().mean(1, keepdim=True).sign(), 0.01 * k[:, 1:]], 1)
+        q = q.abs() * k[:, :1].sign()
+    out = [fps.attention(q, k, v, backend=backend, **CASES[2].kwargs()) for backend in ("cpu", "reference")]
+    assert out[0].isfinite().all()
+    assert relative_l1(out[0], out[1].double()) < 1e-3
+    if kind == "constant":  # the mean of the attended V
+        mask = CASES[2].mask().to_token_mask()
+        want = reference.attention_fp64(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+        assert relative_l1(out[0], want) < 0.06

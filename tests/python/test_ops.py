@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import CASES, Case
 
 import fpsattention as fps
@@ -138,6 +139,44 @@ def test_compile_fullgraph_without_recompiles_when_lists_change():
             strict=True,
         ):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
+def test_compile_of_a_window_with_gradients_and_odd_strides(tensor_layout):
+    case = CASES[2]
+    wide = [torch.cat([x, x], -1).requires_grad_() for x in case.inputs()]
+
+    def run(*wide):
+        q, k, v = (x[..., : case.dim] for x in wide)
+        if tensor_layout == "HND":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return fps.attention(q, k, v, tensor_layout=tensor_layout, **case.kwargs())
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    out, want = compiled(*wide), run(*wide)
+    torch.testing.assert_close(out, want)
+    gradients = (torch.autograd.grad(x.square().sum(), wide) for x in (out, want))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpointing_recomputes_the_same_gradients():
+    case = CASES[2]
+    q, k, v = (x.requires_grad_() for x in case.inputs())
+
+    def run(q, k, v):
+        return fps.attention(q, k, v, **case.kwargs())
+
+    out = torch.utils.checkpoint.checkpoint(run, q, k, v, use_reentrant=False)
+    gradients = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, run(q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    for scale in (0.0, -0.1, float("inf")):
+        with pytest.raises(ConfigError, match="softmax_scale is .* expected a finite number > 0"):
+            torch.ops.fpsattn.attention(*arguments(), **{**OPTIONS, "softmax_scale": scale})
 
 
 def test_compile_of_the_public_function():
