@@ -1,10 +1,11 @@
-// The attention forward alone (operands already quantized) on Wan shapes at several densities: one line of JSON per density.
+// The attention forward alone (operands already quantized) on Wan shapes at several densities: one line of JSON per
+// density.
 //
 //   bench_forward            Wan2.1-14B 720p, 1.3B 480p, and both with D = 64
 //   bench_forward --small    one small shape, once: what an emulator can run (its times mean nothing)
 //
-// TFLOP/s count computed blocks only (4 * 128 * 128 * D per query block, KV block and head). of_ideal: time relative to dense, divided by the
-// density of blocks; 1 is ideal.
+// TFLOP/s count computed blocks only (4 * 128 * 128 * D per query block, KV block and head). of_ideal: time relative to
+// dense, divided by the density of blocks; 1 is ideal.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -38,7 +39,8 @@ __global__ void fill_extra_rows(uint8_t* v8t, int head_dim, size_t blocks) {
 }
 
 __global__ void fill_floats(float* data, size_t count, float value) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) data[i] = value;
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x)
+    data[i] = value;
 }
 
 struct Table : Memory {
@@ -62,9 +64,11 @@ void run(const Case& c, const std::vector<double>& densities, int repeats) {
   const Table token_of_slot(table.token_of_slot), tile_of_block(table.tile_of_block);
   Memory out(size_t{2} * c.heads * table.num_tokens * dim), lse(slots * 4), row_max(slots * 4), row_sum(slots * 4);
 
-  std::vector<int32_t> order(static_cast<size_t>(tiles) * blocks);  // own tile first, then the following blocks, cyclically
+  std::vector<int32_t> order(static_cast<size_t>(tiles) *
+                             blocks);  // own tile first, then the following blocks, cyclically
   for (int tile = 0; tile < tiles; ++tile) {
-    for (int i = 0; i < blocks; ++i) order[static_cast<size_t>(tile) * blocks + i] = (table.tile_block_offsets[tile] + i) % blocks;
+    for (int i = 0; i < blocks; ++i)
+      order[static_cast<size_t>(tile) * blocks + i] = (table.tile_block_offsets[tile] + i) % blocks;
   }
   const Table indices(order);
   std::vector<int> lengths;

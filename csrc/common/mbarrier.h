@@ -1,6 +1,7 @@
-// mbarriers and named barriers. An mbarrier in shared memory counts arrivals (and bytes of TMA loads) and flips its phase when
-// none is missing. A waiter names the parity of the phase it waits for the end of: a fresh barrier is in phase 0, so wait(0) waits for
-// the first flip and wait(1) returns at once (what a producer wants of an "empty" barrier in its first lap).
+// mbarriers and named barriers. An mbarrier in shared memory counts arrivals (and bytes of TMA loads) and flips its
+// phase when none is missing. A waiter names the parity of the phase it waits for the end of: a fresh barrier is in
+// phase 0, so wait(0) waits for the first flip and wait(1) returns at once (what a producer wants of an "empty" barrier
+// in its first lap).
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct alignas(8) Mbarrier {
   }
   // Arrives once and announces `bytes` that TMA loads naming this barrier will bring.
   __device__ __forceinline__ void arrive_expect_bytes(uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                 : "memory");
   }
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(
@@ -39,9 +41,12 @@ struct alignas(8) Mbarrier {
 };
 
 // Makes initialised mbarriers visible to TMA.
-__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
-// Orders generic stores to shared memory before reads of it by WGMMA or TMA. By the writing threads, before the barrier.
+// Orders generic stores to shared memory before reads of it by WGMMA or TMA. By the writing threads, before the
+// barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Position in a ring of kStages slots, and the parity of the current lap.

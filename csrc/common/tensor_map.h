@@ -16,18 +16,21 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     void* address = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
 #else
     const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
 #endif
     if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) address = nullptr;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(address);
   }();
-  FPSATTN_CHECK(encoder != nullptr, "tensor_map: the CUDA driver has no cuTensorMapEncodeTiled, wanted a driver for CUDA 12 or newer");
+  FPSATTN_CHECK(encoder != nullptr,
+                "tensor_map: the CUDA driver has no cuTensorMapEncodeTiled, wanted a driver for CUDA 12 or newer");
   return encoder;
 }
 
-// A row-major matrix of `rows` rows of `columns` elements, `row_stride` elements apart; loads fetch boxes of box_rows x box_columns.
+// A row-major matrix of `rows` rows of `columns` elements, `row_stride` elements apart; loads fetch boxes of box_rows x
+// box_columns.
 struct MatrixMap {
   CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   uint32_t element_bytes = 1;
@@ -45,12 +48,12 @@ inline CUtensorMap encode_matrix_map(const char* what, const MatrixMap& matrix) 
   const cuuint32_t box[2] = {matrix.box_columns, matrix.box_rows};
   const cuuint32_t steps[2] = {1, 1};
   CUtensorMap map;
-  const CUresult status = tensor_map_encoder()(
-      &map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      matrix.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FPSATTN_CHECK(status == CUDA_SUCCESS, what, ": no TMA tensor map for a ", matrix.rows, " x ", matrix.columns, " matrix at ",
-                matrix.data, ", row stride ", matrix.row_stride, " elements (CUresult ", static_cast<int>(status),
-                "): addresses and row strides must be multiples of 16 bytes");
+  const CUresult status = tensor_map_encoder()(&map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, strides,
+                                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  FPSATTN_CHECK(status == CUDA_SUCCESS, what, ": no TMA tensor map for a ", matrix.rows, " x ", matrix.columns,
+                " matrix at ", matrix.data, ", row stride ", matrix.row_stride, " elements (CUresult ",
+                static_cast<int>(status), "): addresses and row strides must be multiples of 16 bytes");
   return map;
 }
 

@@ -33,7 +33,8 @@ void make_lists(const ForwardCase& test, ForwardInputs& in, uint64_t seed) {
         std::vector<int32_t> order(in.size.num_blocks);
         std::iota(order.begin(), order.end(), 0);
         for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random.below(static_cast<int>(i) + 1)]);
-        std::stable_partition(order.begin(), order.end(), [&](int32_t block) { return in.table.tile_of_block[block] == tile; });
+        std::stable_partition(order.begin(), order.end(),
+                              [&](int32_t block) { return in.table.tile_of_block[block] == tile; });
         in.num_blocks.push_back(std::min(test.length(b, h, tile), in.size.num_blocks));
         in.indices.insert(in.indices.end(), order.begin(), order.end());
       }
@@ -59,17 +60,20 @@ ForwardInputs make_inputs(const ForwardCase& test, uint64_t seed) {
   std::vector<float> mean(static_cast<size_t>(test.batch) * test.heads * test.head_dim, 0.0f);
   if (test.smooth_k) {
     for (size_t i = 0; i < in.k.size(); ++i) {
-      mean[i / (static_cast<size_t>(in.size.num_tokens) * test.head_dim) * test.head_dim + i % test.head_dim] += in.k[i] / in.size.num_tokens;
+      mean[i / (static_cast<size_t>(in.size.num_tokens) * test.head_dim) * test.head_dim + i % test.head_dim] +=
+          in.k[i] / in.size.num_tokens;
     }
   }
-  in.data = reference_quantize({in.size, &in.table, test.granularity, test.pow2, reader(in.q), reader(in.k), reader(in.v), mean, {}});
+  in.data = reference_quantize(
+      {in.size, &in.table, test.granularity, test.pow2, reader(in.q), reader(in.k), reader(in.v), mean, {}});
   make_lists(test, in, seed);
   return in;
 }
 
 ForwardOutputs run_forward(const ForwardInputs& in, DType out_dtype, OutMemory memory) {
   const ProblemSize& size = in.size;
-  const size_t groups = static_cast<size_t>(size.batch) * size.heads, slots = static_cast<size_t>(size.num_blocks) * kBlockSlots;
+  const size_t groups = static_cast<size_t>(size.batch) * size.heads,
+               slots = static_cast<size_t>(size.num_blocks) * kBlockSlots;
   const int64_t dim = size.head_dim, tokens = size.num_tokens, heads = size.heads;
   const int64_t gap = memory == OutMemory::kPadded ? 8 : 0;
   TokenTensor out;
@@ -83,7 +87,8 @@ ForwardOutputs run_forward(const ForwardInputs& in, DType out_dtype, OutMemory m
   DeviceBuffer<uint8_t> q8(in.data.q8), k8(in.data.k8), v8t(in.data.v8t);
   DeviceBuffer<float> q_scale(in.data.q_scale), k_scale(in.data.k_scale), v_scale(in.data.v_scale);
   DeviceBuffer<float> q_k_mean(std::vector<float>(in.data.q_k_mean.begin(), in.data.q_k_mean.end()));
-  DeviceBuffer<int32_t> token_of_slot(in.table.token_of_slot), tile_of_block(in.table.tile_of_block), num_blocks(in.num_blocks), indices(in.indices);
+  DeviceBuffer<int32_t> token_of_slot(in.table.token_of_slot), tile_of_block(in.table.tile_of_block),
+      num_blocks(in.num_blocks), indices(in.indices);
   DeviceBuffer<float> lse(groups * tokens), row_max(groups * slots), row_sum(groups * slots);
 
   ForwardParams params;
@@ -153,35 +158,43 @@ void expect_matches_reference(const ForwardInputs& in, const ForwardOutputs& got
   const ForwardReference ref = reference_forward(in);
   const ProblemSize& size = in.size;
   const int dim = size.head_dim, slots = size.num_blocks * kBlockSlots;
-  const double rounding = out_dtype == DType::kBFloat16 ? 0x1.02p-8 : 0x1.02p-11;  // half an ulp of the output, and FP32 noise
+  const double rounding =
+      out_dtype == DType::kBFloat16 ? 0x1.02p-8 : 0x1.02p-11;  // half an ulp of the output, and FP32 noise
   const double tiny = out_dtype == DType::kBFloat16 ? 1e-30 : 0x1p-25;
   int bad = 0;
   const auto fail = [&](const char* what, size_t i, double value, double wanted, double allowed) {
-    if (++bad <= 5) ADD_FAILURE() << what << "[" << i << "] is " << value << ", expected " << wanted << " +- " << allowed;
+    if (++bad <= 5)
+      ADD_FAILURE() << what << "[" << i << "] is " << value << ", expected " << wanted << " +- " << allowed;
   };
   const auto check = [&](const char* what, size_t i, double value, double wanted, double allowed) {
-    if (std::isnan(wanted) ? !std::isnan(value) : !(std::fabs(value - wanted) <= allowed || value == wanted)) fail(what, i, value, wanted, allowed);
+    if (std::isnan(wanted) ? !std::isnan(value) : !(std::fabs(value - wanted) <= allowed || value == wanted))
+      fail(what, i, value, wanted, allowed);
   };
   for (int g = 0; g < size.batch * size.heads; ++g) {
     for (int slot = 0; slot < slots; ++slot) {
       const size_t i = static_cast<size_t>(g) * slots + slot;
       const int token = in.table.token_of_slot[slot];
-      // A maximum on an integer, give or take a rounding, may be rounded up to the next: sums then halve, O and lse barely move.
+      // A maximum on an integer, give or take a rounding, may be rounded up to the next: sums then halve, O and lse
+      // barely move.
       const bool shifted = ref.max_uncertain[i] && got.row_max[i] == ref.row_max[i] + 1;
-      if (!(ref.max_uncertain[i] && std::fabs(got.row_max[i] - ref.row_max[i]) <= 1)) check("row_max", i, got.row_max[i], ref.row_max[i], 0.0);
+      if (!(ref.max_uncertain[i] && std::fabs(got.row_max[i] - ref.row_max[i]) <= 1))
+        check("row_max", i, got.row_max[i], ref.row_max[i], 0.0);
       const double slack = ref.max_uncertain[i] ? 0.01 : 0.0;  // subnormal P round differently after a shift
       if (!ref.max_uncertain[i] || shifted) {
-        check("row_sum", i, got.row_sum[i] * (shifted ? 2 : 1), ref.row_sum[i], ref.sum_allowance[i] + (1e-6 + slack) * ref.row_sum[i]);
+        check("row_sum", i, got.row_sum[i] * (shifted ? 2 : 1), ref.row_sum[i],
+              ref.sum_allowance[i] + (1e-6 + slack) * ref.row_sum[i]);
       }
       if (token < 0) continue;
       const size_t row = static_cast<size_t>(g) * size.num_tokens + token;
       const double sum = ref.row_sum[i];
-      const double lse_allowance = sum > 0 ? ref.sum_allowance[i] / sum * 1.1 + slack + 1e-6 * (1 + std::fabs(ref.lse[row])) : 0.0;
+      const double lse_allowance =
+          sum > 0 ? ref.sum_allowance[i] / sum * 1.1 + slack + 1e-6 * (1 + std::fabs(ref.lse[row])) : 0.0;
       check("lse", row, got.lse[row], ref.lse[row], lse_allowance);
       for (int d = 0; d < dim; ++d) {
         const size_t e = row * dim + d;
         const double scale = in.data.v_scale[static_cast<size_t>(g) * dim + d];
-        const double allowed = ref.out_allowance[e] * 1.1 + rounding * std::fabs(ref.out[e]) + tiny + (1e-6 + slack) * scale * 448;
+        const double allowed =
+            ref.out_allowance[e] * 1.1 + rounding * std::fabs(ref.out[e]) + tiny + (1e-6 + slack) * scale * 448;
         check("out", e, got.out[e], ref.out[e], allowed);
       }
     }

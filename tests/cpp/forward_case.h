@@ -11,7 +11,11 @@
 
 namespace fpsattn::test {
 
-enum class OutMemory { kNhd, kHnd, kPadded };  // kPadded: gaps of 8 elements after every row and head, which must stay untouched
+enum class OutMemory {
+  kNhd,
+  kHnd,
+  kPadded
+};  // kPadded: gaps of 8 elements after every row and head, which must stay untouched
 
 struct ForwardCase {
   std::string name;
@@ -21,7 +25,8 @@ struct ForwardCase {
   int batch = 1, heads = 1, head_dim = 128;
   Granularity granularity = Granularity::kTile;
   bool mask_batch = false, mask_heads = false;  // lists of their own per batch or head
-  // Length of the list of a tile, clamped to num_blocks; the own tile's blocks come first, then others in pseudo-random order.
+  // Length of the list of a tile, clamped to num_blocks; the own tile's blocks come first, then others in pseudo-random
+  // order.
   std::function<int(int b, int h, int tile)> length = [](int, int, int) { return 1 << 30; };
   std::function<float(Random&, char what, int token, int d)> generate;  // what: q, k or v; null: normal
   float softmax_scale = 0.0f;                                           // 0: 1 / sqrt(D)
@@ -39,7 +44,8 @@ struct ForwardOutputs {
 
 ForwardInputs make_inputs(const ForwardCase& test, uint64_t seed = 1);
 // Runs fpsattn::forward and checks that guard zones and gaps of the outputs are untouched.
-ForwardOutputs run_forward(const ForwardInputs& inputs, DType out_dtype = DType::kBFloat16, OutMemory memory = OutMemory::kNhd);
+ForwardOutputs run_forward(const ForwardInputs& inputs, DType out_dtype = DType::kBFloat16,
+                           OutMemory memory = OutMemory::kNhd);
 void expect_matches_reference(const ForwardInputs& inputs, const ForwardOutputs& outputs, DType out_dtype);
 // sum |a - b| / sum |b|
 double relative_l1(const std::vector<float>& a, const std::vector<double>& b);

@@ -1,5 +1,5 @@
-// The forward on the host, from its definition (docs/numerics.md): FP8-simulated, with a rigorous allowance for what FP32 rounding may change,
-// and exact attention of the unquantized inputs. Plain loops.
+// The forward on the host, from its definition (docs/numerics.md): FP8-simulated, with a rigorous allowance for what
+// FP32 rounding may change, and exact attention of the unquantized inputs. Plain loops.
 #pragma once
 
 #include <algorithm>
@@ -23,22 +23,28 @@ struct ForwardInputs {
   std::vector<int32_t> num_blocks, indices;
   std::vector<float> q, k, v;  // [B, H, S, D], unquantized
 
-  size_t token_row(int b, int h, int s) const { return (static_cast<size_t>(b) * size.heads + h) * size.num_tokens + s; }
+  size_t token_row(int b, int h, int s) const {
+    return (static_cast<size_t>(b) * size.heads + h) * size.num_tokens + s;
+  }
   std::vector<int32_t> list(int b, int h, int tile) const {
-    const size_t row = (static_cast<size_t>(mask_batch == 1 ? 0 : b) * mask_heads + (mask_heads == 1 ? 0 : h)) * size.num_tiles + tile;
+    const size_t row =
+        (static_cast<size_t>(mask_batch == 1 ? 0 : b) * mask_heads + (mask_heads == 1 ? 0 : h)) * size.num_tiles + tile;
     const auto first = indices.begin() + row * max_blocks;
     return {first, first + num_blocks[row]};
   }
 };
 
 struct ForwardReference {
-  std::vector<double> out, out_allowance;          // [B, H, S, D]; allowance: what P values next to a rounding boundary can change
-  std::vector<double> lse;                         // [B, H, S]
+  std::vector<double> out,
+      out_allowance;        // [B, H, S, D]; allowance: what P values next to a rounding boundary can change
+  std::vector<double> lse;  // [B, H, S]
   std::vector<double> row_max, row_sum, sum_allowance;  // [B, H, slots]; sums relative to row_max
-  std::vector<char> max_uncertain;                 // [B, H, slots]: the row maximum lies on an integer, give or take a rounding
+  std::vector<char> max_uncertain;  // [B, H, slots]: the row maximum lies on an integer, give or take a rounding
 };
 
-inline double quantized_probability(double exponent) { return e4m3_to_float(to_e4m3(static_cast<float>(std::exp2(std::min(exponent, 8.75))))); }
+inline double quantized_probability(double exponent) {
+  return e4m3_to_float(to_e4m3(static_cast<float>(std::exp2(std::min(exponent, 8.75)))));
+}
 
 inline ForwardReference reference_forward(const ForwardInputs& in) {
   const ProblemSize& size = in.size;
@@ -58,7 +64,8 @@ inline ForwardReference reference_forward(const ForwardInputs& in) {
 
   for (size_t g = 0; g < groups; ++g) {
     const int b = static_cast<int>(g) / size.heads, h = static_cast<int>(g) % size.heads;
-    std::vector<float> q(static_cast<size_t>(slots) * dim), k(q.size()), v(q.size()), ones(slots);  // decoded, slot order
+    std::vector<float> q(static_cast<size_t>(slots) * dim), k(q.size()), v(q.size()),
+        ones(slots);  // decoded, slot order
     for (size_t i = 0; i < q.size(); ++i) {
       q[i] = value[in.data.q8[g * q.size() + i]];
       k[i] = value[in.data.k8[g * k.size() + i]];
@@ -89,7 +96,8 @@ inline ForwardReference reference_forward(const ForwardInputs& in) {
           const int key = block * kBlockSlots + j;
           double dot = 0.0, magnitude = 0.0;
           for (int d = 0; d < dim; ++d) {
-            const double term = static_cast<double>(q[static_cast<size_t>(slot) * dim + d]) * k[static_cast<size_t>(key) * dim + d];
+            const double term =
+                static_cast<double>(q[static_cast<size_t>(slot) * dim + d]) * k[static_cast<size_t>(key) * dim + d];
             dot += term;
             magnitude += std::fabs(term);
           }

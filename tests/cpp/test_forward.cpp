@@ -29,8 +29,10 @@ std::vector<ForwardCase> cases() {
   add("one_block", [](ForwardCase& t) { t.grid = {2, 8, 8}, t.tile = {2, 8, 8}; });
   add("dense", [](ForwardCase& t) { t.heads = 2; });
   add("clipped_odd_grid", [](ForwardCase& t) { t.grid = {3, 7, 11}, t.tile = {3, 4, 5}, t.memory = OutMemory::kHnd; });
-  add("tiles_of_3_blocks_and_text", [](ForwardCase& t) { t.grid = {5, 7, 13}, t.tile = {5, 7, 9}, t.text = 77, t.out_dtype = DType::kFloat16; });
-  add("tiles_of_5_blocks", [](ForwardCase& t) { t.grid = {4, 10, 16}, t.tile = {4, 10, 15}, t.memory = OutMemory::kPadded; });
+  add("tiles_of_3_blocks_and_text",
+      [](ForwardCase& t) { t.grid = {5, 7, 13}, t.tile = {5, 7, 9}, t.text = 77, t.out_dtype = DType::kFloat16; });
+  add("tiles_of_5_blocks",
+      [](ForwardCase& t) { t.grid = {4, 10, 16}, t.tile = {4, 10, 15}, t.memory = OutMemory::kPadded; });
   add("list_lengths_per_batch_and_head", [](ForwardCase& t) {
     t.grid = {3, 10, 11}, t.tile = {3, 5, 4}, t.batch = 2, t.heads = 2, t.mask_batch = t.mask_heads = true;
     t.length = [](int b, int h, int tile) { return (tile * 3 + h + 2 * b) % 6; };  // 0 and 1 included
@@ -44,15 +46,20 @@ std::vector<ForwardCase> cases() {
     t.length = [](int, int h, int) { return 2 - h; };
   });
   add("block_scales", [](ForwardCase& t) { t.granularity = Granularity::kBlock, t.heads = 2, t.grid = {3, 9, 10}; });
-  add("token_scales", [](ForwardCase& t) { t.granularity = Granularity::kToken, t.heads = 2, t.grid = {3, 9, 10}, t.tile = {3, 9, 5}; });
-  add("pow2_scales_without_smoothing", [](ForwardCase& t) { t.pow2 = true, t.smooth_k = false, t.with_q_k_mean = false; });
+  add("token_scales", [](ForwardCase& t) {
+    t.granularity = Granularity::kToken, t.heads = 2, t.grid = {3, 9, 10}, t.tile = {3, 9, 5};
+  });
+  add("pow2_scales_without_smoothing",
+      [](ForwardCase& t) { t.pow2 = true, t.smooth_k = false, t.with_q_k_mean = false; });
   add("promotion_1200_keys", [](ForwardCase& t) {
     t.grid = {4, 15, 20}, t.tile = {4, 5, 5};
     t.length = [](int, int, int tile) { return tile % 4 == 0 ? 1 << 30 : 1; };
   });
   add("huge_scores", [](ForwardCase& t) { t.softmax_scale = 40.0f; });  // logits to +-1e4
   add("constant_rows", [](ForwardCase& t) {
-    t.generate = [](Random& r, char what, int, int d) { return what == 'v' ? r.normal() : what == 'q' ? 0.5f : d % 3 - 1.0f; };
+    t.generate = [](Random& r, char what, int, int d) {
+      return what == 'v' ? r.normal() : what == 'q' ? 0.5f : d % 3 - 1.0f;
+    };
   });
   add("equal_keys", [](ForwardCase& t) {
     t.smooth_k = false;
@@ -60,12 +67,16 @@ std::vector<ForwardCase> cases() {
   });
   add("dominant_key", [](ForwardCase& t) {
     t.generate = [](Random& r, char what, int token, int d) {
-      return what == 'q' ? 1.0f + 0.1f * r.normal() : what == 'k' && token == 137 ? 6.0f : r.normal() * (what == 'k' && d > 99 ? 0 : 1);
+      return what == 'q'                   ? 1.0f + 0.1f * r.normal()
+             : what == 'k' && token == 137 ? 6.0f
+                                           : r.normal() * (what == 'k' && d > 99 ? 0 : 1);
     };
   });
   add("rising_maxima", [](ForwardCase& t) {  // the maximum moves in every block
     t.smooth_k = false;
-    t.generate = [](Random& r, char what, int token, int) { return what == 'v' ? r.normal() : what == 'q' ? 1.0f : 0.01f * token + 0.1f * r.normal(); };
+    t.generate = [](Random& r, char what, int token, int) {
+      return what == 'v' ? r.normal() : what == 'q' ? 1.0f : 0.01f * token + 0.1f * r.normal();
+    };
   });
   return list;
 }

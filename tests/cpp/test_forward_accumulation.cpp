@@ -1,4 +1,5 @@
-// The FP8 tensor cores keep few mantissa bits. Neither the row sum nor O may be biased by it by more than 0.1 %: run with the emulator's
+// The FP8 tensor cores keep few mantissa bits. Neither the row sum nor O may be biased by it by more than 0.1 %: run
+// with the emulator's
 // --fp8-acc=truncated, or on a GPU.
 #include "forward_case.h"
 #include "support/device.h"
@@ -20,7 +21,8 @@ TEST_P(ForwardAccumulation, LongRowsAreNotBiased) {
   const ForwardOutputs got = run_forward(in);
   double ratio = 0.0, projection = 0.0, square = 0.0;
   for (int slot = 3 * kBlockSlots; slot < 4 * kBlockSlots; ++slot) {
-    ratio += got.row_sum[slot] * std::exp2(got.row_max[slot] - reference.row_max[slot]) / reference.row_sum[slot] / kBlockSlots;
+    ratio += got.row_sum[slot] * std::exp2(got.row_max[slot] - reference.row_max[slot]) / reference.row_sum[slot] /
+             kBlockSlots;
     const size_t row = in.table.token_of_slot[slot];
     for (int d = 0; d < GetParam(); ++d) {
       projection += got.out[row * GetParam() + d] * reference.out[row * GetParam() + d];

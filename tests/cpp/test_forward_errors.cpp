@@ -1,4 +1,5 @@
-// Every parameter check of fpsattn::forward: the text says what came and what was wanted. No device needed: checks come first.
+// Every parameter check of fpsattn::forward: the text says what came and what was wanted. No device needed: checks come
+// first.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -55,16 +56,19 @@ TEST_P(ForwardErrors, SayWhatIsWrong) {
 const Case kCases[] = {
     {"head_dim", [](ForwardParams& p) { p.size.head_dim = 96; }, "head_dim is 96, expected 64 or 128"},
     {"blocks", [](ForwardParams& p) { p.size.num_blocks = 3; }, "num_blocks is 3"},
-    {"coordinates", [](ForwardParams& p) { p.size.num_blocks = 2000000; }, "batch * heads * num_blocks is 16000000, expected at most"},
+    {"coordinates", [](ForwardParams& p) { p.size.num_blocks = 2000000; },
+     "batch * heads * num_blocks is 16000000, expected at most"},
     {"kv_batch", [](ForwardParams& p) { p.kv.batch = 3; }, "kv.batch is 3, expected 1 or batch (2)"},
     {"kv_heads", [](ForwardParams& p) { p.kv.heads = 2; }, "kv.heads is 2, expected 1 or heads (4)"},
     {"kv_rows", [](ForwardParams& p) { p.kv.rows = 4; }, "kv.rows is 4, expected num_tiles (2)"},
     {"kv_max_blocks", [](ForwardParams& p) { p.kv.max_blocks = -1; }, "kv.max_blocks is -1"},
     {"kv_num_blocks", [](ForwardParams& p) { p.kv.num_blocks = nullptr; }, "kv.num_blocks is null"},
     {"kv_indices", [](ForwardParams& p) { p.kv.indices = nullptr; }, "kv.indices is null"},
-    {"scale_zero", [](ForwardParams& p) { p.softmax_scale = 0.0f; }, "softmax_scale is 0, expected a positive finite number"},
+    {"scale_zero", [](ForwardParams& p) { p.softmax_scale = 0.0f; },
+     "softmax_scale is 0, expected a positive finite number"},
     {"scale_nan", [](ForwardParams& p) { p.softmax_scale = NAN; }, "softmax_scale is nan"},
-    {"out_dtype", [](ForwardParams& p) { p.out_dtype = static_cast<DType>(2); }, "out_dtype is 2, expected 0 (bfloat16) or 1 (float16)"},
+    {"out_dtype", [](ForwardParams& p) { p.out_dtype = static_cast<DType>(2); },
+     "out_dtype is 2, expected 0 (bfloat16) or 1 (float16)"},
     {"q8", [](ForwardParams& p) { p.q8 = nullptr; }, "q8 is null"},
     {"k8", [](ForwardParams& p) { p.k8 = at<uint8_t>(8); }, "expected 16-byte alignment"},
     {"v8t", [](ForwardParams& p) { p.v8t = nullptr; }, "v8t is null"},
@@ -82,7 +86,8 @@ const Case kCases[] = {
     {"workspace_bytes", [](ForwardParams& p) { p.workspace_bytes -= 1; }, "workspace_bytes is"},
 };
 
-INSTANTIATE_TEST_SUITE_P(Checks, ForwardErrors, testing::ValuesIn(kCases), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Checks, ForwardErrors, testing::ValuesIn(kCases),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace fpsattn::test

@@ -1,4 +1,5 @@
-// What must hold of the forward whatever the reference says: identities, repeatability, merging, NaN, the accuracy table.
+// What must hold of the forward whatever the reference says: identities, repeatability, merging, NaN, the accuracy
+// table.
 #include "forward_case.h"
 #include "support/device.h"
 
@@ -45,7 +46,9 @@ TEST_P(ForwardIdentity, BroadcastListsEqualFullLists) {
 
 TEST_P(ForwardIdentity, DuplicatedHeadHasTheSameBits) {
   ForwardInputs in = make_inputs(small_case(GetParam()));
-  const auto repeat_first_half = [](auto& x) { std::copy(x.begin(), x.begin() + x.size() / 2, x.begin() + x.size() / 2); };
+  const auto repeat_first_half = [](auto& x) {
+    std::copy(x.begin(), x.begin() + x.size() / 2, x.begin() + x.size() / 2);
+  };
   repeat_first_half(in.data.q8);
   repeat_first_half(in.data.k8);
   repeat_first_half(in.data.v8t);
@@ -170,8 +173,8 @@ TEST_P(ForwardIdentity, NanReachesWhatAttendsItAndNothingElse) {
   EXPECT_EQ(nan_rows(q), (std::vector<int>{0, 1, 0})) << "one NaN byte of Q";
 }
 
-// docs/design.md section 3 at 1024 keys (the bounds hold for any length): accuracy against exact attention of the unquantized inputs, and no
-// more than 1.05 x the error that the formats cost the simulated reference.
+// docs/design.md section 3 at 1024 keys (the bounds hold for any length): accuracy against exact attention of the
+// unquantized inputs, and no more than 1.05 x the error that the formats cost the simulated reference.
 TEST_P(ForwardIdentity, AccuracyTable) {
   struct Row {
     const char* name;
@@ -183,7 +186,8 @@ TEST_P(ForwardIdentity, AccuracyTable) {
   for (float& x : levels) x = base.normal();
   const Row rows[] = {
       {"normal", 0.056, nullptr},
-      {"outliers", 0.081, [](Random& r, char, int, int) { return r.normal() + (r.below(1000) == 0 ? 10 * r.normal() : 0.0f); }},
+      {"outliers", 0.081,
+       [](Random& r, char, int, int) { return r.normal() + (r.below(1000) == 0 ? 10 * r.normal() : 0.0f); }},
       {"smooth", 0.0125, [&](Random& r, char what, int token, int d) {
          return levels[((what - 'a') % 3 * 64 + token / 16) * 128 + d] + 0.05f * r.normal();
        }}};

@@ -12,24 +12,27 @@ namespace fpsattn::sm90::forward {
 template <int kHeadDim_, bool kKScalePerToken_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kKScalePerToken = kKScalePerToken_;  // an instance of its own: 64 more FMULs per thread and block
+  static constexpr bool kKScalePerToken =
+      kKScalePerToken_;  // an instance of its own: 64 more FMULs per thread and block
   static_assert(kHeadDim == 64 || kHeadDim == 128, "K rows are one 64- or 128-byte swizzle atom wide");
 
   // Roles
-  static constexpr int kConsumers = 2;                                // warpgroups that compute, 64 query rows each
-  static constexpr int kRows = 64 * kConsumers;                       // query rows of a work item: one query block
-  static constexpr int kThreads = 128 * (kConsumers + 1);             // warpgroup 0: producer (one warp works)
+  static constexpr int kConsumers = 2;                     // warpgroups that compute, 64 query rows each
+  static constexpr int kRows = 64 * kConsumers;            // query rows of a work item: one query block
+  static constexpr int kThreads = 128 * (kConsumers + 1);  // warpgroup 0: producer (one warp works)
   static constexpr int kConsumerWarps = 4 * kConsumers;
-  // The CTA owns 168 registers a thread; setmaxnreg moves them. 24/240 would spill in the producer, and the main loop peaks at 225.
+  // The CTA owns 168 registers a thread; setmaxnreg moves them. 24/240 would spill in the producer, and the main loop
+  // peaks at 225.
   static constexpr uint32_t kProducerRegisters = 40;
   static constexpr uint32_t kConsumerRegisters = 232;
   static_assert(kRows == kBlockSlots);
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "registers the CTA starts with: 65536 / 384, rounded down to 8");
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168,
+                "registers the CTA starts with: 65536 / 384, rounded down to 8");
   static_assert(kConsumers == 2);
 
   // Shared-memory rings
-  static constexpr int kStages = 4;   // K and V blocks each: D = 128 fills 4 x 33 KB; the producer runs 2-3 blocks ahead
-  static constexpr int kItems = 2;    // work items in flight: Q of the next one loads while this one computes
+  static constexpr int kStages = 4;  // K and V blocks each: D = 128 fills 4 x 33 KB; the producer runs 2-3 blocks ahead
+  static constexpr int kItems = 2;   // work items in flight: Q of the next one loads while this one computes
   static constexpr int kVRows = kHeadDim + kVExtraRows;
   static constexpr uint32_t kQBytes = kRows * kHeadDim;
   static constexpr uint32_t kKBytes = kBlockSlots * kHeadDim;
@@ -40,18 +43,20 @@ struct Config {
   using PvMma = WgmmaE4m3<kVRows>;       // O[64, D + 8] += P[64, 32] V^T[D + 8, 32]^T
   static constexpr Swizzle kQkSwizzle = kHeadDim == 128 ? Swizzle::k128B : Swizzle::k64B;
   static constexpr int kScoreRegisters = kBlockSlots / 2;
-  static constexpr int kOutRegisters = kHeadDim / 2;           // of the FP32 master of O
-  static constexpr int kWorkRegisters = kVRows / 2;            // of the PV accumulator: O, then the row sum, then zeros
+  static constexpr int kOutRegisters = kHeadDim / 2;  // of the FP32 master of O
+  static constexpr int kWorkRegisters = kVRows / 2;   // of the PV accumulator: O, then the row sum, then zeros
   static constexpr int kProbabilityRegisters = kBlockSlots / 8;
 
-  // O is promoted to its FP32 master every kPromoteBlocks blocks, the row sum every block. FP8 WGMMA keeps 13 bits below the
-  // largest addend. Bias of O under that model, scores of sigma 1.4: at 256 keys 0.04 % (V: mean 0.3, sigma 1) and 0.004 % (zero mean),
-  // at 512 keys 0.1 %, at 1024 keys 0.27 %; the row sum, whose addends are all positive: 0.015 % at 128 keys, 0.07 % at 256, 0.9 % at 1024.
+  // O is promoted to its FP32 master every kPromoteBlocks blocks, the row sum every block. FP8 WGMMA keeps 13 bits
+  // below the largest addend. Bias of O under that model, scores of sigma 1.4: at 256 keys 0.04 % (V: mean 0.3, sigma
+  // 1) and 0.004 % (zero mean), at 512 keys 0.1 %, at 1024 keys 0.27 %; the row sum, whose addends are all positive:
+  // 0.015 % at 128 keys, 0.07 % at 256, 0.9 % at 1024.
   static constexpr int kPromoteBlocks = 2;
   static_assert((kPromoteBlocks & (kPromoteBlocks - 1)) == 0 && kPromoteBlocks * kBlockSlots <= 1024);
 
   // Named barriers: order_barrier(w) opens the tensor cores to consumer warpgroup w.
-  static constexpr bool kOrdered = kHeadDim == 128;  // as FlashAttention-3 does for FP8; at D = 64 the exponentials bind
+  static constexpr bool kOrdered =
+      kHeadDim == 128;  // as FlashAttention-3 does for FP8; at D = 64 the exponentials bind
   static constexpr uint32_t order_barrier(uint32_t warpgroup) { return 1 + warpgroup; }
 };
 

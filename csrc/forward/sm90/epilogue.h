@@ -1,4 +1,5 @@
-// From the state of a list's rows to global memory: O in token order, lse, row_max, row_sum. Each warp works alone on its 16 rows.
+// From the state of a list's rows to global memory: O in token order, lse, row_max, row_sum. Each warp works alone on
+// its 16 rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,8 +12,8 @@ namespace fpsattn::sm90::forward {
 
 template <class C>
 struct Epilogue {
-  static constexpr int kChunks = C::kHeadDim / 8;            // 16-byte chunks of an output row
-  static constexpr int kRowsPerPass = 32 / kChunks;          // rows that a warp stores with one instruction: 2 or 4
+  static constexpr int kChunks = C::kHeadDim / 8;    // 16-byte chunks of an output row
+  static constexpr int kRowsPerPass = 32 / kChunks;  // rows that a warp stores with one instruction: 2 or 4
   static constexpr int kRowBytes = C::kHeadDim * 2;
 
   const Arguments& args;
@@ -61,10 +62,13 @@ struct Epilogue {
   }
 
   // Chunk c of row r lies at chunk c ^ (r % 8): stmatrix writes 8 rows of one chunk without bank conflicts.
-  __device__ uint8_t* staged(uint32_t row, uint32_t chunk) const { return shared.out[warp] + row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
+  __device__ uint8_t* staged(uint32_t row, uint32_t chunk) const {
+    return shared.out[warp] + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
 
   // O = acc * v_scale / sum, 16 bit, to the warp's staging rows.
-  __device__ void stage_rows(const float (&out)[C::kOutRegisters], const float (&inverse)[2], const float* v_scale) const {
+  __device__ void stage_rows(const float (&out)[C::kOutRegisters], const float (&inverse)[2],
+                             const float* v_scale) const {
     const uint32_t q = lane % 4;
 #pragma unroll
     for (int pair = 0; pair < kChunks / 2; ++pair) {
@@ -73,12 +77,13 @@ struct Epilogue {
       for (int i = 0; i < 4; ++i) {
         const int chunk = 2 * pair + i / 2, half = i % 2;
         const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * chunk + 2 * q);
-        words[i] = pack_pair(out[4 * chunk + 2 * half] * scale.x * inverse[half], out[4 * chunk + 2 * half + 1] * scale.y * inverse[half]);
+        words[i] = pack_pair(out[4 * chunk + 2 * half] * scale.x * inverse[half],
+                             out[4 * chunk + 2 * half + 1] * scale.y * inverse[half]);
       }
       // Lane i gives the address of row i % 8 of matrix i / 8; matrices are the four words above.
       const uint8_t* row = staged(lane % 8 + 8 * (lane / 8 % 2), 2 * pair + lane / 16);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(words[0]),
-                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                    : "memory");
     }
   }
@@ -86,19 +91,22 @@ struct Epilogue {
   // Staging rows to token order, whole rows at a time, 16 bytes per lane.
   __device__ void copy_rows(const WorkItem& item, int32_t tokens) const {
     const int32_t batch = item.batch_head / args.heads, head = item.batch_head % args.heads;
-    uint8_t* base = static_cast<uint8_t*>(args.out.data) + 2 * (batch * args.out.stride_batch + head * args.out.stride_head);
+    uint8_t* base =
+        static_cast<uint8_t*>(args.out.data) + 2 * (batch * args.out.stride_batch + head * args.out.stride_head);
 #pragma unroll
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       const uint32_t row = pass * kRowsPerPass + lane / kChunks, chunk = lane % kChunks;
       const int32_t token = __shfl_sync(~0u, tokens, row);
       if (token >= 0) {
-        *reinterpret_cast<uint4*>(base + 2 * (token * args.out.stride_token) + 16 * chunk) = *reinterpret_cast<const uint4*>(staged(row, chunk));
+        *reinterpret_cast<uint4*>(base + 2 * (token * args.out.stride_token) + 16 * chunk) =
+            *reinterpret_cast<const uint4*>(staged(row, chunk));
       }
     }
   }
 
   // m, sum: of rows g and g + 8, known to every lane of the quad.
-  __device__ void store_statistics(const WorkItem& item, int32_t tokens, const float (&m)[2], const float (&sum)[2]) const {
+  __device__ void store_statistics(const WorkItem& item, int32_t tokens, const float (&m)[2],
+                                   const float (&sum)[2]) const {
     constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -106,7 +114,8 @@ struct Epilogue {
       const int32_t token = __shfl_sync(~0u, tokens, row);
       if (lane % 4 != 0) continue;
       const bool padding = token < 0;
-      const int64_t slot = (static_cast<int64_t>(item.batch_head) * args.num_blocks + item.q_block) * kBlockSlots + 16 * warp + row;
+      const int64_t slot =
+          (static_cast<int64_t>(item.batch_head) * args.num_blocks + item.q_block) * kBlockSlots + 16 * warp + row;
       args.row_max[slot] = padding ? 0.0f : m[half];
       args.row_sum[slot] = padding ? 0.0f : sum[half];
       if (padding) continue;

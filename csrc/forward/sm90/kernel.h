@@ -1,12 +1,15 @@
 // FP8 block-sparse attention forward, sm_90a.
 //
-//   x[i, j] = (q8[i] . k8[j]) * ((s_q s_k) * (softmax_scale * log2 e))       over the KV blocks of list(tile of the query block)
-//   P = e4m3(2^(x - m + 8)),  m = ceil(row maximum so far),  l = sum P,  O = (P V8) * s_v / l,  lse = (m - 8 + log2 l) * ln 2
+//   x[i, j] = (q8[i] . k8[j]) * ((s_q s_k) * (softmax_scale * log2 e))       over the KV blocks of list(tile of the
+//   query block) P = e4m3(2^(x - m + 8)),  m = ceil(row maximum so far),  l = sum P,  O = (P V8) * s_v / l,  lse = (m -
+//   8 + log2 l) * ln 2
 //
-// Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1 in valid slots   D = 64 or 128
+// Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1 in valid slots
+// D = 64 or 128
 //            s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16 or fp16
-// Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists first (schedule.cu)
-// Layouts    sQ, sK K-major, D-byte swizzle   sV^T K-major, 128-byte swizzle   P: registers, operand A of PV (kVSlotOrder: no shuffle)
+// Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists
+// first (schedule.cu) Layouts    sQ, sK K-major, D-byte swizzle   sV^T K-major, 128-byte swizzle   P: registers,
+// operand A of PV (kVSlotOrder: no shuffle)
 //
 // Pipeline   producer  Q K0 K1 V0 K2 V1 ...
 //            WG 0      QK0 | sm0 | QK1 PV0 | sm1 (under PV0) | QK2 PV1 | sm2 (under PV1) | ... | PVn | store
@@ -19,24 +22,30 @@
 //            k_empty[4]     mbarrier   each consumer warp (8)     producer    when QK is done
 //            v_full[4]      mbarrier   TMA                        consumers   per lap of the ring
 //            v_empty[4]     mbarrier   each consumer warp (8)     producer    when PV is done
-//            order 1, 2     named      other WG (256 threads)     this WG     per KV block but the first: MMAs of this WG may be issued
+//            order 1, 2     named      other WG (256 threads)     this WG     per KV block but the first: MMAs of this
+//            WG may be issued
 //
-// Budget     (D = 128, scales per tile or block; clocks of one SM for one KV block of both warpgroups; tools: static counts of the SASS)
+// Budget     (D = 128, scales per tile or block; clocks of one SM for one KV block of both warpgroups; tools: static
+// counts of the SASS)
 //   tensor   2 x (4 x 64 + 4 x 68) = 1056        exponentials  2 x 64 x 8 + rounding of maxima = 1056
-//   issue    2 x 340 = 680 (64 %), of them 2 x 46 uniform-datapath; smem operands 656; ALU about 500; plus, every second block, 2 x 64 FADD of promotion
-//   registers 232: S 64, PV accumulator 68, FP32 master of O 64, P 16, sums, maxima, factors; peak live 225; no spill. Producer 40
-//   shared   Q 2 x 16 K, K 4 x 16 K, V 4 x 17 K, output staging 32 K = 197 K of 227 K
+//   issue    2 x 340 = 680 (64 %), of them 2 x 46 uniform-datapath; smem operands 656; ALU about 500; plus, every
+//   second block, 2 x 64 FADD of promotion registers 232: S 64, PV accumulator 68, FP32 master of O 64, P 16, sums,
+//   maxima, factors; peak live 225; no spill. Producer 40 shared   Q 2 x 16 K, K 4 x 16 K, V 4 x 17 K, output staging
+//   32 K = 197 K of 227 K
 //
-// Schedules  A (built): softmax of block j + 1 under PV of block j, FP32 master of O in registers: 64 + 68 + 64 + 16 = 212 registers of data. Promotion
+// Schedules  A (built): softmax of block j + 1 under PV of block j, FP32 master of O in registers: 64 + 68 + 64 + 16 =
+// 212 registers of data. Promotion
 //            is 64 FADD every 256 keys and touches no shared memory.
-//            B: the same overlap with the master in shared memory (148 registers of data). A promotion then moves 128 KB through the shared-memory port
-//            of the SM, 1024 clocks: at 256 keys half of the port, which the operands already hold at 62 %; at 1024 keys 12 %, but O is then biased by
-//            0.27 % where V has a mean (config.h). A fits without a spill, so it needs no compromise between accuracy and the port.
-//            C: plain ping-pong (QK, softmax, PV in sequence, the warpgroups alternate): 152 registers, but each tile waits for its own MMAs; FlashAttention-3
-//            loses 12-14 % without the overlap inside a warpgroup.
-//            None of the three has been timed by this project yet.
+//            B: the same overlap with the master in shared memory (148 registers of data). A promotion then moves 128
+//            KB through the shared-memory port of the SM, 1024 clocks: at 256 keys half of the port, which the operands
+//            already hold at 62 %; at 1024 keys 12 %, but O is then biased by 0.27 % where V has a mean (config.h). A
+//            fits without a spill, so it needs no compromise between accuracy and the port. C: plain ping-pong (QK,
+//            softmax, PV in sequence, the warpgroups alternate): 152 registers, but each tile waits for its own MMAs;
+//            FlashAttention-3 loses 12-14 % without the overlap inside a warpgroup. None of the three has been timed by
+//            this project yet.
 //
-// Invariants slot 0 of every block is valid and padding keys repeat it, so padding cannot move a maximum; the ones row drops it from O and l.
+// Invariants slot 0 of every block is valid and padding keys repeat it, so padding cannot move a maximum; the ones row
+// drops it from O and l.
 //            O of a warp leaves through 16 staging rows of its own; rows with token -1 are never stored.
 #pragma once
 
@@ -63,7 +72,8 @@ __device__ __forceinline__ void init_barriers(Storage<C>& shared) {
 
 template <class C>
 __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& shared) {
-  const uint32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells ptxas that the warp agrees
+  const uint32_t warpgroup =
+      __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // the shuffle tells ptxas that the warp agrees
   const uint32_t lane = threadIdx.x % 32;
   Mainloop<C> mainloop(shared, warpgroup);
   const Epilogue<C> epilogue{args, shared};
@@ -102,7 +112,8 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) forward_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ uint8_t raw_shared[];
-  Storage<C>& shared = *reinterpret_cast<Storage<C>*>(raw_shared + (-shared_address(raw_shared) & (kSharedAlignment - 1)));
+  Storage<C>& shared =
+      *reinterpret_cast<Storage<C>*>(raw_shared + (-shared_address(raw_shared) & (kSharedAlignment - 1)));
   if (threadIdx.x == 0) {
     tma_prefetch_descriptor(&args.q_map);
     tma_prefetch_descriptor(&args.k_map);

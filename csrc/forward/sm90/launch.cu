@@ -17,12 +17,12 @@ constexpr const char* kOp = "forward";
 
 void check_lists(const ForwardParams& params) {
   const BlockLists& kv = params.kv;
-  FPSATTN_CHECK(kv.batch == 1 || kv.batch == params.size.batch, kOp, ": kv.batch is ", kv.batch, ", expected 1 or batch (",
-                params.size.batch, ")");
-  FPSATTN_CHECK(kv.heads == 1 || kv.heads == params.size.heads, kOp, ": kv.heads is ", kv.heads, ", expected 1 or heads (",
-                params.size.heads, ")");
-  FPSATTN_CHECK(kv.rows == params.size.num_tiles, kOp, ": kv.rows is ", kv.rows, ", expected num_tiles (", params.size.num_tiles,
-                "): a row per query tile");
+  FPSATTN_CHECK(kv.batch == 1 || kv.batch == params.size.batch, kOp, ": kv.batch is ", kv.batch,
+                ", expected 1 or batch (", params.size.batch, ")");
+  FPSATTN_CHECK(kv.heads == 1 || kv.heads == params.size.heads, kOp, ": kv.heads is ", kv.heads,
+                ", expected 1 or heads (", params.size.heads, ")");
+  FPSATTN_CHECK(kv.rows == params.size.num_tiles, kOp, ": kv.rows is ", kv.rows, ", expected num_tiles (",
+                params.size.num_tiles, "): a row per query tile");
   FPSATTN_CHECK(kv.max_blocks >= 0, kOp, ": kv.max_blocks is ", kv.max_blocks, ", expected at least 0");
 }
 
@@ -38,8 +38,8 @@ void check_sizes(const ForwardParams& params) {
 
 void check(const ForwardParams& params) {
   check_sizes(params);
-  FPSATTN_CHECK(std::isfinite(params.softmax_scale) && params.softmax_scale > 0.0f, kOp, ": softmax_scale is ", params.softmax_scale,
-                ", expected a positive finite number");
+  FPSATTN_CHECK(std::isfinite(params.softmax_scale) && params.softmax_scale > 0.0f, kOp, ": softmax_scale is ",
+                params.softmax_scale, ", expected a positive finite number");
   FPSATTN_CHECK(params.out_dtype == DType::kBFloat16 || params.out_dtype == DType::kFloat16, kOp, ": out_dtype is ",
                 static_cast<int>(params.out_dtype), ", expected 0 (bfloat16) or 1 (float16)");
   check_pointer(kOp, "q8", params.q8);

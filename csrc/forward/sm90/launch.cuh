@@ -12,7 +12,8 @@ namespace fpsattn::sm90::forward {
 template <class C>
 void launch(const Arguments& args, int num_sms, cudaStream_t stream) {
   constexpr int kBytes = shared_bytes<C>();
-  FPSATTN_CUDA_CHECK("forward: shared memory", cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  FPSATTN_CUDA_CHECK("forward: shared memory",
+                     cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   forward_kernel<C><<<std::min(num_sms, args.num_items), C::kThreads, kBytes, stream>>>(args);
   FPSATTN_CUDA_CHECK("forward: launch", cudaGetLastError());
 }

@@ -11,20 +11,24 @@ template <class C>
 struct RowState {
   float out[C::kOutRegisters];  // FP32 master of O, before division by the row sum; accumulator order
   RowMax m;
-  float sum[2];                 // row sums in lanes q = 0; other lanes of the quad hold 0
+  float sum[2];  // row sums in lanes q = 0; other lanes of the quad hold 0
 };
 
 template <class C>
 struct Mainloop {
   Storage<C>& shared;
-  const uint32_t warpgroup;         // 0 or 1 of the consumers
-  RingPosition<C::kStages> k_slot;  // of the K block whose scores come next. V blocks lie in the same order in slots of the same numbers
+  const uint32_t warpgroup;  // 0 or 1 of the consumers
+  RingPosition<C::kStages>
+      k_slot;  // of the K block whose scores come next. V blocks lie in the same order in slots of the same numbers
 
-  __device__ Mainloop(Storage<C>& storage, uint32_t consumer_warpgroup) : shared(storage), warpgroup(consumer_warpgroup) {}
+  __device__ Mainloop(Storage<C>& storage, uint32_t consumer_warpgroup)
+      : shared(storage), warpgroup(consumer_warpgroup) {}
 
   // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e).
-  __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2, RowState<C>& state) {
-    const uint64_t q_tile = matrix_descriptor<C::kQkSwizzle>(shared.q[item_slot] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim);
+  __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2,
+                                      RowState<C>& state) {
+    const uint64_t q_tile =
+        matrix_descriptor<C::kQkSwizzle>(shared.q[item_slot] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim);
     float score[C::kScoreRegisters];
     float work[C::kWorkRegisters];  // PV accumulator: O and the row sum since the last promotion
     uint32_t p[C::kProbabilityRegisters];
@@ -52,13 +56,15 @@ struct Mainloop {
     auto issue_qk = [&] {
       const uint64_t k_tile = matrix_descriptor<C::kQkSwizzle>(shared.k[k_slot.stage], 8 * C::kHeadDim);
 #pragma unroll
-      for (int step = 0; step < C::kHeadDim / 32; ++step) C::QkMma::ss(score, q_tile + 2 * step, k_tile + 2 * step, step > 0);
+      for (int step = 0; step < C::kHeadDim / 32; ++step)
+        C::QkMma::ss(score, q_tile + 2 * step, k_tile + 2 * step, step > 0);
       wgmma_commit();
     };
     auto issue_pv = [&](bool accumulate) {
       const uint64_t v_tile = matrix_descriptor<Swizzle::k128B>(shared.v[v_slot.stage], 8 * kBlockSlots);
 #pragma unroll
-      for (int step = 0; step < kBlockSlots / 32; ++step) C::PvMma::rs(work, p + 4 * step, v_tile + 2 * step, step > 0 || accumulate);
+      for (int step = 0; step < kBlockSlots / 32; ++step)
+        C::PvMma::rs(work, p + 4 * step, v_tile + 2 * step, step > 0 || accumulate);
       wgmma_commit();
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
@@ -89,7 +95,8 @@ struct Mainloop {
     auto rescale_if_moved = [&] {  // integer maxima: rare after the first blocks, and by exact powers of two
       const bool moved = state.m.row[0] != before.row[0] || state.m.row[1] != before.row[1];
       if (__any_sync(~0u, moved)) {
-        const float alpha[2] = {rescale_factor(before.row[0], state.m.row[0]), rescale_factor(before.row[1], state.m.row[1])};
+        const float alpha[2] = {rescale_factor(before.row[0], state.m.row[0]),
+                                rescale_factor(before.row[1], state.m.row[1])};
 #pragma unroll
         for (int i = 0; i < C::kOutRegisters; ++i) {
           work[i] *= alpha[i / 2 % 2];
@@ -125,8 +132,8 @@ struct Mainloop {
       release_k();
       softmax();
       convert_to_pairs(score, pairs);
-      // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma wait below above
-      // the exponentials, and nothing overlaps.
+      // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma
+      // wait below above the exponentials, and nothing overlaps.
       if (block + 2 < count) await_k();
       wgmma_wait<0>();
       keep_registers(work);

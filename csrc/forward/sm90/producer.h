@@ -18,8 +18,8 @@ struct Producer {
   RingPosition<C::kItems> item_slot;
   RingPosition<C::kStages> k_slot, v_slot;
 
-  // Longest lists first, so that the last items to finish are short ones. The first gridDim.x items are dealt out, the others go to
-  // whoever is free.
+  // Longest lists first, so that the last items to finish are short ones. The first gridDim.x items are dealt out, the
+  // others go to whoever is free.
   __device__ int32_t next(int32_t current) const {
     int32_t item = 0;
     if (lane == 0) item = current < 0 ? blockIdx.x : gridDim.x + atomicAdd(args.next_item, 1);
@@ -83,9 +83,10 @@ struct Producer {
       return;
     }
     shared.item_full[s].arrive_expect_bytes(C::kQBytes + sizeof(shared.v_scale[s]));
-    tma_load_2d(shared.q[s], &args.q_map, &shared.item_full[s], 0, (first_block + item.q_block) * kBlockSlots, CacheHint::kEvictFirst);
-    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * C::kHeadDim, sizeof(shared.v_scale[s]),
-              &shared.item_full[s]);
+    tma_load_2d(shared.q[s], &args.q_map, &shared.item_full[s], 0, (first_block + item.q_block) * kBlockSlots,
+                CacheHint::kEvictFirst);
+    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * C::kHeadDim,
+              sizeof(shared.v_scale[s]), &shared.item_full[s]);
   }
 
   __device__ void load_k(int32_t block, float scale) {
@@ -93,7 +94,8 @@ struct Producer {
     shared.k_empty[s].wait(k_slot.parity ^ 1);
     if constexpr (C::kKScalePerToken) {
       shared.k_full[s].arrive_expect_bytes(C::kKBytes + sizeof(shared.k_scale[s]));
-      bulk_load(shared.k_scale[s], args.k_scale + static_cast<int64_t>(block) * kBlockSlots, sizeof(shared.k_scale[s]), &shared.k_full[s]);
+      bulk_load(shared.k_scale[s], args.k_scale + static_cast<int64_t>(block) * kBlockSlots, sizeof(shared.k_scale[s]),
+                &shared.k_full[s]);
     } else {
       shared.k_scale[s][0] = scale;
       shared.k_full[s].arrive_expect_bytes(C::kKBytes);

@@ -1,8 +1,9 @@
-// The order of work items: heaviest (batch, head) first, in it the query blocks with the longest lists first, ties in index order.
+// The order of work items: heaviest (batch, head) first, in it the query blocks with the longest lists first, ties in
+// index order.
 //
-// The forward kernel hands items out in this order as CTAs become free, so that the last ones to finish are short. With equal lists it is
-// the natural order, which keeps neighbours, whose lists overlap, and heads together in L2. Ranks are counted in O(n^2), n = num_blocks
-// (a few hundred): microseconds.
+// The forward kernel hands items out in this order as CTAs become free, so that the last ones to finish are short. With
+// equal lists it is the natural order, which keeps neighbours, whose lists overlap, and heads together in L2. Ranks are
+// counted in O(n^2), n = num_blocks (a few hundred): microseconds.
 #include "forward/sm90/launch.h"
 #include "fpsattn/status.h"
 
@@ -33,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) order_blocks(const ScheduleArguments
   for (int32_t start = 0; start < n; start += kThreads) {
     const int32_t mine = start + thread;
     const int32_t my_length = mine < n ? list_length(args, lists, mine) : 0;
-    if (mine < n) atomicAdd(reinterpret_cast<unsigned long long*>(args.load + lists), static_cast<unsigned long long>(my_length));
+    if (mine < n)
+      atomicAdd(reinterpret_cast<unsigned long long*>(args.load + lists), static_cast<unsigned long long>(my_length));
     int32_t rank = 0;
     for (int32_t other = 0; other < n; other += kThreads) {
       __syncthreads();
@@ -63,8 +65,9 @@ __global__ void __launch_bounds__(kThreads) order_heads(const ScheduleArguments 
 }  // namespace
 
 void launch_schedule(const Arguments& args, const Workspace& workspace, int batch, cudaStream_t stream) {
-  const ScheduleArguments schedule{args.kv, args.tile_of_block, args.num_blocks, batch, args.heads,
-                                   workspace.next_item, workspace.head_order, workspace.block_order, workspace.load};
+  const ScheduleArguments schedule{args.kv,       args.tile_of_block,  args.num_blocks,      batch,
+                                   args.heads,    workspace.next_item, workspace.head_order, workspace.block_order,
+                                   workspace.load};
   order_blocks<<<args.kv.batch * args.kv.heads, kThreads, 0, stream>>>(schedule);
   FPSATTN_CUDA_CHECK("forward: schedule of blocks", cudaGetLastError());
   order_heads<<<(batch * args.heads + kThreads - 1) / kThreads, kThreads, 0, stream>>>(schedule);

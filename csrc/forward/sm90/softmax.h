@@ -1,5 +1,5 @@
-// The softmax of a 64 x 128 score tile as one thread of a warpgroup sees it: rows g and g + 8 of its warp (g = lane / 4), of each row
-// the columns 8 i + 2 q, 8 i + 2 q + 1 (q = lane % 4). Registers 4 i + 2 half + pair.
+// The softmax of a 64 x 128 score tile as one thread of a warpgroup sees it: rows g and g + 8 of its warp (g = lane /
+// 4), of each row the columns 8 i + 2 q, 8 i + 2 q + 1 (q = lane % 4). Registers 4 i + 2 half + pair.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a quad agree.
+// Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a
+// quad agree.
 struct RowMax {
   float row[2] = {-__builtin_huge_valf(), -__builtin_huge_valf()};
 };
@@ -25,8 +26,8 @@ __device__ __forceinline__ float rescale_factor(float from, float to) {
   return from == to ? 1.0f : __int_as_float((static_cast<int>(exponent) + 127) << 23);
 }
 
-// max over the tile and before, rounded up to an integer: m = max(m, ceil(factor * max acc)). factor > 0 (or NaN), so the maximum may be
-// taken first. fmaxf drops NaNs; they reach the output through the probabilities.
+// max over the tile and before, rounded up to an integer: m = max(m, ceil(factor * max acc)). factor > 0 (or NaN), so
+// the maximum may be taken first. fmaxf drops NaNs; they reach the output through the probabilities.
 __device__ __forceinline__ void update_row_max(const float (&score)[64], const float (&factor)[2], RowMax& m) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -63,7 +64,8 @@ __device__ __forceinline__ void exponentiate(float (&score)[64], const float (&f
   for (int i = 0; i < 64; ++i) score[i] = exp2_approx(__fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]));
 }
 
-// P to e4m3, two columns to a register half. Done before the previous PV is over; only join_pairs needs its P registers free.
+// P to e4m3, two columns to a register half. Done before the previous PV is over; only join_pairs needs its P registers
+// free.
 __device__ __forceinline__ void convert_to_pairs(const float (&p)[64], uint16_t (&pairs)[32]) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -71,8 +73,8 @@ __device__ __forceinline__ void convert_to_pairs(const float (&p)[64], uint16_t 
   }
 }
 
-// P as the A operand of PV. Byte b of lane q in k step s is column 16 (2 s + high) + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]: the slots that v8t holds at
-// positions 4q + b (kVSlotOrder), so nothing is shuffled.
+// P as the A operand of PV. Byte b of lane q in k step s is column 16 (2 s + high) + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]:
+// the slots that v8t holds at positions 4q + b (kVSlotOrder), so nothing is shuffled.
 __device__ __forceinline__ void join_pairs(const uint16_t (&pairs)[32], uint32_t (&a)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {

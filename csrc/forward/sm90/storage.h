@@ -14,12 +14,13 @@ struct WorkItem {
 
 template <class C>
 struct Storage {
-  alignas(1024) uint8_t q[C::kItems][C::kQBytes];    // [row][D], swizzled
-  alignas(1024) uint8_t k[C::kStages][C::kKBytes];   // [slot][D], swizzled
-  alignas(1024) uint8_t v[C::kStages][C::kVBytes];   // [D + 8][slot], 128-byte swizzle
+  alignas(1024) uint8_t q[C::kItems][C::kQBytes];                     // [row][D], swizzled
+  alignas(1024) uint8_t k[C::kStages][C::kKBytes];                    // [slot][D], swizzled
+  alignas(1024) uint8_t v[C::kStages][C::kVBytes];                    // [D + 8][slot], 128-byte swizzle
   alignas(128) uint8_t out[C::kConsumerWarps][16 * C::kHeadDim * 2];  // 16-bit rows of a warp on their way out
   alignas(128) float v_scale[C::kItems][C::kHeadDim];
-  alignas(128) float k_scale[C::kStages][C::kKScalePerToken ? kBlockSlots : 4];  // of the block in k[stage]; [0] unless per token
+  alignas(128) float k_scale[C::kStages]
+                            [C::kKScalePerToken ? kBlockSlots : 4];  // of the block in k[stage]; [0] unless per token
   WorkItem item[C::kItems];
 
   Mbarrier item_full[C::kItems], item_empty[C::kItems];  // item, Q, v_scale
@@ -28,7 +29,8 @@ struct Storage {
 };
 
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // opt-in limit of a CTA on sm_90
-inline constexpr size_t kSharedAlignment = 1024;       // of the 128-byte swizzle; dynamic shared memory is only 16-byte aligned by contract
+inline constexpr size_t kSharedAlignment =
+    1024;  // of the 128-byte swizzle; dynamic shared memory is only 16-byte aligned by contract
 
 template <class C>
 constexpr size_t shared_bytes() {
