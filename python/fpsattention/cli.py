@@ -279,7 +279,7 @@ def demo(
             "height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale, "model": model, "prompt": prompt, "negative_prompt": negative_prompt,
         }  # fmt: skip
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         changes |= {"out": out, "preset": preset, "seed": seed, "device": device, "control": control}
         config = DemoConfig.small(**changes) if small else DemoConfig(**changes)
         with _progress(quiet=as_json) as progress:

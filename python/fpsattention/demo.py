@@ -52,7 +52,7 @@ class DemoConfig:
     prompt: str = DENSE_PROMPT
     negative_prompt: str = ""
     control: bool = True
-    max_rows: int = 4096  # query tokens per head looked at when the error is split
+    max_rows: int = 1024  # query tokens per head looked at when the error is split
 
     def __post_init__(self) -> None:
         if self.height < 16 or self.width < 16 or self.height % 16 or self.width % 16:
