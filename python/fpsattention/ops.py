@@ -72,7 +72,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(kernels))
     except OSError as error:
-        return f"{kernels.name} does not load ({error})"
+        return f"{kernels.name} does not load ({error.__cause__ or error})"
     return None
 
 
