@@ -209,3 +209,28 @@ def test_direct_calls_with_bad_arguments(change, text):
         args[index] = function(args[index])
     with pytest.raises(ConfigError, match=text):
         torch.ops.fpsattn.attention(*args, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({0: lambda g: g[:, :, :-1]}, "grad_out has shape"),
+        ({0: lambda g: g.double()}, "grad_out has dtype torch.float64, expected torch.float32"),
+        ({8: lambda m: m[..., :-128]}, "row_max has shape"),
+        ({15: lambda i: i + 10_000}, "q_indices holds block"),
+        ({14: lambda n: n[..., :-1]}, "q_num_blocks has shape"),
+    ],
+)
+def test_backward_with_bad_arguments(change, text):
+    q, k, v, token_of_slot, tile_of_block, offsets, counts, indices, q_counts, q_indices = arguments()
+    options = {name: value for name, value in OPTIONS.items() if name != "softmax_scale"}
+    z = torch.ops.fpsattn.quantize(q, k, v, token_of_slot, offsets, **options)
+    lists = (token_of_slot, tile_of_block, counts, indices)
+    out, _, row_max, row_sum = torch.ops.fpsattn.forward(
+        *z[:6], *lists, num_tokens=q.shape[2], softmax_scale=0.125, out_dtype=torch.float32
+    )
+    args = [torch.ones_like(out), out, *z[:6], row_max, row_sum, *lists, q_counts, q_indices]
+    for index, function in change.items():
+        args[index] = function(args[index])
+    with pytest.raises(ConfigError, match=text):
+        torch.ops.fpsattn.backward(*args, softmax_scale=0.125)

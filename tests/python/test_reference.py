@@ -195,3 +195,22 @@ def test_v_slot_order_round_trip():
     assert sorted(ref.V_SLOT_ORDER) == list(range(16))
     raw, _ = ref._dequantized_v(v8t.to(torch.float8_e4m3fn))
     assert raw[0, 0, 0, :, 0].tolist() == [i % 16 for i in range(128)]
+
+
+def test_the_exact_attention_passes_finite_differences():
+    """The gradients that the tests above compare with are themselves right: autograd against central differences, FP64."""
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]], dtype=torch.bool)
+    tensors = [randn(1, 1, 4, 5, seed=s).double().requires_grad_() for s in (1, 2, 3)]
+    assert torch.autograd.gradcheck(lambda q, k, v: ref.attention_fp64(q, k, v, mask), tensors)
+
+
+def test_values_beyond_a_given_v_absmax_saturate_and_infinities_do_not():
+    token_of_slot, offsets, *_ = tables((5,))
+    v = torch.ones(1, 1, 5, 64)
+    v[0, 0, 1, 0], v[0, 0, 2, 1] = 100.0, math.inf
+    z = ref.quantize(
+        v, v, v, token_of_slot, offsets, None, torch.ones(1, 1, 64), granularity=0, smooth_k=False, pow2_scales=False
+    )
+    raw, _ = ref._dequantized_v(z.v8t)
+    slot = {int(t): s for s, t in enumerate(token_of_slot.tolist()) if t >= 0}
+    assert raw[0, 0, 0, slot[1], 0] == 448 and not torch.isfinite(raw[0, 0, 0, slot[2], 1])
