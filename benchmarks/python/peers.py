@@ -288,7 +288,10 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
     def attention(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         if "descale_o" not in state:
             raw(casts)
-            state["scale_o"], state["descale_o"] = E4M3_MAX / seen_o.clamp_min(1e-12), seen_o.clamp_min(1e-12) / E4M3_MAX
+            state["scale_o"], state["descale_o"] = (
+                E4M3_MAX / seen_o.clamp_min(1e-12),
+                seen_o.clamp_min(1e-12) / E4M3_MAX,
+            )
         return raw(casts)
 
     ready = PerSet(cast)
@@ -319,7 +322,9 @@ def sparge(workload: Workload, device: str) -> Prepared:
     mask = mask.expand(workload.shape.batch, workload.shape.heads, -1, -1).contiguous()
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return call(q, k, v, mask_id=mask, scale=workload.softmax_scale, tensor_layout="HND", output_dtype=torch.bfloat16)
+        return call(
+            q, k, v, mask_id=mask, scale=workload.softmax_scale, tensor_layout="HND", output_dtype=torch.bfloat16
+        )
 
     ready = PerSet(lambda x: [to_slots(t, workload) for t in (x.q, x.k, x.v)])
     return Prepared(
@@ -387,7 +392,9 @@ def flashinfer_sparse(workload: Workload, device: str) -> Prepared:
 
 def vsa(workload: Workload, device: str) -> Prepared:
     need_cuda(device)
-    call = need("fastvideo_kernel.block_sparse_attn", "a fastvideo-kernel with block_sparse_attn").block_sparse_attn_from_indices
+    call = need(
+        "fastvideo_kernel.block_sparse_attn", "a fastvideo-kernel with block_sparse_attn"
+    ).block_sparse_attn_from_indices
     s = workload.shape
     mask = block_map(workload).repeat_interleave(2, 1).repeat_interleave(2, 2)  # its blocks have 64 tokens
     sizes = valid_slots(workload, 64)
@@ -421,7 +428,14 @@ def sta(workload: Workload, device: str) -> Prepared:
 
 PEERS = (
     Peer("fpsattn", "fpsattention, scales per tile", "fp8", fpsattn, own=True),
-    Peer("fpsattn-token", "fpsattention, scales per token", "fp8", lambda w, d: fpsattn(w, d, "token"), own=True, quick=False),
+    Peer(
+        "fpsattn-token",
+        "fpsattention, scales per token",
+        "fp8",
+        lambda w, d: fpsattn(w, d, "token"),
+        own=True,
+        quick=False,
+    ),
     Peer("sdpa-cudnn", "torch SDPA, cuDNN", "bf16", sdpa("CUDNN_ATTENTION")),
     Peer("sdpa-flash", "torch SDPA, FlashAttention-2", "bf16", sdpa("FLASH_ATTENTION")),
     Peer("sdpa-math", "torch SDPA, plain", "bf16", sdpa("MATH")),

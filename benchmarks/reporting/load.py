@@ -39,7 +39,11 @@ class Report:
         found: dict[str, dict[str, Any]] = {}
         for data in self.files:
             for case in data["cases"]:
-                if case["part"] == part and (kind is None or case.get("kind") == kind) and status in (None, case["status"]):
+                if (
+                    case["part"] == part
+                    and (kind is None or case.get("kind") == kind)
+                    and status in (None, case["status"])
+                ):
                     found[case["id"]] = case
         return list(found.values())
 

@@ -55,7 +55,14 @@ def roofline(report: Report, path: Path) -> Path | None:
         if name in ceilings and "copy" in ceilings:
             peak, slope = ceilings[name]["value"], ceilings["copy"]["value"] / 1e3
             xs = [low * (high / low) ** (i / 100) for i in range(101)]
-            axes.plot(xs, [min(peak, slope * x) for x in xs], style, color="black", linewidth=1, label=f"{name} and copy, this run")
+            axes.plot(
+                xs,
+                [min(peak, slope * x) for x in xs],
+                style,
+                color="black",
+                linewidth=1,
+                label=f"{name} and copy, this run",
+            )
     axes.set(xscale="log", yscale="log", xlabel="FLOP of computed blocks per byte of q, k, v, out (BF16)",
              ylabel="TFLOP/s over computed blocks, quantization included")  # fmt: skip
     axes.legend(fontsize=7)
@@ -78,7 +85,9 @@ def speedup_against_density(report: Report, path: Path) -> Path | None:
         points.sort()
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{title}, {shape}")
     densities = sorted({point[0] for points in lines.values() for point in points})
-    axes.plot(densities, [1 / d for d in densities], ":", color="black", label="1 / density: skipped work alone, same rate")
+    axes.plot(
+        densities, [1 / d for d in densities], ":", color="black", label="1 / density: skipped work alone, same rate"
+    )
     axes.set(xscale="log", yscale="log", xlabel="density (attended pairs / all pairs)",
              ylabel="speed-up over the fastest dense BF16 of the same run")  # fmt: skip
     axes.legend(fontsize=7)
@@ -96,7 +105,10 @@ def time_split(report: Report, path: Path) -> Path | None:
         heights = [case["split_ms"][category] for case in cases]
         axes.bar(range(len(cases)), heights, bottom=bottom, color=colour, label=category)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    labels = [f"{case['id'].replace('/', chr(10))}\n{case['model']['layers']}/{case['model']['layers_of_real_model']} layers" for case in cases]
+    labels = [
+        f"{case['id'].replace('/', chr(10))}\n{case['model']['layers']}/{case['model']['layers_of_real_model']} layers"
+        for case in cases
+    ]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
     axes.set(ylabel="ms of one denoising step (profiled)")
     axes.legend()

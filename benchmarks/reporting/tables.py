@@ -77,7 +77,10 @@ def absent_table(report: Report) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for case in report.cases("peers", status=None):
         if case["status"] in ("absent", "failed", "crashed", "skipped") and case.get("implementation"):
-            key = (case["implementation"], f"{case['status']}: {case['reason']}".replace("|", "/").replace("\n", " ")[:160])
+            key = (
+                case["implementation"],
+                f"{case['status']}: {case['reason']}".replace("|", "/").replace("\n", " ")[:160],
+            )
             rows.setdefault(key, []).append(case["id"].rsplit("/", 1)[0])
     body = [[name, why, len(where)] for (name, why), where in rows.items()]
     return table(["implementation", "why it was not measured", "comparisons"], body) if body else ""
@@ -120,11 +123,24 @@ def parts_table(report: Report) -> str:
             cases = [case for case in data["cases"] if case["part"] == part["name"]]
             wrong = sum(case.get("correct") is False for case in cases)
             right = sum(case.get("correct") is True for case in cases)
-            rows.append([part["title"], part["status"], part["seconds"], right, wrong, (part["reason"] or "").replace("|", "/")[:160]])
+            rows.append(
+                [
+                    part["title"],
+                    part["status"],
+                    part["seconds"],
+                    right,
+                    wrong,
+                    (part["reason"] or "").replace("|", "/")[:160],
+                ]
+            )
     return table(["part", "status", "seconds", "checks right", "checks wrong", "reason"], rows)
 
 
 def paper_table() -> str:
     """What the paper reports, apart from everything measured here."""
-    body = table(["attention", "kernel speed-up", "end-to-end speed-up"], [[a, f"{b:.2f}", f"{c:.2f}"] for a, b, c in PAPER])
-    return f"{body}\n\nThe paper reports (arXiv 2506.04648; H20, Wan2.1-14B, 720p). Not measured here, not the same GPU."
+    body = table(
+        ["attention", "kernel speed-up", "end-to-end speed-up"], [[a, f"{b:.2f}", f"{c:.2f}"] for a, b, c in PAPER]
+    )
+    return (
+        f"{body}\n\nThe paper reports (arXiv 2506.04648; H20, Wan2.1-14B, 720p). Not measured here, not the same GPU."
+    )

@@ -23,9 +23,17 @@ def parser() -> argparse.ArgumentParser:
         "Exit status: 0 right, 1 something is wrong, 2 usage, 3 nothing could be checked, 130/143 stopped.",
     )
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--quick", dest="mode", action="store_const", const="quick", help="at most 8 minutes (the default)")
+    mode.add_argument(
+        "--quick", dest="mode", action="store_const", const="quick", help="at most 8 minutes (the default)"
+    )
     mode.add_argument("--full", dest="mode", action="store_const", const="full", help="at most 25 minutes")
-    mode.add_argument("--dry-run", dest="mode", action="store_const", const="dry", help="tiny sizes on the CPU; its times mean nothing")
+    mode.add_argument(
+        "--dry-run",
+        dest="mode",
+        action="store_const",
+        const="dry",
+        help="tiny sizes on the CPU; its times mean nothing",
+    )
     p.set_defaults(mode="quick")
     p.add_argument("--out", type=Path, help="results folder (build-bench/<time> by default)")
     p.add_argument("--scratch", type=Path, help="logs, raw lines and builds (OUT/scratch by default)")
@@ -76,7 +84,9 @@ def main(argv: list[str]) -> int:
     if args.list:
         for name in order:
             module = parts.load(name)
-            print(f"{name:13} {module.TITLE} (quick {module.WEIGHTS['quick']:.0f} s, full {module.WEIGHTS['full']:.0f} s)")
+            print(
+                f"{name:13} {module.TITLE} (quick {module.WEIGHTS['quick']:.0f} s, full {module.WEIGHTS['full']:.0f} s)"
+            )
         return 0
     chosen = names_of(args.parts, order, "part") or order
     skipped = names_of(args.skip, order, "part")
@@ -89,14 +99,19 @@ def main(argv: list[str]) -> int:
         results = Results.load(path)
         fresh = Results.create(path.with_name("results.new.json"), mode=args.mode, command=command, root=REPOSITORY)
         fresh.path.unlink()
-        if (results.data["mode"], results.data["repository"]["commit"]) != (args.mode, fresh.data["repository"]["commit"]):
+        if (results.data["mode"], results.data["repository"]["commit"]) != (
+            args.mode,
+            fresh.data["repository"]["commit"],
+        ):
             raise SystemExit("run_gpu_suite.sh: --resume: the results in --out are of another mode or commit")
         results.data["state"] = "running"
     elif path.exists():
         raise SystemExit(f"run_gpu_suite.sh: {path} exists: --resume, or another --out")
     else:
         results = Results.create(path, mode=args.mode, command=command, root=REPOSITORY)
-    build_dir = args.build_dir or (Path(os.environ["FPSATTN_BENCH_BUILD"]) if os.environ.get("FPSATTN_BENCH_BUILD") else None)
+    build_dir = args.build_dir or (
+        Path(os.environ["FPSATTN_BENCH_BUILD"]) if os.environ.get("FPSATTN_BENCH_BUILD") else None
+    )
     emulator = os.environ.get("FPSATTN_EMULATOR") if args.mode == "dry" else None
     options = Options(
         mode=args.mode, out=out, scratch=scratch, parts=[name for name in order if name in chosen and name not in skipped],
@@ -114,7 +129,9 @@ def main(argv: list[str]) -> int:
     for case in results.incorrect():
         print(f"WRONG: {case['part']}: {case['id']}: {case['reason']}")
     meaning = {0: "right", 1: "something is wrong", 3: "nothing was checked right or wrong"}.get(status, "stopped")
-    print(f"{path}: {results.data['state']}; {results.checked()} checks, {len(results.incorrect())} wrong; exit status {status} ({meaning})")
+    print(
+        f"{path}: {results.data['state']}; {results.checked()} checks, {len(results.incorrect())} wrong; exit status {status} ({meaning})"
+    )
     return status
 
 

@@ -38,7 +38,9 @@ def attended(workload: Workload, tokens: torch.Tensor) -> torch.Tensor | None:
     return result
 
 
-def reference_rows(inputs: Inputs, head: int, tokens: torch.Tensor, allowed: torch.Tensor | None, scale: float) -> torch.Tensor:
+def reference_rows(
+    inputs: Inputs, head: int, tokens: torch.Tensor, allowed: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """FP64 [rows, D]: attention of the sampled queries of batch 0, one head, from the unquantized inputs."""
     q, k, v = (tensor.detach()[0, head].double() for tensor in (inputs.q, inputs.k, inputs.v))
     scores = q[tokens.to(q.device)] @ k.T * scale
@@ -90,7 +92,9 @@ class Judge:
             "against": "FP64, same block mask" if sparse else "FP64, dense",
         }  # fmt: skip
 
-    def judge_grad_q(self, grad_q: torch.Tensor, grad_out: torch.Tensor, inputs: Inputs, *, sparse: bool) -> dict[str, Any]:
+    def judge_grad_q(
+        self, grad_q: torch.Tensor, grad_out: torch.Tensor, inputs: Inputs, *, sparse: bool
+    ) -> dict[str, Any]:
         """Figures of dQ: the one gradient of which a row needs no other query. dK and dV are held by the tests."""
         tokens = self._tokens.to(grad_q.device)
         mask = self._allowed if sparse else None

@@ -40,7 +40,9 @@ def bundle(build: Path, target: Path, *, strip: bool) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.suite.bundle", description="Copy what another machine needs.")
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite.bundle", description="Copy what another machine needs."
+    )
     p.add_argument("build", type=Path)
     p.add_argument("bundle", type=Path)
     p.add_argument("--strip", action="store_true")

@@ -124,7 +124,9 @@ class Context:
                 self.journal.event("alive")
         return None
 
-    def command(self, argv: list[str], log: str, timeout_s: float, *, cwd: Path | None = None) -> tuple[int | None, str]:
+    def command(
+        self, argv: list[str], log: str, timeout_s: float, *, cwd: Path | None = None
+    ) -> tuple[int | None, str]:
         """Runs a program; its output goes to ``logs/<log>``. What it leaves running ends with the worker's session.
 
         Returns (exit status, output); the status is None when the time ran out and it was killed, -n for signal n.

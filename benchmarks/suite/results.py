@@ -89,7 +89,11 @@ class Results:
         Only a crash stays: that its culprit was left out of the second try is no news, and must not hide it.
         """
         key = (case["part"], case["id"])
-        if key in self._case_index and case["status"] == "skipped" and self.data["cases"][self._case_index[key]]["status"] == "crashed":
+        if (
+            key in self._case_index
+            and case["status"] == "skipped"
+            and self.data["cases"][self._case_index[key]]["status"] == "crashed"
+        ):
             return
         if key in self._case_index:
             self.data["cases"][self._case_index[key]] = case

@@ -23,7 +23,11 @@ from .schema import new_case
 from .worker import SKIPPED, UNSOUND
 
 TOTAL_S = {"quick": 480.0, "full": 1500.0, "dry": 55.0}
-STALL_S = {"quick": 75.0, "full": 180.0, "dry": 40.0}  # no line in the journal for so long: hung (a compilation takes 40 s)
+STALL_S = {
+    "quick": 75.0,
+    "full": 180.0,
+    "dry": 40.0,
+}  # no line in the journal for so long: hung (a compilation takes 40 s)
 RESERVE_S = {"quick": 6.0, "full": 10.0, "dry": 1.0}  # kept back for the report and the last write
 MAX_RESTARTS = 8
 POLL_S = 0.1
@@ -126,7 +130,9 @@ class Runner:
             record["log_tail"] = tail(log.read_text(errors="replace"))
         self.results.save()
         cases = self.results.cases(name)
-        counts = {key: sum(case["status"] == key for case in cases) for key in sorted({case["status"] for case in cases})}
+        counts = {
+            key: sum(case["status"] == key for case in cases) for key in sorted({case["status"] for case in cases})
+        }
         self.say(f"{name}: {status}{f' ({reason})' if reason else ''} {counts or ''}".rstrip())
 
     def _attempts(self, name: str, module: Any, deadline: float) -> tuple[str, str | None]:
@@ -201,7 +207,9 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         extra = [str(REPOSITORY)]
-        if importlib.util.find_spec("fpsattention") is None:  # an installed package has the built kernels: never shadow it
+        if (
+            importlib.util.find_spec("fpsattention") is None
+        ):  # an installed package has the built kernels: never shadow it
             extra.append(str(REPOSITORY / "python"))
         environment["PYTHONPATH"] = ":".join([*extra, environment.get("PYTHONPATH", "")]).rstrip(":")
         follower = Follower(journal)

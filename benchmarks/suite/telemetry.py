@@ -13,7 +13,15 @@ _FIELDS = (
     "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu", "memory.used",
     "clocks_event_reasons.active",
 )  # fmt: skip
-_STATIC = ("name", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "vbios_version", "ecc.mode.current")
+_STATIC = (
+    "name",
+    "driver_version",
+    "power.limit",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "vbios_version",
+    "ecc.mode.current",
+)
 _INTERVAL_MS = 250
 
 
@@ -38,7 +46,10 @@ def _query(fields: tuple[str, ...]) -> dict[str, Any]:
     if run.returncode != 0 or not run.stdout.strip():
         return {"absent": f"nvidia-smi answered {run.returncode}: {(run.stderr or run.stdout).strip()[:200]}"}
     values = [value.strip() for value in run.stdout.strip().splitlines()[0].split(",")]
-    return {field: _number(value) if _number(value) is not None else value for field, value in zip(fields, values, strict=True)}
+    return {
+        field: _number(value) if _number(value) is not None else value
+        for field, value in zip(fields, values, strict=True)
+    }
 
 
 def snapshot() -> dict[str, Any]:

@@ -167,14 +167,18 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
     device = q.device
     if backend == "auto":
         if device.type not in ("cpu", "cuda"):
-            raise UnsupportedError(f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v")
+            raise UnsupportedError(
+                f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v"
+            )
         backend = "sm90" if device.type == "cuda" else "cpu"
     if backend == "cpu" and device.type != "cpu":
         raise _fail(f"backend 'cpu' but q is on {device}: pass CPU tensors, or backend='auto'")
     if backend == "sm90":
         problem = _sm90_problem(device)
         if problem:
-            raise UnsupportedError(f"fpsattention.attention: the sm_90a kernels cannot take q on {device}: {problem}; {_DOCTOR}")
+            raise UnsupportedError(
+                f"fpsattention.attention: the sm_90a kernels cannot take q on {device}: {problem}; {_DOCTOR}"
+            )
         if q.dtype not in KERNEL_DTYPES:
             raise _fail(f"q has dtype {q.dtype}, the sm_90a kernels take bfloat16 or float16: cast q, k and v")
     return backend
@@ -222,7 +226,9 @@ def _resolve_lists(
     if window is not None:
         raise _fail(f"window {tuple(window)} and block_mask are both given: pass one of them")
     if not isinstance(block_mask, masks.BlockMask):
-        raise _fail(f"block_mask is a {type(block_mask).__name__}, expected fpsattention.BlockMask (BlockMask.from_flex converts)")
+        raise _fail(
+            f"block_mask is a {type(block_mask).__name__}, expected fpsattention.BlockMask (BlockMask.from_flex converts)"
+        )
     layout = block_mask.layout
     if tuple(layout.grid) != grid or layout.text_len != text_len:
         raise _fail(
@@ -289,7 +295,9 @@ class _Reference(torch.autograd.Function):
     """``reference.py`` with its straight-through backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices = tables
         softmax_scale = options["softmax_scale"]
         quantized = reference.quantize(
@@ -314,7 +322,9 @@ class _Reference(torch.autograd.Function):
         return (*(g.to(out.dtype) for g in gradients), None, None)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None, deterministic: bool, **options: Any) -> tuple[Tensor, Tensor]:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None, deterministic: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
     """On the CPU, whatever the device of q; always deterministic."""
     on_cpu = tuple(x.cpu() for x in tables[:5] if x is not None)
     options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}

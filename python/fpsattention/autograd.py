@@ -15,7 +15,9 @@ from torch import Tensor
 from .errors import ConfigError, UnsupportedError
 
 
-def _setup_attention(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+def _setup_attention(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     token_of_slot, tile_of_block = inputs[3:5]
     kv_num_blocks, kv_indices, q_num_blocks, q_indices = inputs[6:10]
     if q_num_blocks is None or q_indices is None:

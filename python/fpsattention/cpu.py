@@ -55,7 +55,9 @@ def _group_absmax(blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granula
     return per_block
 
 
-def _quantize_rows(blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int, pow2: bool) -> tuple[Tensor, Tensor]:
+def _quantize_rows(
+    blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int, pow2: bool
+) -> tuple[Tensor, Tensor]:
     scale = scale_of(_group_absmax(blocks, tile_of_block, num_tiles, granularity), pow2)
     divisor = scale.unsqueeze(-1) if granularity == TOKEN else scale[..., None, None]
     return to_e4m3(blocks.div_(divisor)), scale
@@ -125,7 +127,9 @@ class Chunk:
     kv_blocks: Tensor  # int64 [items, list length], in list order
 
 
-def _chunks(tile_of_block: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, batch: int, heads: int) -> Iterator[Chunk]:
+def _chunks(
+    tile_of_block: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, batch: int, heads: int
+) -> Iterator[Chunk]:
     """Items with a non-empty list, grouped by (blocks of the tile, list length)."""
     num_blocks, num_tiles = tile_of_block.numel(), kv_num_blocks.shape[2]
     tile_of_block = tile_of_block.long()
@@ -176,7 +180,9 @@ class _Operands:
         self.k_scale = k_scale.reshape(-1, BLOCK) if k_scale.dim() == 4 else k_scale.reshape(-1)
         self.k_per_token = k_scale.dim() == 4
 
-    def scaled_scores(self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    def scaled_scores(
+        self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier`` (None: 1), in log2 units.
 
         Per-block scales are left out of the product, because they commute with the maximum and can be fused into the next pass.

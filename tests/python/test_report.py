@@ -37,7 +37,15 @@ def comparison(name: str, median: float, *, density: float, sparse: bool, kind: 
 
 
 def step(name: str, median: float, **more: Any) -> dict[str, Any]:
-    model = {"name": "wan", "grid": [1, 2, 3], "tokens": 6, "layers": 2, "layers_of_real_model": 40, "heads": 40, "head_dim": 128}
+    model = {
+        "name": "wan",
+        "grid": [1, 2, 3],
+        "tokens": 6,
+        "layers": 2,
+        "layers_of_real_model": 40,
+        "heads": 40,
+        "head_dim": 128,
+    }
     return schema.new_case(
         "end_to_end", f"wan/{name}", kind="end_to_end", model=model, time_ms=timing(median), peak_bytes=2**31,
         split_ms={"quantize": 1.0, "attention": 5.0, "rest": 4.0}, **more,
@@ -116,7 +124,11 @@ def test_a_partial_run_is_reported_and_named(tmp_path: Path, results: dict[str, 
 
 
 def test_the_baseline_is_the_fastest_dense_bf16(results: dict[str, Any]) -> None:
-    forward = [case for case in results["cases"] if case["id"].startswith("forward/shape/density=0.2") and case["status"] == "ok"]
+    forward = [
+        case
+        for case in results["cases"]
+        if case["id"].startswith("forward/shape/density=0.2") and case["status"] == "ok"
+    ]
     assert baseline_of(forward)["implementation"] == "sdpa-cudnn"
     assert baseline_of([case for case in forward if case["implementation"] == "fpsattn"]) is None
 
@@ -135,8 +147,12 @@ def test_plots_are_drawn_and_labelled(tmp_path: Path, results: dict[str, Any], m
     titles: list[str] = []
     shouted: list[str] = []
     set_title, text = matplotlib.axes.Axes.set_title, matplotlib.axes.Axes.text
-    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda a, t, **k: (titles.append(t), set_title(a, t, **k))[1])
-    monkeypatch.setattr(matplotlib.axes.Axes, "text", lambda a, x, y, s, **k: (shouted.append(s), text(a, x, y, s, **k))[1])
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "set_title", lambda a, t, **k: (titles.append(t), set_title(a, t, **k))[1]
+    )
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "text", lambda a, x, y, s, **k: (shouted.append(s), text(a, x, y, s, **k))[1]
+    )
     out = tmp_path / "plots"
     assert report_module.main([str(write(tmp_path, results)), "--out", str(out)]) == 0
     names = {"roofline.png", "speedup_density.png", "time_split.png"}
@@ -149,6 +165,8 @@ def test_plots_are_drawn_and_labelled(tmp_path: Path, results: dict[str, Any], m
     assert len(shouted) == 3 and all("DRY RUN" in word for word in shouted)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0123456, "0.0123"), (12.345, "12.3"), (1234.5, "1234"), (None, "-"), (9, "9")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123456, "0.0123"), (12.345, "12.3"), (1234.5, "1234"), (None, "-"), (9, "9")]
+)
 def test_numbers_have_no_more_digits_than_they_deserve(value: Any, text: str) -> None:
     assert tables.number(value) == text

@@ -367,7 +367,9 @@ def test_profiled_kernels_land_in_their_category() -> None:
     assert category(["fpsattn::quantize", "self_attention"], "x") == "quantize"
     assert category(["fpsattn::attention"], "statistics_kernel") == "quantize"
     assert category(["fpsattn::attention"], "forward_kernel<128>") == "attention"
-    assert category(["aten::_cudnn_attention", "aten::scaled_dot_product_attention", "self_attention"], "x") == "attention"
+    assert (
+        category(["aten::_cudnn_attention", "aten::scaled_dot_product_attention", "self_attention"], "x") == "attention"
+    )
     assert category(["aten::scaled_dot_product_attention"], "x") == "rest"  # cross-attention
     assert category(["aten::linear", "self_attention"], "gemm") == "rest"
 

@@ -56,7 +56,15 @@ def units(context: Context) -> Iterator[Unit]:
     def build() -> None:
         target = context.scratch / "build"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = ["cmake", "-S", str(REPOSITORY), "-B", str(target), *generator, f"-DPython_EXECUTABLE={sys.executable}"]
+        configure = [
+            "cmake",
+            "-S",
+            str(REPOSITORY),
+            "-B",
+            str(target),
+            *generator,
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         for name in ("FPSATTN_CUTLASS_DIR", "FPSATTN_EMULATOR"):
             if os.environ.get(name):
                 configure.append(f"-D{name}={os.environ[name]}")

@@ -18,7 +18,9 @@ NAME, TITLE = "cpp_tests", "C++ tests, natively"
 WEIGHTS = {"quick": 55.0, "full": 120.0, "dry": 6.0}
 CORRECTNESS = True
 OWN_CODE = True
-DRY_FILTER = "*Layout*:*Errors*:*Check*"  # a dry run shows that the path works; ctest itself runs all under the emulator
+DRY_FILTER = (
+    "*Layout*:*Errors*:*Check*"  # a dry run shows that the path works; ctest itself runs all under the emulator
+)
 
 
 def executables(folder: Path) -> list[Path]:

@@ -56,7 +56,10 @@ _720P, _480P = (21, 90, 160), (21, 60, 104)
 WAN_14B_720P, WAN_14B_480P = Model("wan2.1-14b-720p", _14B, _720P), Model("wan2.1-14b-480p", _14B, _480P)
 WAN_1B_720P, WAN_1B_480P = Model("wan2.1-1.3b-720p", _1B, _720P), Model("wan2.1-1.3b-480p", _1B, _480P)
 TINY = Model(
-    "tiny", dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=2, text_dim=32), (3, 16, 24), text_tokens=8
+    "tiny",
+    dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=2, text_dim=32),
+    (3, 16, 24),
+    text_tokens=8,
 )
 
 
@@ -114,7 +117,9 @@ def category(names: list[str], kernel: str) -> str:
     if any("fpsattn::forward" in name for name in names):
         return "attention"
     if any("fpsattn::attention" in name for name in names):
-        return "attention" if not kernel or "forward" in kernel else "quantize"  # one op: its kernels' names tell them apart
+        return (
+            "attention" if not kernel or "forward" in kernel else "quantize"
+        )  # one op: its kernels' names tell them apart
     if "self_attention" in names and any("scaled_dot_product" in name for name in names):
         return "attention"
     return "rest"
@@ -200,7 +205,9 @@ class EndToEnd:
         self._case(name, "failed", reason=f"{type(error).__name__}: {error}"[:600])
 
     def _case(self, name: str, status: str = "ok", **fields: Any) -> None:
-        self.context.journal.case(f"{self.model.name}/{name}", status, kind="end_to_end", model=self.model.describe(), **fields)
+        self.context.journal.case(
+            f"{self.model.name}/{name}", status, kind="end_to_end", model=self.model.describe(), **fields
+        )
 
     def _peak(self, call: Callable[[], Any]) -> int | None:
         import torch
@@ -219,7 +226,11 @@ class EndToEnd:
         transformer = build(self.model, self.device)
         step = make_step(transformer, self.model, self.device)
         weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-        backends = {"dense-cudnn": "CUDNN_ATTENTION", "dense-flash": "FLASH_ATTENTION"} if self.device == "cuda" else {"dense": None}
+        backends = (
+            {"dense-cudnn": "CUDNN_ATTENTION", "dense-flash": "FLASH_ATTENTION"}
+            if self.device == "cuda"
+            else {"dense": None}
+        )
 
         def dense(name: str) -> Any:
             with sdpa_backend(backends[name]):
@@ -238,7 +249,11 @@ class EndToEnd:
         try:
             with sdpa_backend(backends[best]):  # cross-attention and any dense level run as they did before
                 times = self._time({name: lambda _, s=s: step(s) for name, s in sigmas.items()}, budget_s * 0.4)  # type: ignore[misc]
-                splits = {name: profile(transformer, lambda s=s: step(s), self.device) for name, s in sigmas.items() if name in times}  # type: ignore[misc]
+                splits = {
+                    name: profile(transformer, lambda s=s: step(s), self.device)
+                    for name, s in sigmas.items()
+                    if name in times
+                }  # type: ignore[misc]
                 peaks = {name: self._peak(lambda s=s: step(s)) for name, s in sigmas.items() if name in times}  # type: ignore[misc]
                 finite = {name: bool(step(s).isfinite().all()) for name, s in sigmas.items() if name in times}
         finally:

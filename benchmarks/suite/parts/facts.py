@@ -23,7 +23,11 @@ OWN_CODE = False
 def summarize(document: Any) -> dict[str, Any]:
     """The rows of a facts file as {name: {value, unit}}; empty where its form is not the one known here."""
     rows = document.get("rows", []) if isinstance(document, dict) else document
-    named = [row for row in rows if isinstance(row, dict) and "id" in row and "value" in row] if isinstance(rows, list) else []
+    named = (
+        [row for row in rows if isinstance(row, dict) and "id" in row and "value" in row]
+        if isinstance(rows, list)
+        else []
+    )
     return {row["id"]: {"value": row["value"], "unit": row.get("unit", "")} for row in named}
 
 
@@ -33,7 +37,9 @@ def units(context: Context) -> Iterator[Unit]:
     present = context.out / "facts.json"
     if present.exists():
         raise Skip(f"{present} is there already")
-    given = context.hopper_facts or (Path(os.environ["FPSATTN_HOPPER_FACTS"]) if os.environ.get("FPSATTN_HOPPER_FACTS") else None)
+    given = context.hopper_facts or (
+        Path(os.environ["FPSATTN_HOPPER_FACTS"]) if os.environ.get("FPSATTN_HOPPER_FACTS") else None
+    )
     if given is None:
         raise Skip("no program was given: --hopper-facts PATH or FPSATTN_HOPPER_FACTS")
     if not os.access(given, os.X_OK):

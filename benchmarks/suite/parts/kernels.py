@@ -37,14 +37,20 @@ def measure_ceilings(context: Context) -> None:
     calls = {
         "copy": lambda turn: target.copy_(source[turn % 2]),
         "bf16-gemm": lambda turn: a @ b,
-        "fp8-gemm": lambda turn: torch._scaled_mm(a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True),
+        "fp8-gemm": lambda turn: torch._scaled_mm(
+            a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
     }
     failed: dict[str, str] = {}
     times = timing.interleaved(
         calls, device, 0.05 if context.dry else 2.0, max_repeats=20,
         on_error=lambda name, error: failed.update({name: f"{type(error).__name__}: {error}"[:300]}),
     )  # fmt: skip
-    units = {"copy": (2 * source[0].nbytes / 1e9, "GB/s"), "bf16-gemm": (2 * n**3 / 1e12, "TFLOP/s"), "fp8-gemm": (2 * n**3 / 1e12, "TFLOP/s")}
+    units = {
+        "copy": (2 * source[0].nbytes / 1e9, "GB/s"),
+        "bf16-gemm": (2 * n**3 / 1e12, "TFLOP/s"),
+        "fp8-gemm": (2 * n**3 / 1e12, "TFLOP/s"),
+    }
     for name, summary in times.items():
         amount, unit = units[name]
         value = amount / (summary["median"] / 1e3)
@@ -89,7 +95,9 @@ def units(context: Context) -> Iterator[Unit]:
     build = context.find_build_dir()
     programs = [path for path in executables(build / "benchmarks") if path.name.startswith("bench_")] if build else []
     if not programs:
-        context.journal.case("programs", "skipped", reason="no bench_* executables: see part `build`, or give --build-dir")
+        context.journal.case(
+            "programs", "skipped", reason="no bench_* executables: see part `build`, or give --build-dir"
+        )
         return
     if context.dry and not context.emulator:
         context.journal.case("programs", "skipped", reason="a dry run has no GPU and no FPSATTN_EMULATOR was given")
@@ -104,7 +112,9 @@ def units(context: Context) -> Iterator[Unit]:
             case_id = f"{program.name}/{case_name(record, position)}"
             context.journal.case(case_id, kind="kernel", program=program.name, time_ms=time_of(record), record=record)
         if status == SKIP_CODE:
-            context.journal.case(program.name, "skipped", kind="kernel", reason=tail(output, 2, 300) or "it found no device")
+            context.journal.case(
+                program.name, "skipped", kind="kernel", reason=tail(output, 2, 300) or "it found no device"
+            )
         elif status != 0 or not records:
             what = describe_status(status) if status != 0 else "printed no line of JSON"
             crashed = status is not None and status < 0

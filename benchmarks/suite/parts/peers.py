@@ -63,7 +63,11 @@ def specs(context: Context) -> list[Spec]:
     rest = [Spec("forward", w.WAN_14B_720P, density) for density in (0.1, 0.3, 0.5)]
     rest += [Spec("forward", w.WAN_1B_480P, density) for density in (1.0, 0.1, 0.3, 0.5)]
     rest += [Spec("forward", w.D64_480P, density) for density in (0.194, 1.0)]
-    rest += [Spec("forward", w.STA_GRID, 0.18), Spec("training", w.WAN_14B_720P, 0.194), Spec("training", w.D64_480P, 0.194)]
+    rest += [
+        Spec("forward", w.STA_GRID, 0.18),
+        Spec("training", w.WAN_14B_720P, 0.194),
+        Spec("training", w.D64_480P, 0.194),
+    ]
     return quick + rest
 
 

@@ -33,7 +33,9 @@ def summarize(stream: Path) -> dict[str, Any]:
             results[event["test"]] = event
         if event["test"] == running:
             running = None
-    by = {outcome: [r for r in results.values() if r["outcome"] == outcome] for outcome in ("passed", "failed", "skipped")}
+    by = {
+        outcome: [r for r in results.values() if r["outcome"] == outcome] for outcome in ("passed", "failed", "skipped")
+    }
     failures = [{"name": r["test"], "message": r["message"]} for r in by["failed"]]
     return {
         "passed": len(by["passed"]), "failed": len(failures), "skipped": len(by["skipped"]), "failures": failures[:20],
@@ -68,12 +70,16 @@ def units(context: Context) -> Iterator[Unit]:
         elif status is None and not counts["failed"]:
             reason = f"not through in time, last in {counts['running']}"
             correct = True if counts["passed"] else None
-            context.journal.case(file.name, "passed" if correct else "skipped", reason=reason, correct=correct, counts=counts)
+            context.journal.case(
+                file.name, "passed" if correct else "skipped", reason=reason, correct=correct, counts=counts
+            )
         else:
             reason = f"{describe_status(status)}, {counts['failed']} failed" + (
                 f", died in {counts['running']}" if counts["running"] else ""
             )  # fmt: skip
-            context.journal.case(file.name, "failed", reason=reason, correct=False, counts=counts, log_tail=tail(output))
+            context.journal.case(
+                file.name, "failed", reason=reason, correct=False, counts=counts, log_tail=tail(output)
+            )
 
     for file in files:
         yield Unit(file.name, lambda file=file: run(file), estimate_s=5.0)  # type: ignore[misc]

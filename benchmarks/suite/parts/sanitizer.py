@@ -15,7 +15,11 @@ NAME, TITLE = "sanitizer", "compute-sanitizer on small cases"
 WEIGHTS = {"quick": 30.0, "full": 150.0, "dry": 1.0}
 CORRECTNESS = True
 OWN_CODE = True
-TOOLS = {"quick": ("memcheck", "racecheck"), "full": ("memcheck", "racecheck", "synccheck", "initcheck"), "dry": ("memcheck",)}
+TOOLS = {
+    "quick": ("memcheck", "racecheck"),
+    "full": ("memcheck", "racecheck", "synccheck", "initcheck"),
+    "dry": ("memcheck",),
+}
 # All but the large: the tests run under an emulator too, so nearly all are small. FPSATTN_SANITIZER_FILTER overrides.
 SMALL = "*-*Beyond32Bits*:*Large*:*Slow*"
 ERROR_EXIT = 86  # so that a finding differs from a failing test
@@ -65,7 +69,9 @@ def units(context: Context) -> Iterator[Unit]:
             context.journal.case(name, "passed", correct=True, counts=counts, tests=tests)
         else:
             what = f"{tool} found errors" if status == ERROR_EXIT else describe_status(status)
-            context.journal.case(name, "failed", reason=what, correct=False, counts=counts, log_tail=tail(output, 40, 4000))
+            context.journal.case(
+                name, "failed", reason=what, correct=False, counts=counts, log_tail=tail(output, 40, 4000)
+            )
 
     for tool in TOOLS[context.mode]:
         for program in programs:
