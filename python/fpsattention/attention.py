@@ -248,7 +248,7 @@ def _resolve_lists(
     return _lists(block_mask if block_mask.device == device else block_mask.to(device), transposed)
 
 
-def _check_tokens(grid: tuple[int, ...] | None, text_len: int, num_tokens: int) -> None:
+def _check_tokens(grid: Sequence[int] | None, text_len: int, num_tokens: int) -> None:
     if grid is None or len(grid) != 3 or not isinstance(text_len, int):
         return  # the planner says what is wrong
     video = grid[0] * grid[1] * grid[2]

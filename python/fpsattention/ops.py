@@ -161,7 +161,8 @@ def _fake_backward(
     grad_out: Tensor, out: Tensor, q8: Tensor, *operands: Tensor, softmax_scale: float, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
     check_backward(grad_out, out, q8, *operands)
-    return tuple(_token_like(out, *out.shape, out.dtype) for _ in range(3))
+    batch, heads, tokens, dim = out.shape
+    return tuple(_token_like(out, batch, heads, tokens, dim, out.dtype) for _ in range(3))
 
 
 def _fake_attention(
@@ -185,15 +186,15 @@ def _fake_attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    quantized = _fake_quantize(
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = _fake_quantize(
         q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales,
         k_mean_stride=k_mean_stride, k_mean=k_mean, v_absmax=v_absmax,
     )  # fmt: skip
     out, lse, row_max, row_sum = _fake_forward(
-        *quantized[:6], token_of_slot, tile_of_block, kv_num_blocks, kv_indices, num_tokens=q.shape[2],
-        softmax_scale=softmax_scale, out_dtype=q.dtype, q_k_mean=quantized[7],
+        q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
+        num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
     )  # fmt: skip
-    return (out, lse, *quantized[:6], row_max, row_sum)
+    return (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)
 
 
 # CPU kernels -------------------------------------------------------------------------------------------------------------
@@ -254,14 +255,13 @@ def _cpu_backward(
     grad_out: Tensor, out: Tensor, q8: Tensor, *operands: Tensor, softmax_scale: float, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
     check_backward(grad_out, out, q8, *operands)
-    *shared, kv_num_blocks, kv_indices, q_num_blocks, q_indices = operands
-    token_of_slot, tile_of_block = shared[-2:]
+    token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_num_blocks, q_indices = operands[-6:]
     check_softmax_scale("backward", softmax_scale)
     check_slot_values("backward", token_of_slot, out.shape[2])
     check_tile_of_block("backward", tile_of_block, kv_num_blocks.shape[2])
     check_list_values("backward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
     check_list_values("backward", "q", q_num_blocks, q_indices, q8.shape[2])
-    return cpu.backward(grad_out, out, q8, *shared, kv_num_blocks, kv_indices, softmax_scale=softmax_scale)
+    return cpu.backward(grad_out, out, q8, *operands[:-2], softmax_scale=softmax_scale)  # type: ignore[misc, call-arg, arg-type]  # checked above
 
 
 def _cpu_attention(
@@ -285,15 +285,15 @@ def _cpu_attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    quantized = _cpu_quantize(
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = _cpu_quantize(
         q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales,
         k_mean_stride=k_mean_stride, k_mean=k_mean, v_absmax=v_absmax,
     )  # fmt: skip
     out, lse, row_max, row_sum = _cpu_forward(
-        *quantized[:6], token_of_slot, tile_of_block, kv_num_blocks, kv_indices, num_tokens=q.shape[2],
-        softmax_scale=softmax_scale, out_dtype=q.dtype, q_k_mean=quantized[7],
+        q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
+        num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
     )  # fmt: skip
-    return (out, lse, *quantized[:6], row_max, row_sum)
+    return (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)
 
 
 def _register() -> None:

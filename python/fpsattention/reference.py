@@ -301,7 +301,8 @@ def backward(
 
     slot_of_token = torch.empty(num_tokens, dtype=torch.long)
     slot_of_token[token_of_slot[token_of_slot >= 0].long()] = torch.nonzero(token_of_slot >= 0).squeeze(1)
-    return tuple(g.flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
+    dq, dk, dv = (g.flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:

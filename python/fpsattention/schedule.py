@@ -93,8 +93,8 @@ class Schedule:
         _check_phases(self.phases, self.levels, "phases")
         for layer, phases in self.layers.items():
             _check_phases(phases, self.levels, f'layers["{layer}"]')
-        for (layer, head), windows in self.heads.items():
-            path = f'heads["{"*" if layer is None else layer}"]["{head}"]'
+        for (of_layer, head), windows in self.heads.items():
+            path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
             for name in windows if isinstance(windows, Mapping) else ():
                 _check_level_name(name, self.levels, f'{path}["{name}"]')
         self.check_model(num_layers=self.model.get("num_layers"), num_heads=self.model.get("num_heads"))
@@ -155,9 +155,9 @@ class Schedule:
         for layer, path in layer_paths:
             if num_layers is not None and layer >= num_layers:
                 raise _error(path, f"names layer {layer}", f"a layer below num_layers = {num_layers}")
-        for layer, head in self.heads:
+        for of_layer, head in self.heads:
             if num_heads is not None and head >= num_heads:
-                path = f'heads["{"*" if layer is None else layer}"]["{head}"]'
+                path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
                 raise _error(path, f"names head {head}", f"a head below num_heads = {num_heads}")
 
     # Files ---------------------------------------------------------------------------------------------------------------

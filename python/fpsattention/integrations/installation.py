@@ -186,12 +186,13 @@ def unsupported(transformer: Any) -> str | None:
             f"{type(transformer).__name__} is not supported, wanted WanTransformer3DModel (Wan2.1, Wan2.2) or a pipeline of it: "
             "HunyuanVideo, CogVideoX, LTX and Mochi have no adapter; fpsattention.attention can be called from their processors"
         )
-    head_dim = transformer.config.attention_head_dim
+    model: Any = transformer
+    head_dim = model.config.attention_head_dim
     if head_dim not in (64, 128):
         return f"head dimension {head_dim}, wanted 64 or 128"
     if getattr(transformer, "_parallel_config", None) is not None:
         return "enable_parallelism() was called on the transformer, wanted whole sequences and heads on one device"
-    for i, block in enumerate(transformer.blocks):
+    for i, block in enumerate(model.blocks):
         processor = block.attn1.processor
         if isinstance(processor, FPSWanAttnProcessor):
             raise ConfigError(

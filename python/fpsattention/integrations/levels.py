@@ -33,7 +33,7 @@ def resolve_window(window: Window, layout: TileLayout) -> Grid:
     most ``d`` of all tiles that is as close to a cube of tokens as possible: from one tile, the axis with the least extent in
     tokens grows by a tile, again and again, as long as the window keeps to ``d``.
     """
-    tile, tiles = tuple(layout.tile), tuple(layout.tile_grid)
+    tile, tiles = layout.tile, layout.tile_grid
     if window is None:
         return tiles
     if not isinstance(window, float):

@@ -138,9 +138,11 @@ class FPSWanAttnProcessor(WanAttnProcessor):
             self.executions.update(call.levels or ("",) * hidden_states.shape[0])
         if len(call.parts) == 1:
             return self._run(attn, hidden_states, rotary_emb, call, call.parts[0])
-        outs = [
-            self._run(attn, hidden_states.index_select(0, part.samples), rotary_emb, call, part) for part in call.parts
-        ]
+        assert call.order is not None  # several parts: there is an order, and each names its samples
+        outs = []
+        for part in call.parts:
+            assert part.samples is not None
+            outs.append(self._run(attn, hidden_states.index_select(0, part.samples), rotary_emb, call, part))
         return torch.cat(outs).index_select(0, call.order)
 
     def _unsupported(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> str | None:

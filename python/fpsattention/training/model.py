@@ -45,7 +45,8 @@ def tiny_transformer(data: LatentFolder, *, seed: int = 0, **changes: Any) -> to
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return WanTransformer3DModel(**{**settings, **changes})
+        model: Any = WanTransformer3DModel(**{**settings, **changes})
+    return model
 
 
 def token_grid(transformer: Any, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -82,8 +82,10 @@ def validation_loss(model: torch.nn.Module, data: LatentFolder, config: TrainCon
             batch = data.batch([len(data) - 1 - i % len(data)])
             noise = torch.randn(batch["latents"].shape, generator=generator)
             sigma = torch.tensor([(i + 0.5) / num_samples])
-            moved = [t.to(parameter.device, parameter.dtype) for t in (batch["latents"], batch["prompt_embeds"])]
-            total += flow_matching_loss(model, *moved, sigma.to(parameter.device), noise.to(moved[0])).item()
+            latents, prompt, noise = (
+                t.to(parameter.device, parameter.dtype) for t in (batch["latents"], batch["prompt_embeds"], noise)
+            )
+            total += flow_matching_loss(model, latents, prompt, sigma.to(parameter.device), noise).item()
     model.train(was_training)
     return total / num_samples
 
@@ -99,7 +101,7 @@ def num_training_samples(data: LatentFolder, config: TrainConfig) -> int:
     return count
 
 
-def _prepare_weights(model: torch.nn.Module, config: TrainConfig) -> None:
+def _prepare_weights(model: Any, config: TrainConfig) -> None:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.lora_rank:
@@ -113,7 +115,7 @@ def _prepare_weights(model: torch.nn.Module, config: TrainConfig) -> None:
         )
 
 
-def _save_weights(model: torch.nn.Module, config: TrainConfig, output: Path, schedule: Any) -> None:
+def _save_weights(model: Any, config: TrainConfig, output: Path, schedule: Any) -> None:
     if config.lora_rank:
         model.save_lora_adapter(output / "lora")
     else:
