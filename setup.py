@@ -7,6 +7,7 @@ MAX_JOBS (default: min(cores, free GiB / 5)), CMAKE_ARGS (extra arguments).
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -53,6 +54,12 @@ class CMakeBuild(build_ext):
         # The package folder that receives _C and lib/: the build folder, or python/ for an editable install.
         destination = Path(self.get_ext_fullpath("fpsattention._C")).resolve().parent.parent
         import pybind11
+
+        # Nothing of an earlier build may leak into this one: neither paths into pip's last, deleted, build environment, nor
+        # kernels into a CPU-only package. Compiled objects are kept.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+        shutil.rmtree(destination / "fpsattention" / "lib", ignore_errors=True)
 
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
