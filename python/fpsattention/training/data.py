@@ -90,8 +90,8 @@ def write_synthetic(
     """Write a learnable data set: soft discs that move across the latent at constant speed, bouncing off the borders.
 
     The channels of a disc are a fixed random mixture chosen by its class; the class and the velocity are told to the model through
-    ``prompt_embeds``. Far-away tokens matter: a disc has to be continued across frames and tiles, and every video has a lighting (one
-    random vector added to all tokens) that is told nowhere and drowns in a single token's noise. Returns the folder.
+    ``prompt_embeds``. Far-away tokens matter: a disc has to be continued across frames and tiles, and every video has a lighting (a
+    smooth random field, the same in all frames) that is told nowhere and drowns in a single token's noise. Returns the folder.
     """
     from safetensors.torch import save_file
 
@@ -107,7 +107,9 @@ def write_synthetic(
     for index in range(num_samples):
         latents = torch.zeros(latent_shape)
         prompt = torch.zeros(text_shape)
-        latents += 0.7 * torch.randn(channels, 1, 1, 1, generator=generator)
+        coarse = torch.randn(1, channels, 3, 4, generator=generator)
+        light = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+        latents += 0.35 * light[0][:, None]
         for disc in range(2):
             kind = int(torch.randint(classes, (), generator=generator))
             start, velocity = torch.rand(2, generator=generator), torch.rand(2, generator=generator) * 2 - 1
