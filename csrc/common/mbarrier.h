@@ -22,6 +22,13 @@ struct alignas(8) Mbarrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
+  // The same under a predicate: cheaper than a branch, which ptxas does not trust to be uniform.
+  __device__ __forceinline__ void arrive_if(bool arrives) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
+                     shared_address(this)),
+                 "r"(static_cast<int>(arrives))
+                 : "memory");
+  }
   // Arrives once and announces `bytes` that TMA loads naming this barrier will bring.
   __device__ __forceinline__ void arrive_expect_bytes(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)

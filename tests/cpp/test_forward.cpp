@@ -78,6 +78,16 @@ std::vector<ForwardCase> cases() {
       return what == 'v' ? r.normal() : what == 'q' ? 1.0f : 0.01f * token + 0.1f * r.normal();
     };
   });
+  add("negative_maxima",
+      [](ForwardCase& t) {  // blocks of scores around -1.4, -0.9, -0.8 and -0.2 times sqrt(D)
+        t.smooth_k = false, t.grid = {1, 25, 40}, t.tile = {1, 5, 20};
+        t.length = [](int, int, int tile) { return 2 + tile % 7; };
+        t.generate = [](Random& r, char what, int token, int) {
+          if (what != 'k') return what == 'v' ? r.normal() : 1.0f;
+          const int step = token / 200;
+          return (step % 2 ? -0.9f : 0.3f * step - 1.4f) + 0.05f * r.normal();
+        };
+      });
   return list;
 }
 

@@ -1,21 +1,26 @@
-// The FP8 tensor cores keep few mantissa bits. Neither the row sum nor O may be biased by it by more than 0.1 %: run
-// with the emulator's
-// --fp8-acc=truncated, or on a GPU.
+// The FP8 tensor cores keep few mantissa bits. Run with the emulator's --fp8-acc=truncated, or on a GPU: neither the row sum
+// nor O may be biased by it by more than 0.1 %, and by 0.25 % where scores are peaked or V is mostly its mean.
 #include "forward_case.h"
 #include "support/device.h"
 
 namespace fpsattn::test {
 namespace {
 
-class ForwardAccumulation : public testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(HeadDims, ForwardAccumulation, testing::Values(64, 128));
+// Head dimension, mean of V (of spread 1), spread of Q and K.
+class ForwardAccumulation : public testing::TestWithParam<std::tuple<int, float, float>> {};
+INSTANTIATE_TEST_SUITE_P(Cases, ForwardAccumulation,
+                         testing::Combine(testing::Values(64, 128), testing::Values(0.0f, 0.3f, 2.0f),
+                                          testing::Values(0.3f, 1.0f, 1.7f)));
 
 TEST_P(ForwardAccumulation, LongRowsAreNotBiased) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
+  const auto [head_dim, mean, spread] = GetParam();
   ForwardCase test;
-  test.grid = {4, 24, 32}, test.tile = {4, 8, 4}, test.head_dim = GetParam();  // 24 blocks, 3072 keys
+  test.grid = {4, 24, 32}, test.tile = {4, 8, 4}, test.head_dim = head_dim;  // 24 blocks, 3072 keys
   test.length = [](int, int, int tile) { return tile == 3 ? 24 : 0; };
-  test.generate = [](Random& r, char what, int, int) { return what == 'v' ? 0.3f + r.normal() : r.normal(); };
+  test.generate = [mean = mean, spread = spread](Random& r, char what, int, int) {
+    return what == 'v' ? mean + r.normal() : spread * r.normal();
+  };
   const ForwardInputs in = make_inputs(test);
   const ForwardReference reference = reference_forward(in);
   const ForwardOutputs got = run_forward(in);
@@ -24,13 +29,14 @@ TEST_P(ForwardAccumulation, LongRowsAreNotBiased) {
     ratio += got.row_sum[slot] * std::exp2(got.row_max[slot] - reference.row_max[slot]) / reference.row_sum[slot] /
              kBlockSlots;
     const size_t row = in.table.token_of_slot[slot];
-    for (int d = 0; d < GetParam(); ++d) {
-      projection += got.out[row * GetParam() + d] * reference.out[row * GetParam() + d];
-      square += reference.out[row * GetParam() + d] * reference.out[row * GetParam() + d];
+    for (int d = 0; d < head_dim; ++d) {
+      projection += got.out[row * head_dim + d] * reference.out[row * head_dim + d];
+      square += reference.out[row * head_dim + d] * reference.out[row * head_dim + d];
     }
   }
-  EXPECT_NEAR(ratio, 1.0, 1e-3) << "row sums";
-  EXPECT_NEAR(projection / square, 1.0, 1e-3) << "O";
+  const double bound = mean > 1.0f || spread > 1.0f ? 2.5e-3 : 1e-3;
+  EXPECT_NEAR(ratio, 1.0, bound) << "row sums";
+  EXPECT_NEAR(projection / square, 1.0, bound) << "O";
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,67 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import budgets
 
-# Instructions per thread and KV block: what was reached plus 2 %. The goal for D = 128 was 300 (docs/kernels/forward.md).
-LIMITS = {"Config<128, false>": 347, "Config<128, true>": 432, "Config<64, false>": 327, "Config<64, true>": 412}
+PROMOTE_BLOCKS = 2  # Config::kPromoteBlocks
+
+# Instructions per thread and KV block, a block's share of the promotion included. D = 128 with scales per tile or block: the
+# goal. The others: what was reached plus 2 %.
+LIMITS = {"Config<128, false>": 300, "Config<128, true>": 384, "Config<64, false>": 276, "Config<64, true>": 358}
+
+# What only some blocks execute stands behind a forward branch. Told apart by an opcode that no other such region has.
+REGIONS = {
+    "raise": r"FRND",  # a row maximum moved: exact maximum, new integer
+    "rescale": r"F2I",  # then: O times a power of two
+    "await": r"SYNCS\.PHASECHK",  # the next K block and its scale: every block but the last one of a list
+    "promote": r"FADD",  # every PROMOTE_BLOCKS blocks
+}
 
 
-def problems(loop: dict[str, Any], limit: int) -> list[str]:
+def loop_instructions(sass: str, header: int, latch: int) -> list[tuple[int, str]]:
+    """(address, text) of a loop."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", sass, re.MULTILINE)
+    return [(int(address, 16), text) for address, text in found if header <= int(address, 16) <= latch]
+
+
+def split(instructions: list[tuple[int, str]]) -> dict[str, int]:
+    """How many instructions every block executes ("always"), and how many stand in each of REGIONS."""
+    counts = {"always": 0, **dict.fromkeys(REGIONS, 0)}
+    last = instructions[-1][0]
+    at = 0
+    while at < len(instructions):
+        address, text = instructions[at]
+        counts["always"] += 1
+        at += 1
+        branch = re.match(r"@!?U?P\d+ BRA 0x([0-9a-f]+)", text)
+        if not branch or not address < int(branch[1], 16) <= last:
+            continue  # not a branch; or to a spin loop behind the kernel; or back to the header
+        region = [text for other, text in instructions if address < other < int(branch[1], 16)]
+        kinds = [name for name, opcode in REGIONS.items() if any(re.search(opcode, text) for text in region)]
+        if "rescale" in kinds or "raise" in kinds:  # both add and multiply, too
+            kinds = [name for name in kinds if name in ("rescale", "raise")]
+        if len(kinds) != 1 or counts[kinds[0]]:
+            raise ValueError(f"conditional code at {address:#x} is {kinds or 'unknown'}: update REGIONS")
+        counts[kinds[0]] = len(region)
+        at += len(region)
+    return counts
+
+
+def steady_instructions(counts: dict[str, int]) -> float:
+    """Per thread and KV block in the middle of a long list, no maximum moving: the promotion spread over its blocks."""
+    return counts["always"] + counts["await"] + counts["promote"] / PROMOTE_BLOCKS
+
+
+def problems(loop: dict[str, Any], steady: float, limit: int) -> list[str]:
     """What is wrong with a main loop, as sassbudget reports it."""
     found = []
     if loop["mix"]["mufu"] > 64:
         found.append(f"{loop['mix']['mufu']} exponentials > 64")
-    if loop["instructions"] > limit:
-        found.append(f"{loop['instructions']} instructions > {limit}")
+    if steady > limit:
+        found.append(f"{steady} instructions > {limit}")
     if loop["spills"]:
         found.append(f"{loop['spills']} spills")
-    # One WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR per batch. Serialized WGMMAs (ptxas C7510 to C7520) have a pair each: 16.
-    if loop["mix"]["wgsync"] != 4:
-        found.append(f"{loop['mix']['wgsync']} warpgroup synchronizations, expected 4: are the WGMMAs serialized?")
+    # Two WARPGROUP.ARRIVE and three DEPBAR: QK, and two halves of PV. Serialized WGMMAs (ptxas C7510 to C7520) have a pair each: 16.
+    if loop["mix"]["wgsync"] != 5:
+        found.append(f"{loop['mix']['wgsync']} warpgroup synchronizations, expected 5: are the WGMMAs serialized?")
     return found
 
 
@@ -42,18 +88,44 @@ def kernels():
 def test_main_loop(config, kernels):
     (kernel,) = [kernel for kernel in kernels if "forward_kernel<" in kernel["name"] and config in kernel["name"]]
     (loop,) = [loop for loop in kernel["loops"] if loop["role"] == "mma"]
-    assert problems(loop, LIMITS[config]) == []
+    counts = split(loop_instructions(kernel["text"], loop["header"], loop["latch"]))
+    assert counts["always"] == loop["instructions"]  # sassbudget's reading of the same loop
+    assert all(counts.values()), counts
+    steady = steady_instructions(counts)
+    print(config, counts, steady)
+    assert problems(loop, steady, LIMITS[config]) == []
     if config == "Config<128, false>":
-        assert loop["cycles"]["issue"] <= 0.65 * loop["cycles"]["tensor"]
+        assert loop["warpgroups"] * steady <= 0.65 * loop["cycles"]["tensor"]
 
 
-GOOD = {"mix": {"mufu": 64, "wgsync": 4}, "instructions": 300, "spills": 0}
+def test_split_counts_regions():
+    lines = [
+        "MUFU.EX2 R1, R1",
+        "@!P0 BRA 0x40",
+        "FRND.CEIL R2, R2",
+        "FADD R2, R2, 1",
+        "@P1 BRA 0x60",
+        "SYNCS.PHASECHK R3",
+        "@P2 BRA 0x0",
+    ]
+    instructions = [(16 * i, line) for i, line in enumerate(lines)]
+    assert split(instructions) == {"always": 4, "raise": 2, "rescale": 0, "await": 1, "promote": 0}
+    with pytest.raises(ValueError, match="unknown"):
+        split([(0, "@P0 BRA 0x20"), (16, "FMUL R1, R1, R1"), (32, "@P1 BRA 0x0")])
+
+
+GOOD = {"mix": {"mufu": 64, "wgsync": 5}, "spills": 0}
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"mix": {"mufu": 65, "wgsync": 4}}, {"mix": {"mufu": 64, "wgsync": 16}}, {"instructions": 301}, {"spills": 1}],
+    "change, steady",
+    [
+        ({"mix": {"mufu": 65, "wgsync": 5}}, 300),
+        ({"mix": {"mufu": 64, "wgsync": 16}}, 300),
+        ({}, 300.5),
+        ({"spills": 1}, 300),
+    ],
 )
-def test_planted_failures_are_found(change):
-    assert problems(GOOD, 300) == []
-    assert len(problems({**GOOD, **change}, 300)) == 1
+def test_planted_failures_are_found(change, steady):
+    assert problems(GOOD, 300, 300) == []
+    assert len(problems({**GOOD, **change}, steady, 300)) == 1

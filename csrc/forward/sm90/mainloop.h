@@ -14,12 +14,22 @@ struct RowState {
   float sum[2];  // row sums in lanes q = 0; other lanes of the quad hold 0
 };
 
+// The same value, of which ptxas now knows that the warp agrees on it, and no longer how it was computed: it keeps it in a
+// uniform register and adds to it with 64-bit adds, instead of deriving every descriptor anew in the loop.
+__device__ __forceinline__ uint64_t uniform(uint64_t value) {
+  asm volatile(
+      "{\n.reg .b32 low, high;\nmov.b64 {low, high}, %0;\n"
+      "shfl.sync.idx.b32 low, low, 0, 31, -1;\nshfl.sync.idx.b32 high, high, 0, 31, -1;\n"
+      "mov.b64 %0, {low, high};\n}"
+      : "+l"(value));
+  return value;
+}
+
 template <class C>
 struct Mainloop {
   Storage<C>& shared;
-  const uint32_t warpgroup;  // 0 or 1 of the consumers
-  RingPosition<C::kStages>
-      k_slot;  // of the K block whose scores come next. V blocks lie in the same order in slots of the same numbers
+  const uint32_t warpgroup;         // 0 or 1 of the consumers
+  RingPosition<C::kStages> k_slot;  // of the next K block. V blocks lie in the same order in slots of the same numbers
 
   __device__ Mainloop(Storage<C>& storage, uint32_t consumer_warpgroup)
       : shared(storage), warpgroup(consumer_warpgroup) {}
@@ -27,15 +37,16 @@ struct Mainloop {
   // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e).
   __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2,
                                       RowState<C>& state) {
-    const uint64_t q_tile =
-        matrix_descriptor<C::kQkSwizzle>(shared.q[item_slot] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim);
+    const uint64_t q_tiles =
+        uniform(matrix_descriptor<C::kQkSwizzle>(shared.q[0] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim));
+    const uint64_t k_tiles = uniform(matrix_descriptor<C::kQkSwizzle>(shared.k[0], 8 * C::kHeadDim));
+    const uint64_t v_tiles = uniform(matrix_descriptor<Swizzle::k128B>(shared.v[0], 8 * kBlockSlots));
+    const uint32_t own_turn = C::order_barrier(warpgroup), other_turn = 3 - own_turn;
     float score[C::kScoreRegisters];
     float work[C::kWorkRegisters];  // PV accumulator: O and the row sum since the last promotion
     uint32_t p[C::kProbabilityRegisters];
-    uint16_t pairs[2 * C::kProbabilityRegisters];
     float factor[2];  // of the scores in flight or in registers
-    RowMax before;
-    RingPosition<C::kStages> v_slot = k_slot, next_v_slot;
+    RowMax m;         // of the scores in registers; state.m, to which O is scaled, follows
 
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
@@ -54,57 +65,43 @@ struct Mainloop {
       }
     };
     auto issue_qk = [&] {
-      const uint64_t k_tile = matrix_descriptor<C::kQkSwizzle>(shared.k[k_slot.stage], 8 * C::kHeadDim);
+      asm volatile(""
+                   : "+r"(item_slot));  // one multiply-add a block: kept across the loop, the sum costs two moves more
+      const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::kQBytes / 16);
+      const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::kKBytes / 16);
 #pragma unroll
       for (int step = 0; step < C::kHeadDim / 32; ++step)
         C::QkMma::ss(score, q_tile + 2 * step, k_tile + 2 * step, step > 0);
       wgmma_commit();
     };
-    auto issue_pv = [&](bool accumulate) {
-      const uint64_t v_tile = matrix_descriptor<Swizzle::k128B>(shared.v[v_slot.stage], 8 * kBlockSlots);
+    auto issue_pv = [&](uint32_t v_stage, bool accumulate) {
+      const uint64_t v_tile = v_tiles + static_cast<uint64_t>(v_stage) * (C::kVBytes / 16);
 #pragma unroll
-      for (int step = 0; step < kBlockSlots / 32; ++step)
+      for (int step = 0; step < kBlockSlots / 32; ++step) {
         C::PvMma::rs(work, p + 4 * step, v_tile + 2 * step, step > 0 || accumulate);
-      wgmma_commit();
+        if (step % 2 == 1) wgmma_commit();  // two groups: each frees half of P
+      }
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
       if constexpr (C::kKScalePerToken) scale_columns(score, shared.k_scale[k_slot.stage]);
-      if (threadIdx.x % 32 == 0) shared.k_empty[k_slot.stage].arrive();
-      next_v_slot = k_slot;
-      k_slot.advance();
+      shared.k_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
     };
-    auto release_v = [&] {
-      if (threadIdx.x % 32 == 0) shared.v_empty[v_slot.stage].arrive();
-      v_slot = next_v_slot;
-    };
-    auto softmax = [&] {
-      before = state.m;
-      update_row_max(score, factor, state.m);
-      exponentiate(score, factor, state.m);
-    };
-    auto collect_sum = [&] {  // column D of the accumulator: the ones row of V. Promoted every block.
+    auto promote = [&] {  // column D of the accumulator is the row sum: the ones row of V
       constexpr int kSum = C::kOutRegisters;
-      state.sum[0] += work[kSum];
-      state.sum[1] += work[kSum + 2];
-      work[kSum] = work[kSum + 2] = 0.0f;
-    };
-    auto promote = [&] {
 #pragma unroll
       for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] += work[i];
+      state.sum[0] += work[kSum];
+      state.sum[1] += work[kSum + 2];
     };
-    auto rescale_if_moved = [&] {  // integer maxima: rare after the first blocks, and by exact powers of two
-      const bool moved = state.m.row[0] != before.row[0] || state.m.row[1] != before.row[1];
-      if (__any_sync(~0u, moved)) {
-        const float alpha[2] = {rescale_factor(before.row[0], state.m.row[0]),
-                                rescale_factor(before.row[1], state.m.row[1])};
+    auto rescale = [&] {  // by exact powers of two. Maxima are integers: rare after the first blocks
+      const float alpha[2] = {rescale_factor(state.m.row[0], m.row[0]), rescale_factor(state.m.row[1], m.row[1])};
 #pragma unroll
-        for (int i = 0; i < C::kOutRegisters; ++i) {
-          work[i] *= alpha[i / 2 % 2];
-          state.out[i] *= alpha[i / 2 % 2];
-        }
-        state.sum[0] *= alpha[0];
-        state.sum[1] *= alpha[1];
-      }
+      for (int i = 0; i < C::kWorkRegisters; ++i) work[i] *= alpha[i / 2 % 2];
+#pragma unroll
+      for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] *= alpha[i / 2 % 2];
+      state.sum[0] *= alpha[0];
+      state.sum[1] *= alpha[1];
+      state.m = m;
     };
 
     await_k();
@@ -113,46 +110,63 @@ struct Mainloop {
     wgmma_wait<0>();
     keep_registers(score);
     release_k();
-    softmax();
-    convert_to_pairs(score, pairs);
-    join_pairs(pairs, p);
-    if (count > 1) await_k();
+    raise_max(score, factor, state.m);
+    m = state.m;
+    subtract_max(score, factor, m);
+    exponentiate<0, 4>(score, p);
 
+    int32_t block = 0;  // whose P is in registers
+    if (count > 1) {
+      const int32_t last = count - 2;
+      RingPosition<C::kStages> v_slot = k_slot;
+      bool another;
+      k_slot.advance();
+      await_k();
 #pragma unroll 1
-    for (int32_t block = 0; block < count - 1; ++block) {  // PV of this block, QK and softmax of the next
-      if constexpr (C::kOrdered) named_barrier_sync(C::order_barrier(warpgroup), 256);
-      wgmma_fence();
-      issue_qk();
-      shared.v_full[v_slot.stage].wait(v_slot.parity);
-      wgmma_fence();
-      issue_pv(block % C::kPromoteBlocks != 0);
-      if constexpr (C::kOrdered) named_barrier_arrive(C::order_barrier(warpgroup ^ 1), 256);
-      wgmma_wait<1>();
-      keep_registers(score);
-      release_k();
-      softmax();
-      convert_to_pairs(score, pairs);
-      // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma
-      // wait below above the exponentials, and nothing overlaps.
-      if (block + 2 < count) await_k();
-      wgmma_wait<0>();
-      keep_registers(work);
-      release_v();
-      collect_sum();
-      if (block % C::kPromoteBlocks == C::kPromoteBlocks - 1) promote();
-      rescale_if_moved();
-      join_pairs(pairs, p);
-      keep_registers(p);
-      keep_registers(work);
+      do {  // PV of this block, QK and softmax of the next
+        if constexpr (C::kOrdered) named_barrier_sync(own_turn, 256);
+        wgmma_fence();
+        issue_qk();
+        const uint32_t v_stage = v_slot.stage;
+        shared.v_full[v_stage].wait(v_slot.parity);
+        wgmma_fence();
+        issue_pv(v_stage, block % C::kPromoteBlocks != 0);
+        if constexpr (C::kOrdered) named_barrier_arrive(other_turn, 256);
+        wgmma_wait<2>();  // QK
+        keep_registers(score);
+        release_k();
+        const bool moved = raise_max(score, factor, m);
+        subtract_max(score, factor, m);
+        wgmma_wait<1>();  // the first half of PV
+        exponentiate<0, 2>(score, p);
+        v_slot = k_slot;
+        another = block < last;
+        // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma
+        // wait below above the exponentials, and nothing overlaps. The other half of them runs after PV: its P registers
+        // are free then, and the tensor cores are the other warpgroup's by that time.
+        if (another) {
+          k_slot.advance();
+          await_k();
+        }
+        wgmma_wait<0>();
+        keep_registers(work);
+        shared.v_empty[v_stage].arrive_if(threadIdx.x % 32 == 0);
+        exponentiate<2, 2>(score, p);
+        if (block % C::kPromoteBlocks == C::kPromoteBlocks - 1) promote();
+        if (moved) rescale();
+        keep_registers(p);
+        keep_registers(work);
+        ++block;
+      } while (another);
     }
 
-    shared.v_full[v_slot.stage].wait(v_slot.parity);
+    shared.v_full[k_slot.stage].wait(k_slot.parity);
     wgmma_fence();
-    issue_pv((count - 1) % C::kPromoteBlocks != 0);
+    issue_pv(k_slot.stage, block % C::kPromoteBlocks != 0);
     wgmma_wait<0>();
     keep_registers(work);
-    release_v();
-    collect_sum();
+    shared.v_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
+    k_slot.advance();
     promote();
   }
 };

@@ -26,22 +26,48 @@ __device__ __forceinline__ float rescale_factor(float from, float to) {
   return from == to ? 1.0f : __int_as_float((static_cast<int>(exponent) + 127) << 23);
 }
 
-// max over the tile and before, rounded up to an integer: m = max(m, ceil(factor * max acc)). factor > 0 (or NaN), so
-// the maximum may be taken first. fmaxf drops NaNs; they reach the output through the probabilities.
-__device__ __forceinline__ void update_row_max(const float (&score)[64], const float (&factor)[2], RowMax& m) {
+// max(0, greatest score) of the thread's two rows, over its own columns. Floats from 0 on are ordered as integers are, and
+// of those sm_90 compares three at a time: half the instructions of fmaxf. A NaN may win or be passed over.
+__device__ __forceinline__ void own_top_or_zero(const float (&score)[64], float (&top)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float even = score[2 * half], odd = score[2 * half + 1];  // two chains a row
+    auto bits = [&](int i) { return __float_as_int(score[4 * (i / 2) + 2 * half + i % 2]); };
+    int first = bits(0), second = bits(17);  // two chains
 #pragma unroll
-    for (int i = 4; i < 64; i += 4) {
-      even = fmaxf(even, score[i + 2 * half]);
-      odd = fmaxf(odd, score[i + 2 * half + 1]);
-    }
-    float top = fmaxf(even, odd);
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    m.row[half] = fmaxf(m.row[half], ceilf(top * factor[half]));
+    for (int i = 1; i < 17; i += 2) first = __vimax3_s32(first, bits(i), bits(i + 1));
+#pragma unroll
+    for (int i = 18; i < 32; i += 2) second = __vimax3_s32(second, bits(i), bits(i + 1));
+    top[half] = __int_as_float(__vimax3_s32(first, second, 0));
   }
+}
+
+// The greatest score of the two rows, all columns. NaNs are passed over.
+__device__ __forceinline__ void row_top(const float (&score)[64], float (&top)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    top[half] = score[2 * half];
+#pragma unroll
+    for (int i = 1; i < 32; ++i) top[half] = fmaxf(top[half], score[4 * (i / 2) + 2 * half + i % 2]);
+    top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
+    top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
+  }
+}
+
+// m = max(m, ceil(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first. Returns whether
+// a row of the warp may have moved: where none has, m is right as it is, and that is all that most blocks need to know.
+// Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. NaNs reach the output through the probabilities,
+// whatever m is.
+__device__ __forceinline__ bool raise_max(const float (&score)[64], const float (&factor)[2], RowMax& m) {
+  float top[2];
+  own_top_or_zero(score, top);
+  const bool exceeds = top[0] * factor[0] > m.row[0] || top[1] * factor[1] > m.row[1];
+  const bool moved = __any_sync(~0u, exceeds);
+  if (moved) {
+    row_top(score, top);
+    m.row[0] = fmaxf(m.row[0], ceilf(top[0] * factor[0]));
+    m.row[1] = fmaxf(m.row[1], ceilf(top[1] * factor[1]));
+  }
+  return moved;
 }
 
 // score <- score * scale of its column (scales in shared memory): per-token scales of K.
@@ -57,29 +83,28 @@ __device__ __forceinline__ void scale_columns(float (&score)[64], const float* c
   }
 }
 
-// score <- 2^(factor * score - m + 8), in place. At most 256: m is an integer bound of the row.
-__device__ __forceinline__ void exponentiate(float (&score)[64], const float (&factor)[2], const RowMax& m) {
+// score <- factor * score - m + 8, the exponents of P: at most 8, as m is an integer bound of the row.
+__device__ __forceinline__ void subtract_max(float (&score)[64], const float (&factor)[2], const RowMax& m) {
   const float shift[2] = {kProbabilityShift - m.row[0], kProbabilityShift - m.row[1]};
 #pragma unroll
-  for (int i = 0; i < 64; ++i) score[i] = exp2_approx(__fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]));
+  for (int i = 0; i < 64; ++i) score[i] = __fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]);
 }
 
-// P to e4m3, two columns to a register half. Done before the previous PV is over; only join_pairs needs its P registers
-// free.
-__device__ __forceinline__ void convert_to_pairs(const float (&p)[64], uint16_t (&pairs)[32]) {
+// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand. Byte b of lane
+// q in k step s, register 2 high + half, is column 32 s + 16 high + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]: the slots that v8t
+// holds at positions 4q + b (kVSlotOrder), so nothing is shuffled.
+template <int kFirst, int kSteps>
+__device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32_t (&p)[16]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    asm volatile("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs[i]) : "f"(p[2 * i + 1]), "f"(p[2 * i]));
-  }
-}
-
-// P as the A operand of PV. Byte b of lane q in k step s is column 16 (2 s + high) + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]:
-// the slots that v8t holds at positions 4q + b (kVSlotOrder), so nothing is shuffled.
-__device__ __forceinline__ void join_pairs(const uint16_t (&pairs)[32], uint32_t (&a)[16]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int first = 4 * (i / 2) + i % 2;
-    asm volatile("mov.b32 %0, {%1, %2};" : "=r"(a[i]) : "h"(pairs[first]), "h"(pairs[first + 2]));
+  for (int i = 4 * kFirst; i < 4 * (kFirst + kSteps); ++i) {
+    const float* e = exponent + 8 * (i / 2) + 2 * (i % 2);
+    asm volatile(
+        "{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}"
+        : "=r"(p[i])
+        : "f"(exp2_approx(e[0])), "f"(exp2_approx(e[1])), "f"(exp2_approx(e[4])), "f"(exp2_approx(e[5])));
   }
 }
 

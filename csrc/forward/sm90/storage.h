@@ -20,7 +20,7 @@ struct Storage {
   alignas(128) uint8_t out[C::kConsumerWarps][16 * C::kHeadDim * 2];  // 16-bit rows of a warp on their way out
   alignas(128) float v_scale[C::kItems][C::kHeadDim];
   alignas(128) float k_scale[C::kStages]
-                            [C::kKScalePerToken ? kBlockSlots : 4];  // of the block in k[stage]; [0] unless per token
+                            [C::kKScalePerToken ? kBlockSlots : 2];  // of the block in k[stage]; [0] unless per token
   WorkItem item[C::kItems];
 
   Mbarrier item_full[C::kItems], item_empty[C::kItems];  // item, Q, v_scale
