@@ -40,7 +40,8 @@ class Installation:
         debug: bool,
     ):
         config = transformer.config
-        schedule.check_model(type(transformer).__name__, config.num_layers, config.num_attention_heads)
+        # Not type(transformer).__name__: FSDP2 and users subclass it.
+        schedule.check_model(WanTransformer3DModel.__name__, config.num_layers, config.num_attention_heads)
         self.transformer = transformer
         self.name = name
         self.tables = LevelTables(schedule, config.num_layers, config.num_attention_heads)

@@ -57,6 +57,7 @@ def train_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Fine-tune a Wan transformer through the FP8 sparse forward."""
+    from accelerate import PartialState
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -64,15 +65,17 @@ def train_command(
     from .data import write_synthetic
     from .trainer import summary, train
 
-    console = Console(stderr=True, quiet=as_json)
+    processes = PartialState()
+    console = Console(stderr=True, quiet=as_json or not processes.is_main_process)
     settings: dict[str, Any] = {k: v for k, v in locals().items() if k in TrainConfig.__dataclass_fields__}
     try:
         if (data is None) != synthetic:
             raise ConfigError("fpsattention.train: --data and --synthetic: expected exactly one of them")
         if synthetic:
             data = output / "synthetic_latents"
-            if not data.exists():
-                write_synthetic(data, seed=seed)
+            with processes.main_process_first():
+                if not data.exists():
+                    write_synthetic(data, seed=seed)
         settings |= {"data": str(data), "output": str(output), "schedule": None if schedule == "none" else schedule}
         config = TrainConfig(**settings)
         columns = (
@@ -93,7 +96,8 @@ def train_command(
         raise typer.Exit(1) from None
     text = summary(result)
     if as_json:
-        print(text)
+        if processes.is_main_process:
+            print(text)
     else:
         tail = json.loads(text)["loss_last_20"]
         console.print(

@@ -62,9 +62,16 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _local(tensor: Any) -> Tensor:
+    """This process's shard of a sharded (FSDP2) tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def check_gradients(model: torch.nn.Module) -> None:
     """Raise FloatingPointError naming the first parameters whose gradient is not finite."""
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    bad = [
+        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(_local(p.grad)).all()
+    ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise FloatingPointError(f"fpsattention.train: gradient not finite in {', '.join(bad[:3])}{more}")
@@ -105,23 +112,38 @@ def _prepare_weights(model: Any, config: TrainConfig) -> None:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.lora_rank:
-        from peft import LoraConfig
-
         model.requires_grad_(False)
-        model.add_adapter(
-            LoraConfig(
-                r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0
-            )
-        )
+        _add_lora(model, config)
 
 
-def _save_weights(model: Any, config: TrainConfig, output: Path, schedule: Any) -> None:
-    if config.lora_rank:
-        model.save_lora_adapter(output / "lora")
-    else:
-        model.save_pretrained(output / "transformer")
-    if schedule is not None:
-        schedule.save(output / "fps_schedule.json")
+def _add_lora(model: Any, config: TrainConfig) -> None:
+    from peft import LoraConfig
+
+    model.add_adapter(
+        LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0.0)
+    )
+
+
+def _save_weights(accelerator: Any, model: Any, config: TrainConfig, output: Path, schedule: Any) -> None:
+    """Called by all processes: with FSDP2 each holds a shard, and putting them together takes all of them."""
+    from diffusers import WanTransformer3DModel
+
+    weights = accelerator.unwrap_model(model)
+    if accelerator.num_processes > 1:
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:  # a whole copy on the CPU: save methods of models know nothing of shards
+            weights = WanTransformer3DModel.from_config(weights.config)
+            if config.lora_rank:
+                _add_lora(weights, config)
+            weights.load_state_dict(state)
+    if accelerator.is_main_process:
+        if config.lora_rank:
+            weights.save_lora_adapter(output / "lora")
+        else:
+            weights.save_pretrained(output / "transformer")
+        if schedule is not None:
+            schedule.save(output / "fps_schedule.json")
+    accelerator.wait_for_everyone()
 
 
 def train(
@@ -213,9 +235,7 @@ def train(
                 on_step(step, loss)
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 accelerator.save_state(str(output / f"checkpoint-{progress.step:06d}"))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _save_weights(accelerator.unwrap_model(model), config, output, schedule)
+        _save_weights(accelerator, model, config, output, schedule)
     finally:
         warmup.remove()
         if log:
@@ -262,7 +282,8 @@ def _step(
             optimizer.zero_grad()
         losses.append(loss.detach())
     mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
-    return mean.item(), float(grad_norm)
+    whole = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # of all shards
+    return mean.item(), float(whole)
 
 
 def _trackers() -> list[str]:

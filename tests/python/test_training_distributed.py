@@ -1,0 +1,61 @@
+"""The trainer in two processes (gloo, CPU): replicated (DDP) and sharded (FSDP2) weights, saved and resumed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file
+
+from fpsattention.training import write_synthetic
+
+SCRIPT = Path(__file__).with_name("distributed_training.py")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    return write_synthetic(folder, num_samples=6, latent_shape=(4, 3, 10, 14), text_shape=(3, 16))  # grid 3 x 5 x 7
+
+
+def run(mode, latents, output, lora_rank, *resume):
+    """What train() returned in distributed_training.py: losses, validation losses."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(SCRIPT), mode, str(latents), str(output), str(lora_rank), *resume],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((output / "run.json").read_text())
+
+
+@pytest.mark.parametrize("lora_rank, weights", [(0, "transformer"), (2, "lora")])
+def test_sharded_weights_train_like_replicated_ones_and_resume_exactly(lora_rank, weights, latents, tmp_path):
+    losses, validation = run("ddp", latents, tmp_path / "ddp", lora_rank)
+    sharded = run("fsdp2", latents, tmp_path / "fsdp2", lora_rank)
+    # The same sums in another order: gradients and their norm are reduced by shards.
+    assert sharded[0] == pytest.approx(losses, rel=1e-4) and sharded[1] == pytest.approx(validation, rel=1e-4)
+    assert losses[3] != pytest.approx(losses[0], rel=1e-3)
+
+    shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-000004")
+    shutil.rmtree(tmp_path / "fsdp2" / weights)
+    assert run("fsdp2", latents, tmp_path / "fsdp2", lora_rank, "resume") == [sharded[0][2:], sharded[1][1:]]
+
+    (path,) = (tmp_path / "ddp" / weights).glob("*.safetensors")
+    replicated, gathered = load_file(path), load_file(tmp_path / "fsdp2" / weights / path.name)
+    assert replicated.keys() == gathered.keys()
+    # Adam divides by the gradient's own size, so a weight whose gradient is all rounding may move by the learning rate either way.
+    for name, tensor in replicated.items():
+        assert (tensor - gathered[name]).abs().max() <= 4 * 1e-3 and gathered[name].shape == tensor.shape, name
+    assert torch.cat([(t - gathered[n]).abs().flatten() for n, t in replicated.items()]).mean() <= 1e-5
