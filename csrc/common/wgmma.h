@@ -11,7 +11,8 @@
 // How to use: write operands; fence_async_shared() if generic stores wrote shared memory; wgmma_fence(); issue;
 // wgmma_commit(); wgmma_wait<n>() until at most n groups are in flight; keep_registers(d) before D is read and after D
 // is written by hand. ptxas serializes silently (warnings C7510, C7514, ...) when accumulators are touched between
-// issue and wait, or when a batch sits behind a branch.
+// issue and wait, or when a batch sits behind a branch; and (C7513) when the registers of an A operand are written before
+// a wait has retired the group that reads them.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +40,7 @@ __device__ __forceinline__ void keep_registers(uint32_t (&registers)[kRegisters]
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Shared-memory matrix descriptors
-// ---------------------------------------------------------------------------------------
+// ---- Shared-memory matrix descriptors
 
 enum class Swizzle : uint32_t { k128B = 1, k64B = 2, k32B = 3 };  // the values of the descriptor's layout field
 
@@ -57,8 +57,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, uint32_t
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (static_cast<uint64_t>(kSwizzle) << 62);
 }
 
-// Instructions
-// -----------------------------------------------------------------------------------------------------------
+// ---- Instructions
 
 enum class Major : int { kK = 0, kMN = 1 };
 
