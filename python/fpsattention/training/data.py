@@ -85,13 +85,15 @@ def write_synthetic(
     num_samples: int = 64,
     latent_shape: tuple[int, int, int, int] = (16, 5, 16, 24),
     text_shape: tuple[int, int] = (8, 64),
+    lighting: float = 0.35,
     seed: int = 0,
 ) -> Path:
     """Write a learnable data set: soft discs that move across the latent at constant speed, bouncing off the borders.
 
     The channels of a disc are a fixed random mixture chosen by its class; the class and the velocity are told to the model through
     ``prompt_embeds``. Far-away tokens matter: a disc has to be continued across frames and tiles, and every video has a lighting (a
-    smooth random field, the same in all frames) that is told nowhere and drowns in a single token's noise. Returns the folder.
+    smooth random field, the same in all frames, of strength ``lighting``) that is told nowhere and drowns in a single token's noise.
+    Returns the folder.
     """
     from safetensors.torch import save_file
 
@@ -109,7 +111,7 @@ def write_synthetic(
         prompt = torch.zeros(text_shape)
         coarse = torch.randn(1, channels, 3, 4, generator=generator)
         light = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
-        latents += 0.35 * light[0][:, None]
+        latents += lighting * light[0][:, None]
         for disc in range(2):
             kind = int(torch.randint(classes, (), generator=generator))
             start, velocity = torch.rand(2, generator=generator), torch.rand(2, generator=generator) * 2 - 1
