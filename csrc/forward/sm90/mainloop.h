@@ -41,7 +41,8 @@ struct Mainloop {
         uniform(matrix_descriptor<C::kQkSwizzle>(shared.q[0] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim));
     const uint64_t k_tiles = uniform(matrix_descriptor<C::kQkSwizzle>(shared.k[0], 8 * C::kHeadDim));
     const uint64_t v_tiles = uniform(matrix_descriptor<Swizzle::k128B>(shared.v[0], 8 * kBlockSlots));
-    const uint32_t own_turn = C::order_barrier(warpgroup), other_turn = 3 - own_turn;
+    const uint32_t own_turn = C::order_barrier(warpgroup);
+    const uint32_t other_turn = C::order_barrier(0) + C::order_barrier(1) - own_turn;  // of warpgroup ^ 1
     float score[C::kScoreRegisters];
     float work[C::kWorkRegisters];  // PV accumulator: O and the row sum since the last promotion
     uint32_t p[C::kProbabilityRegisters];
@@ -66,7 +67,7 @@ struct Mainloop {
     };
     auto issue_qk = [&] {
       asm volatile(""
-                   : "+r"(item_slot));  // one multiply-add a block: kept across the loop, the sum costs two moves more
+                   : "+r"(item_slot));  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
       const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::kQBytes / 16);
       const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::kKBytes / 16);
 #pragma unroll
@@ -83,7 +84,10 @@ struct Mainloop {
       }
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
-      if constexpr (C::kKScalePerToken) scale_columns(score, shared.k_scale[k_slot.stage]);
+      if constexpr (C::kKScalePerToken) {
+        scale_columns(score, shared.k_scale[k_slot.stage]);
+        __syncwarp();  // lane 0 answers for the reads of all
+      }
       shared.k_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
     };
     auto promote = [&] {  // column D of the accumulator is the row sum: the ones row of V

@@ -19,8 +19,8 @@ struct Storage {
   alignas(1024) uint8_t v[C::kStages][C::kVBytes];                    // [D + 8][slot], 128-byte swizzle
   alignas(128) uint8_t out[C::kConsumerWarps][16 * C::kHeadDim * 2];  // 16-bit rows of a warp on their way out
   alignas(128) float v_scale[C::kItems][C::kHeadDim];
-  alignas(128) float k_scale[C::kStages]
-                            [C::kKScalePerToken ? kBlockSlots : 2];  // of the block in k[stage]; [0] unless per token
+  // Of the block in k[stage]. One scale stands in [0]; 8 bytes a stage, as the barriers have, so that one address serves both.
+  alignas(128) float k_scale[C::kStages][C::kKScalePerToken ? kBlockSlots : 2];
   WorkItem item[C::kItems];
 
   Mbarrier item_full[C::kItems], item_empty[C::kItems];  // item, Q, v_scale
