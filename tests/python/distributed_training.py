@@ -25,11 +25,10 @@ config = TrainConfig(
     data=data, output=str(output), steps=4, batch_size=1, validate_every=2, validation_samples=2, learning_rate=1e-3,
     warmup_steps=1, checkpoint_every=2, debug=True, lora_rank=int(sys.argv[4]), resume=len(sys.argv) > 5,
 )  # fmt: skip
-main, sharded = process.is_main_process, mode == "fsdp2"
 result = train(config)
-if main:
+if process.is_main_process:
     (output / "run.json").write_text(json.dumps([result.train, list(result.validation.values())]))
-if sharded:
+if mode == "fsdp2":
     from accelerate.state import AcceleratorState
 
     assert AcceleratorState().distributed_type == DistributedType.FSDP

@@ -233,6 +233,17 @@ def test_example_trainer_needs_one_line(latents, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() and "step 1: loss" in run.stdout
 
 
+def test_command_line_names_the_missing_package(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from fpsattention.cli import app
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = CliRunner().invoke(app, ["train", "--synthetic", "--output", str(tmp_path / "run")])
+    assert result.exit_code == 1 and not (tmp_path / "run").exists()
+    assert "'accelerate' cannot be imported" in result.stderr and 'pip install "fpsattention[train]"' in result.stderr
+
+
 def test_command_line(tmp_path):
     from typer.testing import CliRunner
 

@@ -57,15 +57,22 @@ def train_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Fine-tune a Wan transformer through the FP8 sparse forward."""
-    from accelerate import PartialState
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..errors import ConfigError
+    from ..errors import BuildError, ConfigError
+    from ..evaluation.optional import require
     from .data import write_synthetic
     from .trainer import summary, train
 
-    processes = PartialState()
+    try:
+        processes = require("accelerate", "train", "train").PartialState()
+        for package in ("diffusers", "safetensors", *(["peft"] if lora_rank else [])):
+            require(package, "train", "train")
+    except BuildError as error:
+        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     console = Console(stderr=True, quiet=as_json or not processes.is_main_process)
     settings: dict[str, Any] = {k: v for k, v in locals().items() if k in TrainConfig.__dataclass_fields__}
     try:
@@ -92,7 +99,7 @@ def train_command(
             )
     except (ConfigError, FloatingPointError) as error:
         console.quiet = False
-        console.print(f"[red]{error}[/red]", highlight=False, soft_wrap=True)
+        console.print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     text = summary(result)
     if as_json:

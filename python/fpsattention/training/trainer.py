@@ -135,7 +135,7 @@ def _save_weights(accelerator: Any, model: Any, config: TrainConfig, output: Pat
             weights = WanTransformer3DModel.from_config(weights.config)
             if config.lora_rank:
                 _add_lora(weights, config)
-            weights.load_state_dict(state)
+            weights.load_state_dict(state, assign=True)  # in the dtypes that were trained
     if accelerator.is_main_process:
         if config.lora_rank:
             weights.save_lora_adapter(output / "lora")
