@@ -1,5 +1,5 @@
 // Python module fpsattention._C: planner, block lists, build info. NumPy in, NumPy out; knows nothing of torch.
-// python/fpsattention/_C.pyi has the signatures; tiles.py and masks.py are the public face.
+// python/fpsattention/_C.pyi has the signatures; layout/ is the public face.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -7,8 +7,8 @@ import json
 import statistics
 import time
 
-from fpsattention.masks import sliding_tile_mask
-from fpsattention.tiles import clear_plan_cache, plan
+from fpsattention.layout.masks import sliding_tile_mask
+from fpsattention.layout.tiles import clear_plan_cache, plan
 
 REPEATS = 20
 CASES = {  # grid: window in tiles of the planned layout

@@ -125,7 +125,7 @@ def valid_slots(workload: Workload, size: int) -> torch.Tensor:
 
 def fpsattn(workload: Workload, device: str, granularity: str = "tile") -> Prepared:
     import fpsattention as fps
-    import fpsattention.ops
+    import fpsattention.ops.core
 
     tables, mask = workload.tables, workload.mask
     level = {"tile": 0, "block": 1, "token": 2}[granularity]

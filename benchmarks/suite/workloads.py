@@ -113,7 +113,7 @@ def build(shape: Shape, density: float, device: str) -> Workload:
     layout = fps.plan(shape.grid, tile=shape.tile)
     window = None if density >= 1.0 else window_for_density(tuple(layout.tile_grid), density)
     if window is None:
-        from fpsattention.masks import dense_mask
+        from fpsattention.layout.masks import dense_mask
 
         mask = dense_mask(layout)
     else:

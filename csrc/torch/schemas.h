@@ -2,7 +2,7 @@
 // sm_90a kernels: CUDA tensors, or CPU tensors where FPSATTN_SM90_ON_HOST=1 says that device code runs on the host).
 //
 // All token tensors are (B, H, S, D) with unit stride in D and any other strides. Outputs that are token tensors have
-// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_autograd forbids it. python/fpsattention/ops.py documents every argument.
+// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_autograd forbids it. python/fpsattention/ops/core.py documents every argument.
 #pragma once
 
 namespace fpsattn {

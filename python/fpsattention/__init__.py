@@ -11,14 +11,14 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from .attention import attention
 from .errors import BuildError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from .functional import attention
     from .integrations.diffusers import apply
-    from .masks import BlockMask, dense_mask, sliding_tile_mask
+    from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
+    from .layout.tiles import TileLayout, clear_plan_cache, plan
     from .schedule import Schedule
-    from .tiles import TileLayout, clear_plan_cache, plan
 
 try:
     __version__ = importlib.metadata.version("fpsattention")
@@ -27,13 +27,14 @@ except importlib.metadata.PackageNotFoundError:  # used from a source folder
 
 _LAZY = {
     "apply": "integrations.diffusers",
-    "BlockMask": "masks",
-    "dense_mask": "masks",
-    "sliding_tile_mask": "masks",
+    "attention": "functional",
+    "BlockMask": "layout.masks",
+    "dense_mask": "layout.masks",
+    "sliding_tile_mask": "layout.masks",
     "Schedule": "schedule",
-    "TileLayout": "tiles",
-    "clear_plan_cache": "tiles",
-    "plan": "tiles",
+    "TileLayout": "layout.tiles",
+    "clear_plan_cache": "layout.tiles",
+    "plan": "layout.tiles",
 }
 
 __all__ = [

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fpsattention as fps
-from fpsattention import reference
 from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.ops import reference
 
 
 def exact(case, q, k, v):
@@ -242,7 +242,7 @@ def test_sm90_backend_on_a_cpu_tensor_says_why(monkeypatch):
 
 
 def test_a_gpu_that_is_not_hopper_is_refused_with_the_reason(monkeypatch):
-    function = importlib.import_module("fpsattention.attention")
+    function = importlib.import_module("fpsattention.functional")
     monkeypatch.setattr(function.ops, "sm90_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

@@ -6,7 +6,7 @@ import pytest
 from test_evaluation import save_capture
 from typer.testing import CliRunner
 
-from fpsattention.cli import app, parse_sizes
+from fpsattention.cli.main import app, parse_sizes
 from fpsattention.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.integrations import diffusers as integration
 from fpsattention.integrations.levels import resolve_window
 from fpsattention.integrations.wan import FPSWanAttnProcessor, project
-from fpsattention.tiles import plan
+from fpsattention.layout.tiles import plan
 
 SWITCHED = {  # one kernel class: levels switch on the device
     "format": "fpsattn-schedule/1",

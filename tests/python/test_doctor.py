@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fpsattention import doctor
+from fpsattention.cli import doctor
 from fpsattention.cli import app
 
 CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "devices": []}

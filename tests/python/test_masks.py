@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import fpsattention.masks as masks
+import fpsattention.layout.masks as masks
 from fpsattention.errors import ConfigError
-from fpsattention.masks import BlockMask, dense_mask, sliding_tile_mask
-from fpsattention.tiles import BLOCK, clear_plan_cache, plan
+from fpsattention.layout.masks import BlockMask, dense_mask, sliding_tile_mask
+from fpsattention.layout.tiles import BLOCK, clear_plan_cache, plan
 
 
 def blocks_of(layout, tile):

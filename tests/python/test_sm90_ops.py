@@ -8,7 +8,8 @@ import torch
 from cases import CASES, IDS, Case
 
 import fpsattention as fps
-from fpsattention import ops, reference
+from fpsattention.ops import core as ops
+from fpsattention.ops import reference
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if ops.sm90_missing():

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..masks import BlockMask, sliding_tile_mask
+from ..layout.masks import BlockMask, sliding_tile_mask
+from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
-from ..tiles import TileLayout, plan
 
 Grid = tuple[int, int, int]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB

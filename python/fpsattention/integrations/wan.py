@@ -10,8 +10,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 
-from ..attention import _resolve_backend
 from ..errors import ConfigError, UnsupportedError
+from ..functional import _resolve_backend
 from .levels import Call, Part
 
 GRANULARITY_CODES = {"tile": 0, "block": 1, "token": 2}

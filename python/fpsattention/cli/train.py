@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import TrainConfig
+from ..training.config import TrainConfig
 
 DEFAULTS = TrainConfig(data="", output="")
 
@@ -61,10 +61,10 @@ def train_command(
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..analysis.optional import require
     from ..errors import BuildError, ConfigError
-    from ..evaluation.optional import require
-    from .data import write_synthetic
-    from .trainer import summary, train
+    from ..training.data import write_synthetic
+    from ..training.trainer import summary, train
 
     try:
         processes = require("accelerate", "train", "train").PartialState()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .schedule import FORMAT, GRANULARITIES, PRECISIONS, Level, Phase, Schedule, Window
 
 _TOP = ("format", "axis", "model", "tile", "levels", "phases", "layers", "heads", "required", "provenance")

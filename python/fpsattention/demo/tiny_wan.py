@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .optional import require
+from ..analysis.optional import require
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .demo import Progress
+    from ..demo.demo import Progress
 
 app = typer.Typer(
     name="fpsattn",
@@ -33,7 +33,7 @@ _STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
 
 def _print_json(value: Any) -> None:
-    from .evaluation.metrics import jsonable
+    from ..analysis.metrics import jsonable
 
     sys.stdout.write(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
@@ -45,7 +45,7 @@ def _out() -> Console:
 @contextmanager
 def _errors(as_json: bool) -> Iterator[None]:
     """This library's errors become one line on stderr (and, with --json, `{"error": ...}`) and exit status 2."""
-    from .errors import BuildError, ConfigError, UnsupportedError
+    from ..errors import BuildError, ConfigError, UnsupportedError
 
     try:
         yield
@@ -75,7 +75,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
 def parse_sizes(text: str, what: str) -> tuple[int, int, int]:
     """Three positive integers out of `21x45x80` or `21,45,80`; `what` names them in the error ("plan: grid")."""
-    from .errors import ConfigError
+    from ..errors import ConfigError
 
     if not re.fullmatch(r"\d+([xX,])\d+\1\d+", text.strip()):
         raise ConfigError(f"fpsattention.{what} {text!r}, wanted three sizes T, H, W such as 21x45x80 or 21,45,80")
@@ -87,7 +87,7 @@ def parse_sizes(text: str, what: str) -> tuple[int, int, int]:
 
 def _version(value: bool) -> None:
     if value:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"fpsattn {__version__}")
         raise typer.Exit()
@@ -156,14 +156,14 @@ def plan(
         tile_sizes = parse_sizes(tile, "plan: tile") if tile else None
         window_sizes = parse_sizes(window, "plan: window") if window else None
 
-        from .masks import dense_mask, sliding_tile_mask
-        from .tiles import plan as make_plan
+        from ..layout.masks import dense_mask, sliding_tile_mask
+        from ..layout.tiles import plan as make_plan
 
         layout = make_plan(sizes, tile_sizes, text_len, text_position)
         mask = sliding_tile_mask(layout, window_sizes) if window_sizes else dense_mask(layout)
         summary = _plan_summary(layout, mask, window_sizes)
         if png is not None:
-            from .evaluation.plots import plot_plan
+            from ..analysis.plots import plot_plan
 
             shown = "x".join(map(str, window_sizes)) if window_sizes else "everything"
             title = f"{'x'.join(map(str, sizes))} = {layout.num_tokens:,} tokens, tile {'x'.join(map(str, layout.tile))}, window {shown}"
@@ -213,7 +213,7 @@ def _sketch(mask: Any, columns: int = 64, rows: int = 20) -> Any:
     import numpy as np
     from rich.text import Text
 
-    from .evaluation.plots import mask_image
+    from ..analysis.plots import mask_image
 
     image = mask_image(mask)
     rows, columns = min(rows, image.shape[0]), min(columns, image.shape[1])
@@ -273,7 +273,7 @@ def demo(
 ) -> None:
     """Run a Wan pipeline dense and with FPSAttention from one seed; write videos, pictures and a report."""
     with _errors(as_json):
-        from .demo import DemoConfig, run_demo
+        from ..demo.demo import DemoConfig, run_demo
 
         given = {
             "height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps,
@@ -331,9 +331,9 @@ def analyze(
 ) -> None:
     """Split the error on recorded q, k, v into quantization and sparsity, per layer and sigma."""
     with _errors(as_json):
-        from .errors import ConfigError
-        from .evaluation.analysis import analyze_captures, find_captures, save_json
-        from .schedule import Schedule
+        from ..analysis.captures import analyze_captures, find_captures, save_json
+        from ..errors import ConfigError
+        from ..schedule import Schedule
 
         if rows < 0:
             raise ConfigError(f"fpsattention.analyze: rows {rows}, wanted 0 (all) or more")
@@ -368,8 +368,8 @@ def analyze(
 
 
 def _draw_analysis(records: list[dict[str, Any]], schedule: Any, level: str | None, target: Path) -> list[Path]:
-    from .demo import error_series
-    from .evaluation import plots
+    from ..analysis import plots
+    from ..demo.demo import error_series
 
     pictures = []
     for model in dict.fromkeys(record["model"] for record in records):
@@ -410,12 +410,9 @@ def _show_analysis(records: list[dict[str, Any]], target: Path) -> None:
 
 
 def _register_train() -> None:
-    from .training.cli import register  # light: torch and accelerate are imported when it runs
+    from .train import register  # light: torch and accelerate are imported when it runs
 
     register(app)
 
 
 _register_train()
-
-if __name__ == "__main__":
-    app()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 
 
 def _setup_attention(

@@ -87,7 +87,7 @@ def probe_torch() -> dict[str, Any]:
 def probe_package() -> str:
     """Version of fpsattention, after importing all of it."""
     module = importlib.import_module("fpsattention")
-    importlib.import_module("fpsattention.ops")
+    importlib.import_module("fpsattention.ops.core")
     return str(getattr(module, "__version__", None) or importlib.metadata.version("fpsattention"))
 
 
@@ -98,7 +98,7 @@ def probe_build_info() -> dict[str, Any]:
 
 def probe_library_dir() -> Path:
     """Folder of the compiled libraries, without importing what a broken one would break."""
-    return Path(__file__).resolve().parent / "lib"
+    return Path(__file__).resolve().parents[1] / "lib"
 
 
 def probe_load(path: Path) -> None:
@@ -108,7 +108,7 @@ def probe_load(path: Path) -> None:
 
 def probe_sm90_missing() -> str | None:
     """Why the sm_90a kernels cannot be called in this process, or None."""
-    reason = importlib.import_module("fpsattention.ops").sm90_missing()
+    reason = importlib.import_module("fpsattention.ops.core").sm90_missing()
     return None if reason is None else str(reason)
 
 
@@ -116,7 +116,7 @@ def probe_ops() -> list[str]:
     """Names of the registered ops among those the package needs; import errors pass through."""
     import torch
 
-    importlib.import_module("fpsattention.ops")
+    importlib.import_module("fpsattention.ops.core")
     return [n for n in ("quantize", "forward", "backward", "attention") if hasattr(torch.ops.fpsattn, n)]
 
 
@@ -176,7 +176,7 @@ def probe_attention(device: str) -> float:
 
     import fpsattention as fps
 
-    from .evaluation.metrics import compare
+    from ..analysis.metrics import compare
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 5 * 6 * 7, 2, 64, generator=generator).to(device, torch.bfloat16) for _ in range(3))

@@ -338,8 +338,8 @@ def level_mask(
     import torch
 
     from ..integrations.levels import resolve_window
-    from ..masks import BlockMask, sliding_tile_mask
-    from ..tiles import plan
+    from ..layout.masks import BlockMask, sliding_tile_mask
+    from ..layout.tiles import plan
 
     layout = plan(grid, schedule.tile, text_len, text_position)
     windows = [resolve_window(window, layout) for window in schedule.windows(level, layer, num_heads)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BuildError, ConfigError
+from ..errors import BuildError, ConfigError
 
 BLOCK = 128  # slots of a block
 TEXT_POSITIONS = ("suffix", "prefix", "none")
@@ -195,7 +195,7 @@ def core() -> Any:
         BuildError: if it is missing or does not load.
     """
     try:
-        from . import _C
+        from .. import _C
     except ImportError as error:
         raise BuildError(
             f"fpsattention: the compiled module fpsattention._C is missing or does not load ({error}): install the package with "

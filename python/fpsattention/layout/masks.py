@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from . import flex
-from .errors import ConfigError
 from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, core, int3
 
 _MASK_CACHE_SIZE = 64

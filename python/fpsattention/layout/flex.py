@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .tiles import BLOCK, TileLayout
 
 if TYPE_CHECKING:

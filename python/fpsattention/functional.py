@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .errors import BuildError, ConfigError, UnsupportedError
-from .op_checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS, KERNEL_DTYPES
+from .ops import reference
+from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS, KERNEL_DTYPES
 
 try:
-    from . import masks, ops, tiles
+    from .layout import masks, tiles
+    from .ops import core as ops
 
     _BUILD_ERROR: BuildError | None = None
 except BuildError as error:  # importing the package must work, so that `fpsattn doctor` can say what is missing

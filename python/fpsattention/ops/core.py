@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BuildError
 from . import cpu
-from .errors import BuildError
-from .op_checks import (
+from .checks import (
     E4M3,
     check_backward,
     check_forward,
@@ -53,7 +53,7 @@ REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
 
 def library_dir() -> Path:
     """Folder of the compiled libraries."""
-    return Path(__file__).resolve().parent / "lib"
+    return Path(__file__).resolve().parents[1] / "lib"
 
 
 def _load() -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 FORMAT = "fpsattn-schedule/1"
 PRECISIONS = ("fp8", "bf16")
@@ -165,7 +165,7 @@ class Schedule:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
         """Parse and validate the JSON object of a schedule file; errors name the JSON path."""
-        from .schedule_json import parse
+        from .serialization import parse
 
         return parse(data)
 

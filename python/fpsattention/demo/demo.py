@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .evaluation.analysis import PARTS, analyze_captures, find_captures, level_mask, save_json
-from .evaluation.metrics import compare, compare_videos
-from .evaluation.optional import require
+from ..analysis.captures import PARTS, analyze_captures, find_captures, level_mask, save_json
+from ..analysis.metrics import compare, compare_videos
+from ..analysis.optional import require
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +157,7 @@ def resolve_device(name: str) -> str:
         )
     if name != "auto":
         return name
-    from .ops import sm90_missing
+    from ..ops.core import sm90_missing
 
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return "cuda" if hopper and sm90_missing() is None else "cpu"
@@ -171,7 +171,7 @@ def load_pipeline(config: DemoConfig, device: str) -> tuple[Any, dict[str, Any]]
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     diffusers = require("diffusers", "demo")
     if config.model is None:
-        from .evaluation.tiny_wan import tiny_inputs, tiny_pipeline
+        from .tiny_wan import tiny_inputs, tiny_pipeline
 
         pipe = tiny_pipeline(config.seed)
         call: dict[str, Any] = tiny_inputs(config.seed, config.height, config.width, config.num_frames)
@@ -239,8 +239,8 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
         require(module, "demo")  # before minutes are spent
     import fpsattention as fps
 
-    from .evaluation.report import environment, write_report
-    from .schedule import Schedule
+    from ..analysis.report import environment, write_report
+    from ..schedule import Schedule
 
     Schedule.resolve(config.preset)  # a wrong name must not cost a model's loading time
     begin = time.perf_counter()
@@ -291,15 +291,15 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
 
 
 def _schedule(config: DemoConfig, pipe: Any) -> Any:
-    from .presets import PRESETS
-    from .schedule import Schedule
+    from ..schedule import Schedule
+    from ..schedule.presets import PRESETS
 
     if config.preset in PRESETS:
         schedule = Schedule.preset(config.preset, float(getattr(pipe.scheduler.config, "flow_shift", None) or 5.0))
     else:
         schedule = Schedule.resolve(config.preset)
     if config.model is None and schedule.tile is None:
-        from .evaluation.tiny_wan import TILE
+        from .tiny_wan import TILE
 
         schedule = replace(schedule, tile=TILE)
     return schedule
@@ -348,7 +348,7 @@ def error_series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, f
 def _draw(
     out: Path, config: DemoConfig, schedule: Any, pipe: Any, dense: Run, sparse: Run, report: dict[str, Any]
 ) -> None:
-    from .evaluation import plots
+    from ..analysis import plots
 
     records = report["captures"]
     grid, heads = tuple(records[0]["grid"]), pipe.transformer.config.num_attention_heads

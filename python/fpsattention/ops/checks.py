@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .reference import BLOCK, V_EXTRA_ROWS
 
 HEAD_DIMS = (64, 128)

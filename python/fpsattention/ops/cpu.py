@@ -3,7 +3,7 @@
 Same values as ``reference.py`` up to the order of FP32 sums, at the speed of torch's GEMM. Work is cut into *items*, one
 query tile of one (batch, head); items with equal tile and list lengths are batched, and lists are walked in segments of
 ``SEGMENT_BLOCKS`` KV blocks with a running maximum, so that a chunk of scores stays near the caches and peak memory is
-linear in the number of tokens. Shapes and layouts are those of ``ops.py``.
+linear in the number of tokens. Shapes and layouts are those of ``core.py``.
 
 e4m3 values and products of two of them are exact in FP32, so the matmuls run on raw e4m3 values; scales are applied to scores.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .schedule import Level, Phase, Schedule
 
 #: The levels that the presets are made of; also the names that ``Schedule.from_steps`` knows.

@@ -165,7 +165,7 @@ def _honest_lines(report: dict[str, Any], tiny: bool) -> list[str]:
     missing = ["quality as people see it: distance from a dense run of the same seed is not quality"]
     if tiny:
         missing.insert(
-            0, "anything about a trained model: these weights are set by hand and by seed (evaluation/tiny_wan.py)"
+            0, "anything about a trained model: these weights are set by hand and by seed (demo/tiny_wan.py)"
         )
     if report["environment"]["gpu"] is None:
         missing.insert(0, "GPU speed: no GPU was used, and CPU seconds say nothing about the sm_90a kernels")
