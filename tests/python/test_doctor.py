@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fpsattention.cli import doctor
-from fpsattention.cli import app
+from fpsattention.cli import app, doctor
 
 CPU_TORCH = {"version": "2.13.0+cpu", "cuda": None, "devices": []}
 H100 = {"name": "NVIDIA H100", "capability": (9, 0), "memory_gib": 80.0, "multiprocessors": 132}
