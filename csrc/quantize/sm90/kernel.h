@@ -32,7 +32,8 @@
 //            limit     memory, not yet measured on a GPU: 48 KiB a block are 2,600 clocks at 4.3 TB/s, 132 SMs and
 //                      1.755 GHz; the ALU needs at most about 2,300 of them (an upper estimate): not far behind
 //
-// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps);
+// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps); tile offsets
+//            are blocks (one beyond num_blocks traps);
 //            every byte of every output is written on every call.
 #pragma once
 

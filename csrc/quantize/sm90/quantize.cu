@@ -42,8 +42,8 @@ size_t partial_floats(const QuantizeParams& params, int parts) {
 // What TokenRows can read: 16 bytes at a time, 32-bit strides of tokens.
 void check_rows(const char* name, const TokenTensor& tensor) {
   check_tensor(kOp, name, tensor, true);
-  FPSATTN_CHECK(std::abs(tensor.stride_token) <= INT32_MAX / 2, kOp, ": ", name, " has a token stride of ",
-                tensor.stride_token, " elements, expected at most ", INT32_MAX / 2, ": make it contiguous");
+  FPSATTN_CHECK(std::abs(tensor.stride_token) <= kMaxTokenStride, kOp, ": ", name, " has a token stride of ",
+                tensor.stride_token, " elements, expected at most ", kMaxTokenStride, ": make it contiguous");
 }
 
 // What the workspace size hangs on, and what is divided by.

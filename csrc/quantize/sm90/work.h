@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/device_check.h"
 #include "quantize/sm90/config.h"
 
 namespace fpsattn::sm90::quantization {
@@ -38,6 +39,7 @@ __device__ __forceinline__ WorkItem work_item(const QuantizeParams& params, cons
     begin = __ldg(params.tile_block_offsets + group);
     work.end_block = __ldg(params.tile_block_offsets + group + 1);
   }
+  trap_if(begin < 0 || work.end_block > params.size.num_blocks);
   work.first_block = begin + rank;
   work.step = plan.cluster_size;
   work.active_ctas = min(plan.cluster_size, work.end_block - begin);
