@@ -129,6 +129,8 @@ py::dict build_info() {
   info["version"] = FPSATTN_VERSION;
   info["cuda"] = static_cast<bool>(FPSATTN_HAS_CUDA);
   info["cuda_reason"] = FPSATTN_CUDA_REASON;
+  // Of nvcc, such as "13.0.88", "" without kernels. Its major version must be torch's: they share a runtime.
+  info["cuda_version"] = FPSATTN_CUDA_VERSION;
   info["ptx_only"] = static_cast<bool>(FPSATTN_PTX_ONLY);
   info["torch_version"] = FPSATTN_TORCH_VERSION;
   info["compiler"] = FPSATTN_COMPILER;

@@ -1,16 +1,16 @@
 // The sm_90a kernels as torch ops, on torch's stable ABI: check, allocate with torch's allocator, fill plain Params, launch on the
 // current stream. fpsattn.* serves CUDA tensors; fpsattn_sm90.* the same and, where FPSATTN_SM90_ON_HOST=1 says that device
 // code runs on the host (an emulator), CPU tensors. Nothing synchronizes, so the ops can be captured in CUDA graphs.
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-
-#include <dlfcn.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "common/check_params.h"
 #include "fpsattn/launch.h"
 #include "torch/check.h"
 #include "torch/schemas.h"
@@ -37,9 +37,10 @@ class Launch {
   Launch(const char* op, const Tensor& first) {
     if (!first.is_cuda()) {
       const char* on_host = std::getenv("FPSATTN_SM90_ON_HOST");
-      FPSATTN_CHECK(on_host != nullptr && std::strcmp(on_host, "1") == 0, op,
-                    ": the first tensor is on the CPU, the sm_90a kernels need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for "
-                    "running them under an emulator)");
+      FPSATTN_CHECK(
+          on_host != nullptr && std::strcmp(on_host, "1") == 0, op,
+          ": the first tensor is on the CPU, the sm_90a kernels need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for "
+          "running them under an emulator)");
       return;
     }
     const int device = first.get_device_index();
@@ -50,14 +51,14 @@ class Launch {
                   ", the kernels are built for 9.0 (Hopper: H100, H200, H20)");
     static const CurrentStream current_stream = find_current_stream();
     FPSATTN_CHECK(current_stream != nullptr, op, ": this torch has no CUDA support (no libtorch_cuda.so is loaded)");
-    FPSATTN_CUDA_CHECK(op, cudaGetDevice(&previous_));
-    if (previous_ != device) FPSATTN_CUDA_CHECK(op, cudaSetDevice(device));
     void* stream = nullptr;
     FPSATTN_CHECK(current_stream(device, &stream) == 0, op, ": torch gave no current stream");
     stream_ = static_cast<cudaStream_t>(stream);
+    FPSATTN_CUDA_CHECK(op, cudaGetDevice(&previous_));
+    FPSATTN_CUDA_CHECK(op, cudaSetDevice(device));  // last: nothing may throw once the device has changed
   }
   ~Launch() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
+    if (previous_ >= 0) (void)cudaSetDevice(previous_);
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
@@ -77,11 +78,11 @@ Tensor empty_tokens(const Tensor& like, int64_t batch, int64_t heads, int64_t to
   return torch::stable::transpose(empty(like, {batch, tokens, heads, dim}, type), 1, 2);
 }
 
-// The kernels read rows 16 bytes at a time; a view that does not allow that (a pointer or a stride off by a few elements) is copied.
-Tensor with_aligned_rows(const Tensor& x) {
-  const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
-                       x.stride(2) % 8 == 0;
-  if (aligned) return x;
+// A view whose rows the kernels cannot read 16 bytes at a time (a pointer or a stride off by a few elements), or whose
+// tokens lie further apart than they count, is copied.
+Tensor with_aligned_rows(const char* op, const char* name, const Tensor& x) {
+  const TokenTensor view = token_tensor(op, name, x);
+  if (has_aligned_rows(view) && std::abs(view.stride_token) <= kMaxTokenStride) return x;
   Tensor copy = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   return torch::stable::copy_(copy, x);
 }
@@ -98,16 +99,37 @@ const float* optional_floats(const char* op, const char* name, const OptionalTen
   return data<const float>(*x);
 }
 
-void check_slots(const char* op, const Tensor& token_of_slot, const Tensor& like) {
+// Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap on what is out of range.
+void check_slots(const char* op, const Tensor& token_of_slot, const Tensor& like, int64_t num_tokens) {
   check_buffer(op, "token_of_slot", token_of_slot, like, ScalarType::Int, {kAnySize});
-  FPSATTN_CHECK(token_of_slot.size(0) > 0 && token_of_slot.size(0) % kBlockSlots == 0, op, ": token_of_slot has ",
-                token_of_slot.size(0), " entries, expected a positive multiple of ", kBlockSlots);
+  const int64_t slots = token_of_slot.size(0);
+  FPSATTN_CHECK(slots > 0 && slots % kBlockSlots == 0, op, ": token_of_slot has ", slots,
+                " entries, expected a positive multiple of ", kBlockSlots);
+  if (token_of_slot.is_cuda()) return;
+  const int32_t* tokens = data<const int32_t>(token_of_slot);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    FPSATTN_CHECK(tokens[slot] >= -1 && tokens[slot] < num_tokens, op, ": token_of_slot[", slot, "] is ", tokens[slot],
+                  ", expected -1 to ", num_tokens - 1);
+    FPSATTN_CHECK(tokens[slot] >= 0 || slot % kBlockSlots != 0, op, ": token_of_slot[", slot,
+                  "] is padding: valid slots come first in each block of ", kBlockSlots);
+  }
+}
+
+// Entries of a table of block or tile numbers, likewise.
+void check_entries(const char* op, const char* name, const Tensor& x, int64_t end) {
+  if (x.is_cuda()) return;
+  const int32_t* entries = data<const int32_t>(x);
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    FPSATTN_CHECK(entries[i] >= 0 && entries[i] < end, op, ": ", name, "[", i, "] is ", entries[i], ", expected 0 to ",
+                  end - 1);
+  }
 }
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, OptionalTensor k_mean,
-                      OptionalTensor v_absmax, int64_t granularity, bool smooth_k, bool pow2_scales, int64_t k_mean_stride) {
+Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
+                      OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
+                      bool pow2_scales, int64_t k_mean_stride) {
   const char* op = "quantize";
   const Launch launch(op, q);
   FPSATTN_CHECK(q.dim() == 4, op, ": q has shape ", shape_text(q), ", expected (B, H, S, D)");
@@ -123,18 +145,21 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
     check_same_device(op, names[i], *tensors[i], q);
     check_dtype(op, names[i], *tensors[i], q.scalar_type());
     check_shape(op, names[i], *tensors[i], {batch, heads, tokens, dim});
-    token_tensor(op, names[i], *tensors[i]);
-    *tensors[i] = with_aligned_rows(*tensors[i]);
+    *tensors[i] = with_aligned_rows(op, names[i], *tensors[i]);
     *views[i] = token_tensor(op, names[i], *tensors[i]);
   }
-  check_slots(op, token_of_slot, q);
+  check_slots(op, token_of_slot, q, tokens);
   check_buffer(op, "tile_block_offsets", tile_block_offsets, q, ScalarType::Int, {kAnySize});
+  FPSATTN_CHECK(tile_block_offsets.size(0) >= 2, op, ": tile_block_offsets has ", tile_block_offsets.size(0),
+                " entries, expected num_tiles + 1, at least 2");
   FPSATTN_CHECK(granularity >= 0 && granularity <= 2, op, ": granularity is ", granularity,
                 ", expected 0 (tile), 1 (block) or 2 (token)");
   FPSATTN_CHECK(k_mean_stride >= 1, op, ": k_mean_stride is ", k_mean_stride, ", expected at least 1");
   const int64_t num_blocks = token_of_slot.size(0) / kBlockSlots;
-  params.size = {static_cast<int>(batch), static_cast<int>(heads),      static_cast<int>(dim),
-                 static_cast<int>(tokens), static_cast<int>(num_blocks), static_cast<int>(tile_block_offsets.size(0) - 1)};
+  check_entries(op, "tile_block_offsets", tile_block_offsets, num_blocks + 1);
+  params.size = {static_cast<int>(batch),      static_cast<int>(heads),
+                 static_cast<int>(dim),        static_cast<int>(tokens),
+                 static_cast<int>(num_blocks), static_cast<int>(tile_block_offsets.size(0) - 1)};
   params.granularity = static_cast<Granularity>(granularity);
   params.smooth_k = smooth_k;
   params.pow2_scales = pow2_scales;
@@ -171,9 +196,10 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
 
 // What forward and backward share of their arguments.
 template <class Params>
-void fill_operands(const char* op, Params& params, const Tensor& q8, const Tensor& k8, const Tensor& v8t, const Tensor& q_scale,
-                   const Tensor& k_scale, const Tensor& v_scale, const Tensor& token_of_slot, const Tensor& tile_of_block,
-                   const Tensor& kv_num_blocks, const Tensor& kv_indices, int64_t num_tokens) {
+void fill_operands(const char* op, Params& params, const Tensor& q8, const Tensor& k8, const Tensor& v8t,
+                   const Tensor& q_scale, const Tensor& k_scale, const Tensor& v_scale, const Tensor& token_of_slot,
+                   const Tensor& tile_of_block, const Tensor& kv_num_blocks, const Tensor& kv_indices,
+                   int64_t num_tokens) {
   const auto e4m3 = ScalarType::Float8_e4m3fn;
   FPSATTN_CHECK(q8.dim() == 5, op, ": q8 has shape ", shape_text(q8), ", expected (B, H, num_blocks, 128, D)");
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
@@ -192,13 +218,14 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
   params.q_scale_per_token = check_scale("q_scale", q_scale);
   params.k_scale_per_token = check_scale("k_scale", k_scale);
   check_buffer(op, "v_scale", v_scale, q8, ScalarType::Float, {batch, heads, dim});
-  check_slots(op, token_of_slot, q8);
+  check_slots(op, token_of_slot, q8, num_tokens);
   check_shape(op, "token_of_slot", token_of_slot, {num_blocks * kBlockSlots});
   check_buffer(op, "tile_of_block", tile_of_block, q8, ScalarType::Int, {num_blocks});
   FPSATTN_CHECK(num_tokens >= 1 && num_tokens <= num_blocks * kBlockSlots, op, ": num_tokens is ", num_tokens,
                 ", expected 1 to ", num_blocks * kBlockSlots);
   const int64_t num_tiles = kv_num_blocks.dim() == 3 ? kv_num_blocks.size(2) : 0;
   params.kv = block_lists(op, "kv", kv_num_blocks, kv_indices, q8, batch, heads, num_tiles);
+  check_entries(op, "tile_of_block", tile_of_block, num_tiles);
   params.size = {static_cast<int>(batch),      static_cast<int>(heads),      static_cast<int>(dim),
                  static_cast<int>(num_tokens), static_cast<int>(num_blocks), static_cast<int>(num_tiles)};
   params.q8 = data<const uint8_t>(q8);
@@ -213,14 +240,14 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
 
 using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor token_of_slot,
-                    Tensor tile_of_block, Tensor kv_num_blocks, Tensor kv_indices, OptionalTensor q_k_mean, int64_t num_tokens,
-                    double softmax_scale, ScalarType out_dtype) {
+Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale,
+                    Tensor token_of_slot, Tensor tile_of_block, Tensor kv_num_blocks, Tensor kv_indices,
+                    OptionalTensor q_k_mean, int64_t num_tokens, double softmax_scale, ScalarType out_dtype) {
   const char* op = "forward";
   const Launch launch(op, q8);
   ForwardParams params;
-  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
-                num_tokens);
+  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks,
+                kv_indices, num_tokens);
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
   params.out_dtype = kernel_dtype(op, "out_dtype", out_dtype);
   params.softmax_scale = static_cast<float>(softmax_scale);
@@ -240,18 +267,18 @@ Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_s
   return {out, lse, row_max, row_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale,
-                                               Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum,
-                                               Tensor token_of_slot, Tensor tile_of_block, Tensor kv_num_blocks,
-                                               Tensor kv_indices, Tensor q_num_blocks, Tensor q_indices, double softmax_scale,
-                                               bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tensor q8, Tensor k8, Tensor v8t,
+                                               Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max,
+                                               Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block,
+                                               Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks,
+                                               Tensor q_indices, double softmax_scale, bool deterministic) {
   const char* op = "backward";
   const Launch launch(op, grad_out);
   FPSATTN_CHECK(out.dim() == 4, op, ": out has shape ", shape_text(out), ", expected (B, H, S, D)");
   const int64_t tokens = out.size(2);
   BackwardParams params;
-  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
-                tokens);
+  fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks,
+                kv_indices, tokens);
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
   const ScalarType type = out.scalar_type();
   params.dtype = kernel_dtype(op, "out", type);
@@ -263,10 +290,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
   check_buffer(op, "row_max", row_max, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
   check_buffer(op, "row_sum", row_sum, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
   params.q = block_lists(op, "q", q_num_blocks, q_indices, q8, batch, heads, num_blocks);
-  token_tensor(op, "grad_out", grad_out);
-  token_tensor(op, "out", out);
-  grad_out = with_aligned_rows(grad_out);
-  out = with_aligned_rows(out);
+  grad_out = with_aligned_rows(op, "grad_out", grad_out);
+  out = with_aligned_rows(op, "out", out);
   params.grad_out = token_tensor(op, "grad_out", grad_out);
   params.out = token_tensor(op, "out", out);
   params.row_max = data<const float>(row_max);
@@ -288,16 +313,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
 
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-AttentionResult attention_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets,
-                             Tensor kv_num_blocks, Tensor kv_indices, OptionalTensor q_num_blocks, OptionalTensor q_indices,
-                             OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, double softmax_scale,
-                             bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool deterministic) {
+AttentionResult attention_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block,
+                             Tensor tile_block_offsets, Tensor kv_num_blocks, Tensor kv_indices,
+                             OptionalTensor q_num_blocks, OptionalTensor q_indices, OptionalTensor k_mean,
+                             OptionalTensor v_absmax, int64_t granularity, double softmax_scale, bool smooth_k,
+                             bool pow2_scales, int64_t k_mean_stride, bool deterministic) {
   (void)q_num_blocks, (void)q_indices, (void)deterministic;  // for the backward, which autograd.py calls
-  auto [q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean] =
-      quantize_op(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales, k_mean_stride);
+  auto [q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean] = quantize_op(
+      q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales, k_mean_stride);
   auto [out, lse, row_max, row_sum] =
-      forward_op(q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
-                 q.size(2), softmax_scale, q.scalar_type());
+      forward_op(q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
+                 q_k_mean, q.size(2), softmax_scale, q.scalar_type());
   return {out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum};
 }
 

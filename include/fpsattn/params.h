@@ -26,6 +26,9 @@ struct TokenTensor {
   int64_t stride_token = 0;
 };
 
+// Largest stride_token, either way, of the inputs of quantize: a byte offset of one token from the next fits 32 bits.
+inline constexpr int64_t kMaxTokenStride = INT32_MAX / 2;
+
 struct ProblemSize {
   int batch = 0;
   int heads = 0;

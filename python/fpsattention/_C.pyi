@@ -29,6 +29,7 @@ class _BuildInfo(TypedDict):
     version: str
     cuda: bool
     cuda_reason: str
+    cuda_version: str
     ptx_only: bool
     torch_version: str
     compiler: str

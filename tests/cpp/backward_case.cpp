@@ -217,6 +217,7 @@ void BackwardRun::upload() {
         lists.max_blocks = std::max(lists.max_blocks, static_cast<int>(list.size()));
       }
     }
+    lists.max_blocks += case_.extra_columns;
     for (const Lists& mask : masks) {
       for (const auto& list : mask) {
         counts.push_back(static_cast<int>(list.size()));

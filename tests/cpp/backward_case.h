@@ -46,6 +46,7 @@ struct BackwardCase {
   Memory memory = Memory::kNhd;  // of out, grad_out and the gradients
   Mask mask = Mask::kDense;
   float magnitude = 1.0f;  // of q and k: how peaked the softmax is
+  int extra_columns = 0;   // of both tables of lists: unused entries beyond the longest list
 };
 
 inline void PrintTo(const BackwardCase& c, std::ostream* out) { *out << c.name; }

@@ -103,6 +103,13 @@ std::vector<BackwardCase> cases() {
                 c.heads = 2;
                 c.head_dim = 64;
               }),
+      variant("lists_wider_than_there_are_blocks",
+              [](C& c) {
+                c.mask = Mask::kRandom;
+                c.extra_columns = 19;
+                c.heads = c.mask_heads = 2;
+                c.head_dim = 64;
+              }),
       variant("own_block_only",
               [](C& c) {
                 c.mask = Mask::kOwnBlock;

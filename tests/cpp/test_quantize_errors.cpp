@@ -51,6 +51,8 @@ TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
       {"with strides (0, 0, 132, 1), expected", [](auto& p) { p.k.stride_token = 132; }},
       {"with strides (0, 4, 0, 1), expected", [](auto& p) { p.v.stride_head = 4; }},
       {"with strides (1, 0, 0, 1), expected", [](auto& p) { p.q.stride_batch = 1; }},
+      {"quantize: k has a token stride of 1073741832 elements, expected at most 1073741823: make it contiguous",
+       [](auto& p) { p.k.stride_token = (1 << 30) + 8; }},
       {"quantize: token_of_slot is at", [](auto& p) { p.token_of_slot += 1; }},
       {"quantize: tile_block_offsets is null", [](auto& p) { p.tile_block_offsets = nullptr; }},
       {"quantize: q8 is at", [](auto& p) { p.q8 += 8; }},
@@ -73,6 +75,26 @@ TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
     } catch (const Error& error) {
       EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos)
           << "got '" << error.what() << "', want '" << bad.text << "'";
+    }
+  }
+}
+
+// The workspace size is asked for before anything is launched: it divides by sizes that may be zero.
+TEST(QuantizeErrors, WorkspaceSizeChecksSizesFirst) {
+  const BadCase cases[] = {
+      {"quantize: num_tiles is 0, expected at least 1", [](auto& p) { p.size.num_tiles = 0; }},
+      {"quantize: num_blocks is 0", [](auto& p) { p.size.num_blocks = 0; }},
+      {"quantize: k_mean_stride is 0, expected at least 1", [](auto& p) { p.k_mean_stride = 0; }},
+      {"quantize: head_dim is 0", [](auto& p) { p.size.head_dim = 0; }},
+  };
+  for (const BadCase& bad : cases) {
+    QuantizeParams params = good_params();
+    bad.spoil(params);
+    try {
+      quantize_workspace_bytes(params);
+      ADD_FAILURE() << "accepted: " << bad.text;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(bad.text), std::string::npos) << error.what();
     }
   }
 }

@@ -19,8 +19,7 @@ void check_lists(const char* name, const BlockLists& lists, const ProblemSize& s
                 ", expected 1 or ", size.heads);
   FPSATTN_CHECK(lists.rows == rows, kOp, ": ", name, ".rows is ", lists.rows, ", expected ", rows, ": one row per ",
                 row_is);
-  FPSATTN_CHECK(lists.max_blocks >= 0 && lists.max_blocks <= size.num_blocks, kOp, ": ", name, ".max_blocks is ",
-                lists.max_blocks, ", expected 0..", size.num_blocks, " (num_blocks)");
+  FPSATTN_CHECK(lists.max_blocks >= 0, kOp, ": ", name, ".max_blocks is ", lists.max_blocks, ", expected at least 0");
   if (lists.max_blocks > 0) {  // nothing is read from indices otherwise
     check_pointer(kOp, name, lists.indices, sizeof(int32_t));
   }
@@ -38,8 +37,8 @@ void check_params(const BackwardParams& p) {
   check_shape(p);
   FPSATTN_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp, ": dtype is ",
                 static_cast<int>(p.dtype), ", expected 0 (BF16) or 1 (FP16)");
-  FPSATTN_CHECK(std::isfinite(p.softmax_scale), kOp, ": softmax_scale is ", p.softmax_scale,
-                ", expected a finite number");
+  FPSATTN_CHECK(std::isfinite(p.softmax_scale) && p.softmax_scale > 0.0f, kOp, ": softmax_scale is ", p.softmax_scale,
+                ", expected a positive finite number");
   const struct {
     const char* name;
     const void* pointer;

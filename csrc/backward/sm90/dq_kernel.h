@@ -23,7 +23,7 @@
 //            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600,
 //                       EX2 1024. Limit: tensor.
 //
-// Invariants list entries are < num_blocks (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
+// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
 //            an empty list stores dQ = 0.
 #pragma once
 
@@ -175,7 +175,9 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   }
   __syncthreads();
 
-  const int64_t list_row = args.keys.row(b, h, args.tile_of_block[block]);
+  const int tile = args.tile_of_block[block];
+  trap_if(static_cast<unsigned>(tile) >= static_cast<unsigned>(args.keys.rows));
+  const int64_t list_row = args.keys.row(b, h, tile);
   const int count = args.keys.num_blocks[list_row];
   const int32_t* list = args.keys.indices + list_row * args.keys.max_blocks;
   trap_if(count < 0 || count > args.keys.max_blocks);

@@ -77,7 +77,7 @@ class Launcher {
     args.q = at<uint16_t>(space_.q), args.k = at<uint16_t>(space_.k), args.v = at<uint16_t>(space_.v);
     args.d_out = at<uint16_t>(space_.d_out);
     args.row_facts = at<float>(space_.row_facts), args.k_scale_of_slot = at<float>(space_.k_scale);
-    args.heads = p.size.heads, args.num_blocks = p.size.num_blocks;
+    args.heads = p.size.heads, args.num_blocks = p.size.num_blocks, args.num_tokens = p.size.num_tokens;
     launch("backward: prepare", prepare_kernel<D>, blocks_, kPrepareThreads, 0, stream_, args);
   }
 

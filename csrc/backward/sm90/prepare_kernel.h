@@ -6,12 +6,14 @@
 //
 // FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): dS would not survive FP16's range.
 // One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO)
-// read, 8 written. Invariant: every byte of the workspace that a main kernel reads is written here on every call.
+// read, 8 written. Invariants: every byte of the workspace that a main kernel reads is written here on every call;
+// tokens are < num_tokens (trapped on otherwise).
 #pragma once
 
 #include "backward/sm90/config.h"
 #include "backward/sm90/elementwise.h"
 #include "backward/sm90/mma.h"
+#include "common/device_check.h"
 
 namespace fpsattn::sm90::bwd {
 
@@ -31,7 +33,7 @@ struct PrepareArgs {
   InputTensor out, grad_out;
   uint16_t *q, *k, *v, *d_out;  // workspace, BF16
   float *row_facts, *k_scale_of_slot;
-  int heads, num_blocks;
+  int heads, num_blocks, num_tokens;
 };
 
 // Eight elements of a row as FP32.
@@ -77,6 +79,7 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
     const int token = args.token_of_slot[block * kBlockSlots + i];
+    trap_if(token >= args.num_tokens);  // for the kernels that follow, too: none of them starts after a trap
     const int64_t slot = head_block * kBlockSlots + i;
     const int64_t element = slot * D + part * 8;
     uint4 q = make_uint4(0, 0, 0, 0), k = q, d_out = q;

@@ -28,8 +28,8 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
     {
       int tokens[kPatchSlots];
       const int32_t* slots = params.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
-      load_tokens(tokens, slots + group * kPatchSlots, params.size.num_tokens);
-      load_patch(patch, rows, tokens, __ldg(slots));
+      load_tokens(tokens, slots + group * kPatchSlots);
+      load_patch(patch, rows, tokens, __ldg(slots), params.size.num_tokens);
 #pragma unroll
       for (int p = 0; p < kPatchSlots; ++p) {
         valid[p / 4] |= (tokens[slot_at_position(p)] >= 0 ? 0xffu : 0u) << (p % 4 * 8);

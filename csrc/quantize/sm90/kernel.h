@@ -20,17 +20,20 @@
 //
 // Barriers   name             kind     arrives       waits                  phase flips
 //            (cta max)        bar 0    the CTA       the CTA                once per CTA
-//            maximum_written  cluster  active CTAs   active CTAs            once; remote maxima may be read after it
-//            maximum_read     cluster  active CTAs   active CTAs, at exit   once; no CTA leaves before it was read
-//            CTAs without work exit at once: exited threads are not waited for, and nobody reads their memory.
+//            exchange_open    cluster  active CTAs   before it sends        once; every CTA's `received` is initialised
+//            received         mbarrier 1 + 4 bytes   the CTA                once; a maximum from every active CTA, its own
+//                                      a CTA                                too. Sent by st.async: no memory barrier
+//            CTAs without work exit at once: exited threads are not waited for, and nobody sends to them.
 //
 // Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses), no spills; 4 (D=128) or 8 (D=64) CTAs per SM
-//            shared    one float per warp and one more
-//            bytes     1.02 of the ideal counted under an emulator (benchmarks/cpp/quantize_bytes.py, limit 1.10)
+//            in flight 16 loads of 16 bytes a thread, in every role: 128 KiB per SM
+//            shared    one float per warp, one mbarrier and 8 floats
+//            bytes     1.05 of the ideal counted under an emulator (benchmarks/cpp/quantize_bytes.py, limit 1.10)
 //            limit     memory, not yet measured on a GPU: 48 KiB a block are 2,600 clocks at 4.3 TB/s, 132 SMs and
 //                      1.755 GHz; the ALU needs at most about 2,300 of them (an upper estimate): not far behind
 //
-// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps);
+// Invariants slot 0 of every block is valid; token_of_slot holds every token once (an index >= S traps); tile offsets
+//            are blocks (one beyond num_blocks traps);
 //            every byte of every output is written on every call.
 #pragma once
 
@@ -47,20 +50,28 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
     rows.store_per_token(work.first_block);
   } else {
     __shared__ float warp_maximum[Config::kThreads / 32];
-    __shared__ float cta_maximum;
-    float absmax = 0.0f;
+    __shared__ ClusterMaximum exchange;
+    if (work.step > 1) {
+      open_exchange(exchange, work.active_ctas);
+    }
+    // Loads end a basic block, in both loops: ptxas would move uses of the first up between them, and wait there.
     int block = work.first_block;
+    rows.load(block);
+    float absmax = 0.0f;
 #pragma unroll 1
-    for (; block < work.end_block; block += work.step) {
-      rows.load(block);
+    for (;;) {
       absmax = rows.absmax(absmax);
+      if (block + work.step >= work.end_block) {
+        break;
+      }
+      block += work.step;
+      rows.load(block);
     }
     absmax = cta_absmax<Config::kThreads>(absmax, warp_maximum);
     if (work.step > 1) {
-      absmax = cluster_absmax(absmax, &cta_maximum, work.active_ctas);
+      absmax = cluster_absmax(absmax, exchange, work.active_ctas);
     }
     const float scale = scale_of_absmax(absmax, params.pow2_scales);
-    block -= work.step;  // still in registers
 #pragma unroll 1
     for (;;) {
       rows.store(block, scale);
@@ -69,9 +80,6 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
         break;
       }
       rows.load(block);
-    }
-    if (work.step > 1) {
-      leave_cluster();
     }
   }
 }

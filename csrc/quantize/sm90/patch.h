@@ -30,21 +30,30 @@ struct Patch {
 
 // 8 channels of all the tokens of one (batch, head).
 struct TokenRows {
-  const uint16_t* base;  // token 0, 16-byte aligned, as every token (the launcher checks it)
-  int64_t stride_token;
+  const char* base;      // token 0, 16-byte aligned, as every token (the launcher checks it)
+  int32_t stride_bytes;  // from token to token: 32 bit, so that an address is one multiply-add
 
+  // Read once, so not kept in L1.
   __device__ __forceinline__ uint4 load(int token) const {
-    return __ldg(reinterpret_cast<const uint4*>(base + token * stride_token));
+    const char* address;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(token), "r"(stride_bytes), "l"(base));
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(address)
+                 : "memory");
+    return x;
   }
 };
 
 __device__ __forceinline__ TokenRows token_rows(const TokenTensor& tensor, int batch, int head, int chunk) {
   const uint16_t* data = static_cast<const uint16_t*>(tensor.data);
-  return {data + batch * tensor.stride_batch + head * tensor.stride_head + chunk * kPatchChannels, tensor.stride_token};
+  data += batch * tensor.stride_batch + head * tensor.stride_head + chunk * kPatchChannels;
+  return {reinterpret_cast<const char*>(data), static_cast<int32_t>(2 * tensor.stride_token)};
 }
 
 // The tokens of 16 consecutive slots, -1 in padding.
-__device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const int32_t* token_of_slot, int num_tokens) {
+__device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const int32_t* token_of_slot) {
 #pragma unroll
   for (int i = 0; i < kPatchSlots; i += 4) {
     const int4 four = __ldg(reinterpret_cast<const int4*>(token_of_slot + i));
@@ -53,22 +62,23 @@ __device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const in
     tokens[i + 2] = four.z;
     tokens[i + 3] = four.w;
   }
-  int largest = tokens[0];
-#pragma unroll
-  for (int i = 1; i < kPatchSlots; ++i) {
-    largest = max(largest, tokens[i]);
-  }
-  trap_if(largest >= num_tokens);
 }
 
 // A padding slot repeats slot 0 of its block, which is valid. In Q and K it changes no maximum and ends up with that
 // slot's bytes, as specified; V masks it out.
 __device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, const int (&tokens)[kPatchSlots],
-                                           int first_token_of_block) {
+                                           int first_token_of_block, int num_tokens) {
+  int largest = tokens[0];
+#pragma unroll
+  for (int i = 1; i < kPatchSlots; ++i) {
+    largest = max(largest, tokens[i]);
+  }
 #pragma unroll
   for (int i = 0; i < kPatchSlots; ++i) {
     patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
   }
+  trap_if(largest >= num_tokens);  // behind the loads, in front of every use
+  __syncwarp();                    // after a trap ptxas takes no warp for converged, and doubles every shuffle
 }
 
 }  // namespace fpsattn::sm90::quantization

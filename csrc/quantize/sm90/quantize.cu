@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/check_params.h"
 #include "common/element.h"
@@ -38,18 +39,30 @@ size_t partial_floats(const QuantizeParams& params, int parts) {
   return static_cast<size_t>(params.size.batch) * params.size.heads * parts * params.size.head_dim;
 }
 
-void check(const QuantizeParams& params) {
+// What TokenRows can read: 16 bytes at a time, 32-bit strides of tokens.
+void check_rows(const char* name, const TokenTensor& tensor) {
+  check_tensor(kOp, name, tensor, true);
+  FPSATTN_CHECK(std::abs(tensor.stride_token) <= kMaxTokenStride, kOp, ": ", name, " has a token stride of ",
+                tensor.stride_token, " elements, expected at most ", kMaxTokenStride, ": make it contiguous");
+}
+
+// What the workspace size hangs on, and what is divided by.
+void check_sizes(const QuantizeParams& params) {
   check_size(kOp, params.size);
+  FPSATTN_CHECK(params.k_mean_stride >= 1, kOp, ": k_mean_stride is ", params.k_mean_stride, ", expected at least 1");
+}
+
+void check(const QuantizeParams& params) {
+  check_sizes(params);
   FPSATTN_CHECK(params.dtype == DType::kBFloat16 || params.dtype == DType::kFloat16, kOp, ": dtype is ",
                 static_cast<int>(params.dtype), ", expected 0 (bfloat16) or 1 (float16)");
   FPSATTN_CHECK(params.granularity == Granularity::kTile || params.granularity == Granularity::kBlock ||
                     params.granularity == Granularity::kToken,
                 kOp, ": granularity is ", static_cast<int>(params.granularity),
                 ", expected 0 (tile), 1 (block) or 2 (token)");
-  FPSATTN_CHECK(params.k_mean_stride >= 1, kOp, ": k_mean_stride is ", params.k_mean_stride, ", expected at least 1");
-  check_tensor(kOp, "q", params.q, true);
-  check_tensor(kOp, "k", params.k, true);
-  check_tensor(kOp, "v", params.v, true);
+  check_rows("q", params.q);
+  check_rows("k", params.k);
+  check_rows("v", params.v);
   check_pointer(kOp, "token_of_slot", params.token_of_slot);
   check_pointer(kOp, "tile_block_offsets", params.tile_block_offsets, 4);
   check_pointer(kOp, "q8", params.q8);
@@ -119,6 +132,7 @@ void launch(const QuantizeParams& params, const Plan& plan, cudaStream_t stream)
 
 size_t quantize_workspace_bytes(const QuantizeParams& params) {
   using namespace sm90::quantization;
+  check_sizes(params);
   const Plan plan = make_plan(params);
   return sizeof(float) * (partial_floats(params, plan.k_parts) + partial_floats(params, plan.v_parts));
 }

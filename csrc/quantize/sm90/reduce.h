@@ -1,9 +1,10 @@
 // Reductions: over the lanes that share a row, over a CTA, over the cluster that shares a tile.
 #pragma once
 
-#include <cooperative_groups.h>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "common/fp8.h"
+#include "common/mbarrier.h"
 #include "quantize/sm90/config.h"
 
 namespace fpsattn::sm90::quantization {
@@ -46,26 +47,39 @@ __device__ __forceinline__ float cta_absmax(float value, float* scratch) {
   return value;
 }
 
-// The same over the first `ctas` CTAs of the cluster; the others have exited. Two cluster barriers: `maximum_written`
-// here; `maximum_read` is arrived at here and waited for by leave_cluster(), so that no CTA exits while another reads
-// its memory.
-__device__ __forceinline__ float cluster_absmax(float value, float* shared_maximum, int ctas) {
-  namespace cg = cooperative_groups;
-  cg::cluster_group cluster = cg::this_cluster();
+// The maxima that the CTAs of a cluster send each other; a copy in the shared memory of each.
+struct ClusterMaximum {
+  Mbarrier received;  // `from` is complete
+  float from[kMaxClusterSize];
+};
+
+// Before the first load, so that nobody waits later. cluster_absmax may send once every CTA has been here.
+__device__ __forceinline__ void open_exchange(ClusterMaximum& exchange, int ctas) {
   if (threadIdx.x == 0) {
-    *shared_maximum = value;
+    exchange.received.init(1);
+    fence_mbarrier_init();
+    exchange.received.arrive_expect_bytes(ctas * static_cast<int>(sizeof(float)));
   }
-  cluster.sync();  // maximum_written
-#pragma unroll 1   // the patch leaves no registers for more
-  for (int rank = 0; rank < ctas; ++rank) {
-    value = absmax_nan(value, *cluster.map_shared_rank(shared_maximum, rank));
-  }
-  cluster.barrier_arrive();  // maximum_read
-  return value;
+  __syncwarp();
+  cute::cluster_arrive_relaxed();  // exchange_open
 }
 
-__device__ __forceinline__ void leave_cluster() {
-  cooperative_groups::this_cluster().barrier_wait();  // maximum_read
+// cta_absmax over the first `ctas` CTAs of the cluster; the others have exited. Thread i sends this CTA's maximum to
+// CTA i. A CTA leaves when it has received: nothing is under way to it then, and nobody reads its memory.
+__device__ __forceinline__ float cluster_absmax(float value, ClusterMaximum& exchange, int ctas) {
+  cute::cluster_wait();  // exchange_open
+  if (threadIdx.x < ctas) {
+    cute::store_shared_remote(__float_as_uint(value), shared_address(&exchange.from[cute::block_rank_in_cluster()]),
+                              shared_address(&exchange.received), threadIdx.x);
+  }
+  exchange.received.wait(0);
+  const int rank = threadIdx.x % kMaxClusterSize;
+  value = rank < ctas ? exchange.from[rank] : 0.0f;
+#pragma unroll
+  for (int offset = kMaxClusterSize / 2; offset > 0; offset /= 2) {
+    value = absmax_nan(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  return value;
 }
 
 }  // namespace fpsattn::sm90::quantization

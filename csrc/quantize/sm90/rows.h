@@ -32,17 +32,19 @@ class RowQuantizer {
   __device__ __forceinline__ void load(int block) {
     const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
     int tokens[kPatchSlots];
-    load_tokens(tokens, slots + first_row_, params_.size.num_tokens);
-    load_patch(patch_, rows_, tokens, __ldg(slots));
+    load_tokens(tokens, slots + first_row_);
+    load_patch(patch_, rows_, tokens, __ldg(slots), params_.size.num_tokens);
   }
 
-  // Largest |x| of the patch and of `so_far`.
+  // Largest |x| of the patch and of `so_far`, in independent chains: one of 128 steps would wait for its own latency.
   __device__ __forceinline__ float absmax(float so_far) const {
+    constexpr int kChains = 4;
+    float chain[kChains] = {so_far};
 #pragma unroll
     for (int i = 0; i < kPatchSlots; ++i) {
-      so_far = row_absmax(i, so_far);
+      chain[i % kChains] = row_absmax(i, chain[i % kChains]);
     }
-    return so_far;
+    return absmax_nan(absmax_nan(chain[0], chain[1]), absmax_nan(chain[2], chain[3]));
   }
 
   // One scale for the whole block (it may belong to a tile of several).

@@ -33,13 +33,11 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
   const int chunk = threadIdx.x % Config::kChunks;
   const int row_lane = threadIdx.x / Config::kChunks;
   float total[kPatchChannels] = {};
-  for (int64_t row = first + row_lane; row < last; row += kUnroll * kRowsAtATime) {
+  const auto reduce_unrolled = [&](int64_t row, auto load) {
     uint4 loaded[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int64_t r = row + i * kRowsAtATime;
-      loaded[i] =
-          r < last ? rows.load(static_cast<int>(r * step)) : make_uint4(0, 0, 0, 0);  // zero changes neither result
+      loaded[i] = load(row + i * kRowsAtATime);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -49,6 +47,17 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
         total[c] = op(total[c], Config::Element::to_float(words[c / 2], c % 2));
       }
     }
+  };
+  constexpr int kStep = kUnroll * kRowsAtATime;
+  int64_t row = first + row_lane;
+  for (; row - row_lane + kStep <= last; row += kStep) {
+    reduce_unrolled(row, [&](int64_t r) { return rows.load(static_cast<int>(r * step)); });
+  }
+  if (row < last) {  // a loaded row that is not there counts as zeros, which change neither result
+    reduce_unrolled(row, [&](int64_t r) {
+      const uint4 x = rows.load(static_cast<int>(min(r, last - 1) * step));
+      return r < last ? x : make_uint4(0, 0, 0, 0);
+    });
   }
 #pragma unroll
   for (int c = 0; c < kPatchChannels; ++c) {

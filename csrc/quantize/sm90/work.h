@@ -3,13 +3,16 @@
 
 #include <cstdint>
 
+#include "common/device_check.h"
 #include "quantize/sm90/config.h"
 
 namespace fpsattn::sm90::quantization {
 
-// blockIdx = (group * heads + head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D)
-// memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. A group is a tile, or a block where
-// blocks do not share a scale; CTA `rank` of a cluster has blocks rank, rank + cluster_size ...
+// blockIdx = (index of group and head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D)
+// memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. Groups and batches go from last to
+// first: the statistics kernel ended with the last tokens of V, which are still in the L2 cache, and the forward begins
+// with the first blocks. A group is a tile, or a block where blocks do not share a scale; CTA `rank` of a cluster has
+// blocks rank, rank + cluster_size ...
 struct WorkItem {
   int batch;
   int head;
@@ -25,10 +28,10 @@ struct WorkItem {
 
 __device__ __forceinline__ WorkItem work_item(const QuantizeParams& params, const Plan& plan) {
   const unsigned rank = blockIdx.x % plan.cluster_size;
-  const unsigned index = blockIdx.x / plan.cluster_size;
+  const unsigned index = (gridDim.x - 1 - blockIdx.x) / plan.cluster_size;
   const int group = index / params.size.heads;
   WorkItem work;
-  work.batch = blockIdx.z;
+  work.batch = gridDim.z - 1 - blockIdx.z;
   work.head = index % params.size.heads;
   int begin = group;
   work.end_block = group + 1;
@@ -36,6 +39,7 @@ __device__ __forceinline__ WorkItem work_item(const QuantizeParams& params, cons
     begin = __ldg(params.tile_block_offsets + group);
     work.end_block = __ldg(params.tile_block_offsets + group + 1);
   }
+  trap_if(begin < 0 || work.end_block > params.size.num_blocks);
   work.first_block = begin + rank;
   work.step = plan.cluster_size;
   work.active_ctas = min(plan.cluster_size, work.end_block - begin);
