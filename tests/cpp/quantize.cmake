@@ -1,9 +1,7 @@
 # Tests of csrc/quantize.
 if(FPSATTN_HAS_CUDA)
-  include("${CMAKE_CURRENT_LIST_DIR}/support/device_test.cmake")
   fpsattn_add_device_test(test_quantize test_quantize.cpp quantize_case.cpp)
 
-  add_executable(test_quantize_errors test_quantize_errors.cpp)
-  target_link_libraries(test_quantize_errors PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
-  add_test(NAME test_quantize_errors COMMAND test_quantize_errors)
+  fpsattn_add_gtest(test_quantize_errors test_quantize_errors.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_device_run(test_quantize_errors test_quantize_errors)
 endif()
