@@ -42,7 +42,8 @@ if(NOT CMAKE_CUDA_COMPILER)
   if(FPSATTN_CUDA_WHEELS STREQUAL "OFF")
     set(FPSATTN_CUDA_REASON "no nvcc found: install the CUDA toolkit (>= 12.4) and set CUDA_HOME")
   elseif(FPSATTN_BUILD_CUDA STREQUAL "ON" OR hopper OR FPSATTN_CUDA_WHEELS STREQUAL "ON")
-    unset(CMAKE_CUDA_COMPILER CACHE)  # check_language left NOTFOUND there
+    unset(CMAKE_CUDA_COMPILER)  # check_language left NOTFOUND there
+    unset(CMAKE_CUDA_COMPILER CACHE)
     fpsattn_fetch_toolkit()
   else()
     set(FPSATTN_CUDA_REASON "neither nvcc nor a Hopper GPU found: FPSATTN_BUILD_CUDA=ON builds the kernels all the same, with nvcc from the package index")
