@@ -2,9 +2,8 @@
 # Runs every test: Python (pytest), C++ (ctest), and the sm_90a kernels through the torch ops. Needs the package installed in
 # the current Python environment (README's first command). Exit status 0 only if everything passed.
 #
-# Device tests run natively on a Hopper GPU; without one, under the emulator named by FPSATTN_EMULATOR (path of its launcher);
-# with neither they are skipped, and say so. FPSATTN_SASSBUDGET names the SASS budget tool for tests/static (optional too).
-# Environment: PYTHON (default: python), FPSATTN_TEST_BUILD (default: build/tests), FPSATTN_TEST_JOBS (default: cores).
+# Device tests run natively on a Hopper GPU; without one, under the emulator of tools/hopper-emu.
+# Environment: FPSATTN_EMULATOR (another launcher), PYTHON (default: python), FPSATTN_TEST_BUILD (default: build/tests), FPSATTN_TEST_JOBS (default: cores).
 set -uo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
@@ -33,7 +32,7 @@ library=$("$python" -c "import fpsattention, pathlib; print(pathlib.Path(fpsatte
 mkdir -p "$(dirname "$build")"
 
 gpu=no; nvidia-smi -L >/dev/null 2>&1 && gpu=yes
-emulator=""; [ "$gpu" = no ] && emulator=${FPSATTN_EMULATOR:-}
+emulator=""; [ "$gpu" = no ] && emulator=${FPSATTN_EMULATOR:-$PWD/tools/hopper-emu/bin/hopper-emu}
 # One thread per worker: the tests are small, and torch's own threads would only fight each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 FPSATTN_BUILD_DIR="$library"
 

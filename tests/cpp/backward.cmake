@@ -1,14 +1,10 @@
-#Tests of csrc / backward.
-if (FPSATTN_HAS_CUDA)
-include("${CMAKE_CURRENT_LIST_DIR}/support/device_test.cmake")
-    fpsattn_add_device_test(test_backward test_backward.cpp backward_case.cpp)
+# Tests of csrc/backward.
+if(FPSATTN_HAS_CUDA)
+  fpsattn_add_device_test(test_backward test_backward.cpp backward_case.cpp)
 
-        fpsattn_add_device_test(test_backward_guard test_backward_guard.cpp backward_case.cpp)
-            foreach (case query_block kv_block list_length tile token) #a process each
-    : a trap costs the context
-      add_test(NAME test_backward_guard.${case} COMMAND test_backward_guard-- gtest_filter = */ ${case})
-          set_tests_properties(test_backward_guard.${case} PROPERTIES LABELS "device") endforeach()
+  fpsattn_add_gtest(test_backward_guard test_backward_guard.cpp backward_case.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_device_cases(test_backward_guard query_block kv_block list_length tile token)
 
-              add_executable(test_backward_errors test_backward_errors.cpp)
-                  target_link_libraries(test_backward_errors PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
-                      add_test(NAME test_backward_errors COMMAND test_backward_errors) endif()
+  fpsattn_add_gtest(test_backward_errors test_backward_errors.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_device_run(test_backward_errors test_backward_errors)
+endif()
