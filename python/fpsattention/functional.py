@@ -9,23 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BuildError, ConfigError, UnsupportedError
-from .ops import reference
-from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS, KERNEL_DTYPES
+from .errors import ConfigError
+from .layout import masks, tiles
+from .ops.attend import attend
+from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS
 
-try:
-    from .layout import masks, tiles
-    from .ops import core as ops
-
-    _BUILD_ERROR: BuildError | None = None
-except BuildError as error:  # importing the package must work, so that `fpsattn doctor` can say what is missing
-    _BUILD_ERROR = error
-
-BACKENDS = ("auto", "sm90", "cpu", "reference")
 LAYOUTS = ("NHD", "HND")
-# token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices: in the ops' order
-Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-_DOCTOR = "run `fpsattn doctor` for what is missing and how to mend it"
 
 
 def _fail(text: str) -> ConfigError:
@@ -44,7 +33,7 @@ def attention(
     granularity: str = "tile",
     scale: float | None = None,
     smooth_k: bool = True,
-    pow2_scales: bool | None = None,
+    pow2_scales: bool = False,
     text_len: int = 0,
     text_position: str = "suffix",
     tensor_layout: str = "NHD",
@@ -67,7 +56,7 @@ def attention(
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
         scale: softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
-        pow2_scales: round scales up to powers of two. None: True where gradients are needed, else False.
+        pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error.
         text_len, text_position: text tokens of the same sequence, after ("suffix") or before ("prefix") the video.
         return_lse: also return the log-sum-exp of the scores, f32 ``(B, H, S)``, natural logarithm, not differentiable.
         backend: "sm90" (Hopper GPUs), "cpu", "reference" (slow, plain PyTorch), or "auto": by the device of q.
@@ -84,8 +73,6 @@ def attention(
     A row with nothing to attend gives 0 (lse -inf). A NaN or Inf in q, k or v makes every output that attends it NaN.
     Numerics: ``docs/numerics.md``. Method: FPSAttention, arXiv 2506.04648; windows: Sliding Tile Attention, arXiv 2502.04507.
     """
-    if _BUILD_ERROR is not None:
-        raise BuildError(str(_BUILD_ERROR))
     _check_tensors(q, k, v, tensor_layout)
     num_tokens, heads = (q.shape[1], q.shape[2]) if tensor_layout == "NHD" else (q.shape[2], q.shape[1])
     if granularity not in GRANULARITIES:
@@ -96,30 +83,21 @@ def attention(
     extra = [_statistic(name, x, q, heads) for name, x in (("k_mean", k_mean), ("v_absmax", v_absmax))]
     if k_mean is not None and not smooth_k:
         raise _fail("k_mean is given but smooth_k is False: nothing would be subtracted")
-    backend = _resolve_backend(backend, q)
-
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    lists = _resolve_lists(
-        grid, tile, window, block_mask, text_len, text_position, (q.shape[0], heads, num_tokens), q.device, needs_grad
+    mask = _resolve_lists(
+        grid, tile, window, block_mask, text_len, text_position, (q.shape[0], heads, num_tokens), q.device
     )
-    if tensor_layout == "NHD":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-
-    call = {"cpu": _op("fpsattn"), "sm90": _op("fpsattn_sm90"), "reference": _reference}[backend]
-    out, lse = call(
-        q, k, v, *lists,
-        granularity=GRANULARITIES[granularity],
-        softmax_scale=scale,
+    out, lse = attend(
+        q, k, v, mask,
+        granularity=granularity,
+        scale=scale,
         smooth_k=bool(smooth_k),
-        pow2_scales=needs_grad if pow2_scales is None else bool(pow2_scales),
-        k_mean_stride=max(1, min(8, num_tokens // 1024)),
+        pow2_scales=bool(pow2_scales),
         k_mean=extra[0],
         v_absmax=extra[1],
         deterministic=bool(deterministic),
-    )[:2]  # fmt: skip
-    if tensor_layout == "NHD":
-        out = out.transpose(1, 2)
+        tensor_layout=tensor_layout,
+        backend=backend,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -159,51 +137,6 @@ def _statistic(name: str, x: Tensor | None, q: Tensor, heads: int) -> Tensor | N
     return x.detach().float()
 
 
-# Backend -----------------------------------------------------------------------------------------------------------------
-
-
-def _resolve_backend(backend: str, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise _fail(f"backend {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    device = q.device
-    if backend == "auto":
-        if device.type not in ("cpu", "cuda"):
-            raise UnsupportedError(
-                f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v"
-            )
-        backend = "sm90" if device.type == "cuda" else "cpu"
-    if backend == "cpu" and device.type != "cpu":
-        raise _fail(f"backend 'cpu' but q is on {device}: pass CPU tensors, or backend='auto'")
-    if backend == "sm90":
-        problem = _sm90_problem(device)
-        if problem:
-            raise UnsupportedError(
-                f"fpsattention.attention: the sm_90a kernels cannot take q on {device}: {problem}; {_DOCTOR}"
-            )
-        if q.dtype not in KERNEL_DTYPES:
-            raise _fail(f"q has dtype {q.dtype}, the sm_90a kernels take bfloat16 or float16: cast q, k and v")
-    return backend
-
-
-@torch.compiler.assume_constant_result
-def _sm90_problem(device: torch.device) -> str:
-    """Why the sm_90a kernels cannot run on ``device``; "" where they can."""
-    missing = ops.sm90_missing()
-    if missing:
-        return missing
-    if device.type == "cpu":
-        if ops.sm90_on_host():
-            return ""
-        return "they need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for running them under an emulator)"
-    if device.type != "cuda":
-        return "they need a CUDA tensor"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) == (9, 0):
-        return ""
-    name = torch.cuda.get_device_name(device)
-    return f"{name} has compute capability {major}.{minor}, they are built for 9.0 (Hopper: H100, H200, H20); backend='reference' runs anywhere, slowly"
-
-
 # Mask --------------------------------------------------------------------------------------------------------------------
 
 
@@ -216,14 +149,13 @@ def _resolve_lists(
     text_position: str,
     sizes: tuple[int, int, int],
     device: torch.device,
-    transposed: bool,
-) -> Lists:
-    """The tables of the ops on ``device``. ``sizes``: batch, heads, tokens of q; ``transposed``: a backward will follow."""
+) -> masks.BlockMask | masks.Lists:
+    """The mask of the call on ``device``. ``sizes``: batch, heads, tokens of q."""
     batch, heads, num_tokens = sizes
     grid = _constants(grid)
     _check_tokens(grid, text_len, num_tokens)
     if block_mask is None:
-        return _planned_lists(grid, _constants(tile), _constants(window), text_len, text_position, device, transposed)
+        return _planned_lists(grid, _constants(tile), _constants(window), text_len, text_position, device)
     if window is not None:
         raise _fail(f"window {tuple(window)} and block_mask are both given: pass one of them")
     if not isinstance(block_mask, masks.BlockMask):
@@ -246,7 +178,7 @@ def _resolve_lists(
             f"block_mask has lists for {of_batch} samples and {of_heads} heads, "
             f"expected {batch} or 1 samples and {heads} or 1 heads like q"
         )
-    return _lists(block_mask if block_mask.device == device else block_mask.to(device), transposed)
+    return block_mask.to(device)
 
 
 def _check_tokens(grid: Sequence[int] | None, text_len: int, num_tokens: int) -> None:
@@ -267,67 +199,9 @@ def _constants(sizes: Any) -> Any:
 
 @torch.compiler.assume_constant_result
 def _planned_lists(
-    grid: Any, tile: Any, window: Any, text_len: int, text_position: str, device: torch.device, transposed: bool
-) -> Lists:
+    grid: Any, tile: Any, window: Any, text_len: int, text_position: str, device: torch.device
+) -> masks.Lists:
     layout = tiles.plan(grid, tile, text_len, text_position)
     mask = masks.dense_mask(layout) if window is None else masks.sliding_tile_mask(layout, window)
-    if transposed:
-        mask.transpose()  # on the CPU, once: the copy on the device takes it along
-    return _lists(mask.to(device), transposed)
-
-
-def _lists(mask: masks.BlockMask, transposed: bool) -> Lists:
-    layout = mask.layout
-    q_num_blocks, q_indices = mask.transpose() if transposed else (None, None)
-    return (
-        layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets,
-        mask.kv_num_blocks, mask.kv_indices, q_num_blocks, q_indices,
-    )  # fmt: skip
-
-
-# Implementations ---------------------------------------------------------------------------------------------------------
-
-
-def _op(namespace: str) -> Any:
-    return getattr(torch.ops, namespace).attention
-
-
-class _Reference(torch.autograd.Function):
-    """``reference.py`` with its straight-through backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices = tables
-        softmax_scale = options["softmax_scale"]
-        quantized = reference.quantize(
-            q, k, v, token_of_slot, tile_block_offsets,
-            **{name: x for name, x in options.items() if name != "softmax_scale"},
-        )  # fmt: skip
-        lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
-        result = reference.forward(
-            *quantized[:6], *lists, num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
-            q_k_mean=quantized.q_k_mean,
-        )  # fmt: skip
-        ctx.save_for_backward(result.out, *quantized[:6], result.row_max, result.row_sum, *lists)
-        ctx.softmax_scale = softmax_scale
-        ctx.mark_non_differentiable(result.lse)
-        return result.out, result.lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-        out, *saved = ctx.saved_tensors
-        gradients = reference.backward(grad_out, out, *saved, softmax_scale=ctx.softmax_scale)
-        return (*(g.to(out.dtype) for g in gradients), None, None)
-
-
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None, deterministic: bool, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """On the CPU, whatever the device of q; always deterministic."""
-    on_cpu = tuple(x.cpu() for x in tables[:5] if x is not None)
-    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
-    out, lse = _Reference.apply(q.cpu(), k.cpu(), v.cpu(), on_cpu, options)
-    return out.to(q.device), lse.to(q.device)
+    mask.transpose()  # on the CPU, once: the copy on the device takes it along
+    return mask.to(device).lists(transposed=True)

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,15 +52,6 @@ def resolve_window(window: Window, layout: TileLayout) -> Grid:
         size[min(fits, key=lambda a: (size[a] * tile[a], -a))] += 1
 
 
-class Lists(NamedTuple):
-    """Block lists of a launch; the transposed ones only where a backward may follow. Shapes as in ``masks.BlockMask``."""
-
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    q_num_blocks: Tensor | None
-    q_indices: Tensor | None
-
-
 @dataclass(frozen=True)
 class Part:
     """One kernel launch: the samples (int64 indices into the batch; None: all) that share a kernel class."""
@@ -69,7 +59,7 @@ class Part:
     samples: Tensor | None
     precision: str
     granularity: str
-    lists: Lists | None  # None: the model's own attention
+    mask: BlockMask | None  # None: the model's own attention
 
 
 @dataclass(frozen=True)
@@ -185,7 +175,7 @@ class LevelTables:
 
         Args:
             segments: segment of every sample, ``[B]``: a device tensor (allowed unless ``needs_host``) or, on the host, a sequence.
-            backward: also provide the transposed lists.
+            backward: also provide the transposed lists of the masks.
         """
         tables = self.tables(grid)
         layout = tables.layout.to(device)
@@ -199,8 +189,8 @@ class LevelTables:
                 parts = (Part(None, "bf16", "", None),)
             else:
                 mask = _on(tables.stacked(group) if len(levels) > 1 else tables.mask(group, 0), device, backward)
-                lists = _lists(mask.select(segments) if len(levels) > 1 else mask, backward)
-                parts = (Part(None, "fp8", levels[0].granularity, lists),)
+                mask = mask.select(segments) if len(levels) > 1 else mask
+                parts = (Part(None, "fp8", levels[0].granularity, mask),)
             calls.append(Call(grid, layout.num_tokens, layout, parts, order, names))
         return calls
 
@@ -213,16 +203,15 @@ class LevelTables:
             by_class.setdefault(levels[segment].kernel_class, []).append(sample)
         parts = []
         for (precision, granularity), samples in by_class.items():
-            lists = None
+            mask = None
             if precision == "fp8":
                 wanted = [segments[sample] for sample in samples]
                 if len(set(wanted)) == 1:
                     mask = _on(tables.mask(group, wanted[0]), device, backward)
                 else:
                     mask = _on(tables.stacked(group), device, backward).select(_index(tuple(wanted), device))
-                lists = _lists(mask, backward)
             index = None if len(by_class) == 1 else _index(tuple(samples), device)
-            parts.append(Part(index, precision, granularity, lists))
+            parts.append(Part(index, precision, granularity, mask))
         if len(parts) == 1:
             return tuple(parts), None
         flat = [sample for samples in by_class.values() for sample in samples]
@@ -238,7 +227,3 @@ def _on(mask: BlockMask, device: torch.device, backward: bool) -> BlockMask:
     if backward:
         mask.transpose()  # on the CPU, where it is compact; it travels with the mask
     return mask.to(device)
-
-
-def _lists(mask: BlockMask, backward: bool) -> Lists:
-    return Lists(mask.kv_num_blocks, mask.kv_indices, *(mask.transpose() if backward else (None, None)))

@@ -11,10 +11,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
-from ..functional import _resolve_backend
+from ..ops.attend import attend
 from .levels import Call, Part
-
-GRANULARITY_CODES = {"tile": 0, "block": 1, "token": 2}
 
 #: Called with (layer name, q, k, v, output); q, k, v ``(B, S, H, D)`` after RoPE, output ``(B, S, H * D)``.
 Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
@@ -42,10 +40,10 @@ def project(
     return query, key, value
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, call: Call, part: Part) -> Tensor:
-    """What ``fpsattention.attention`` does after its argument checks, on ``(B, S, H, D)``; returns the same shape, contiguous.
+def attend_part(query: Tensor, key: Tensor, value: Tensor, part: Part) -> Tensor:
+    """FP8 attention of one kernel launch, on ``(B, S, H, D)``; returns the same shape, contiguous.
 
-    The lists come ready from the pre-hook, so nothing of a mask is rebuilt or checked per layer.
+    The mask comes ready from the pre-hook, so nothing of it is rebuilt or checked per layer.
 
     Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
     next, so the cast costs nothing that counts.
@@ -53,30 +51,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: Call, part: Part) ->
     dtype = value.dtype
     if dtype == torch.float32 and value.device.type != "cpu":
         dtype = torch.bfloat16
-    query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-    layout, lists = call.layout, part.lists
-    assert lists is not None
-    namespace = torch.ops.fpsattn_sm90 if _resolve_backend("auto", query) == "sm90" else torch.ops.fpsattn
-    out = namespace.attention(
-        query,
-        key,
-        value,
-        layout.token_of_slot,
-        layout.tile_of_block,
-        layout.tile_block_offsets,
-        lists.kv_num_blocks,
-        lists.kv_indices,
-        lists.q_num_blocks,
-        lists.q_indices,
-        granularity=GRANULARITY_CODES[part.granularity],
-        softmax_scale=query.shape[-1] ** -0.5,
-        smooth_k=True,
-        # As in fpsattention.attention: exact BF16 dequantization where a backward may follow, a subsampled K mean. Grad mode as it
-        # was when the transformer's forward began: reentrant checkpointing turns it off inside, and on in the recomputation.
-        pow2_scales=lists.q_indices is not None,
-        k_mean_stride=max(1, min(8, query.shape[2] // 1024)),
-    )[0]
-    return out.transpose(1, 2)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    assert part.mask is not None
+    return attend(query, key, value, part.mask, granularity=part.granularity)[0]
 
 
 class FPSWanAttnProcessor(WanAttnProcessor):
@@ -177,7 +154,7 @@ class FPSWanAttnProcessor(WanAttnProcessor):
         part: Part,
     ) -> Tensor:
         observing = bool(self.observers) and not torch.compiler.is_compiling()
-        if part.lists is None:
+        if part.mask is None:
             out = self.original(attn, hidden_states, None, None, rotary_emb)
             if observing:
                 with torch.no_grad():
@@ -185,7 +162,7 @@ class FPSWanAttnProcessor(WanAttnProcessor):
                 self._observe(*qkv, out)
             return out
         query, key, value = project(attn, hidden_states, rotary_emb)
-        out = attend(query, key, value, call, part)
+        out = attend_part(query, key, value, part)
         if observing:
             self._observe(query, key, value, out)
         out = out.flatten(2).type_as(query)

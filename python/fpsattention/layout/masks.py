@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,23 @@ from . import flex
 from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, core, int3
 
 _MASK_CACHE_SIZE = 64
+
+
+class Lists(NamedTuple):
+    """What the ops read of a mask and its layout, in their order; shapes as in :class:`BlockMask` and ``TileLayout``."""
+
+    token_of_slot: Tensor
+    tile_of_block: Tensor
+    tile_block_offsets: Tensor
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_num_blocks: Tensor | None  # the transpose: only for a backward
+    q_indices: Tensor | None
+
+    def to(self, device: torch.device | str) -> Lists:
+        """The same on ``device``."""
+        moved = (x if x is None else x.to(device) for x in self)
+        return Lists(*moved)  # type: ignore[arg-type]  # None stays where None was
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +169,14 @@ class BlockMask:
             else:
                 self._transposed.append(_transpose_on_device(self))
         return self._transposed[0]
+
+    def lists(self, transposed: bool) -> Lists:
+        """The tables of the ops; ``transposed``: with the lists that a backward walks."""
+        layout = self.layout
+        return Lists(
+            layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, self.kv_num_blocks, self.kv_indices,
+            *(self.transpose() if transposed else (None, None)),
+        )  # fmt: skip
 
     @property
     def density(self) -> float:

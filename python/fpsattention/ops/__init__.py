@@ -1,1 +1,3 @@
-"""``torch.ops.fpsattn.*``: schemas, CPU kernels, fakes and derivatives (:mod:`.core` registers them), and the reference."""
+"""``torch.ops.fpsattn.*``: importing this package registers schemas, kernels, fakes and derivatives (:mod:`.core`)."""
+
+from . import core  # noqa: F401

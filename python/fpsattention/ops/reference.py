@@ -24,6 +24,17 @@ V_SLOT_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 TILE, BLOCKWISE, TOKEN = 0, 1, 2  # granularity codes of the ops
 
 
+class Operands(NamedTuple):
+    """What forward and backward read of a :class:`Quantized`: its first six tensors."""
+
+    q8: Tensor
+    k8: Tensor
+    v8t: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+
 class Quantized(NamedTuple):
     """What the quantizer hands to the attention kernels (``torch.ops.fpsattn.quantize`` returns the same, in this order)."""
 
@@ -35,6 +46,11 @@ class Quantized(NamedTuple):
     v_scale: Tensor  # f32 [B, H, D]
     k_mean: Tensor  # f32 [B, H, D], zeros without smoothing
     q_k_mean: Tensor  # f32 [B, H, S]: q . k_mean
+
+    @property
+    def operands(self) -> Operands:
+        """The tensors that forward and backward take."""
+        return Operands(self.q8, self.k8, self.v8t, self.q_scale, self.k_scale, self.v_scale)
 
 
 class Forward(NamedTuple):
