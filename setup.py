@@ -106,6 +106,4 @@ class BuildCMake(build_ext):
         return {}  # nothing is copied to the source folder: an editable install builds there
 
 
-setup(
-    ext_modules=[Extension("fpsattention._C", sources=[])], cmdclass={"build": Build, "build_ext": BuildCMake}
-)
+setup(ext_modules=[Extension("fpsattention._C", sources=[])], cmdclass={"build": Build, "build_ext": BuildCMake})

@@ -92,7 +92,9 @@ def test_wheel_from_sdist_without_torch(sdist, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
     assert not list(site.rglob("removed_module.py"))
     used = json.loads(run(sys.executable, "-c", USE, cwd=tmp_path, PYTHONPATH=str(site)))
-    pinned = re.search(r"set\(FPSATTN_TORCH_HEADERS_VERSION (\S+)\)", (ROOT / "cmake/fpsattn_torch_headers.cmake").read_text())
+    pinned = re.search(
+        r"set\(FPSATTN_TORCH_HEADERS_VERSION (\S+)\)", (ROOT / "cmake/fpsattn_torch_headers.cmake").read_text()
+    )
     assert used["file"].startswith(str(site)) and used["torch_version"] == pinned[1] and not used["cuda"]
     tests = [f"tests/python/test_{name}.py" for name in ("tiles", "masks", "schedule")]
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked, PYTHONPATH=str(site))
