@@ -199,6 +199,7 @@ def read_png(path):
     return imread(path)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_deterministic(tmp_path):
     layout = plan((4, 8, 9), (2, 4, 3), text_len=5)
     mask = sliding_tile_mask(layout, (1, 2, 2))

@@ -28,6 +28,8 @@ from benchmarks.suite.runner import limit_of  # noqa: E402
 pytest.importorskip("torch")
 from benchmarks.suite.workloads import window_for_density  # noqa: E402
 
+pytestmark = pytest.mark.slow  # processes that load torch, many of them
+
 PEERS = textwrap.dedent(
     """
     import os, time

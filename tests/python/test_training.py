@@ -219,6 +219,7 @@ def test_bad_data(latents, tmp_path):
         train(config(latents, tmp_path / "out", validate_every=1, validation_samples=5))
 
 
+@pytest.mark.slow
 def test_example_trainer_needs_one_line(latents, tmp_path):
     script = ROOT / "examples" / "train_with_accelerate.py"
     lines = [line for line in script.read_text().splitlines() if "fps." in line]

@@ -3,6 +3,7 @@
 #   fpsattn_add_host_test(program)                              runs it as it is
 #   fpsattn_add_device_run(name program [option...])            runs it under the emulator with these options, or on the GPU
 #   fpsattn_add_device_test(program source...)                  builds it, and runs it in every mode below
+#   fpsattn_add_device_cases(program case...)                   runs each case in a process of its own: a trap ends the process's device
 #   fpsattn_add_device_cases(program case...)                   runs each case in a process of its own: a trap costs the context
 # ctest shows a program as skipped where all its cases were. Every run leaves its cases in results/NAME.xml of the build folder.
 include_guard(GLOBAL)
