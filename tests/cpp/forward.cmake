@@ -1,6 +1,7 @@
 # Tests of csrc/forward.
 if(FPSATTN_HAS_CUDA)
   include("${CMAKE_CURRENT_LIST_DIR}/support/device_test.cmake")
+  fpsattn_add_device_test(test_forward_schedule test_forward_schedule.cpp)
   fpsattn_add_device_test(test_forward test_forward.cpp test_forward_identities.cpp forward_case.cpp)
 
   # Other schedules of the emulator, and its stricter checks. --sms: few CTAs, so that each takes many work items.
@@ -9,10 +10,18 @@ if(FPSATTN_HAS_CUDA)
     set_tests_properties(${name} PROPERTIES ENVIRONMENT "HOPPER_EMU_OPTS=${options}" LABELS "device")
   endfunction()
   add_executable(test_forward_accumulation test_forward_accumulation.cpp forward_case.cpp)
-  target_include_directories(test_forward_accumulation PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp")
+  target_include_directories(test_forward_accumulation PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
   target_link_libraries(test_forward_accumulation PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
   fpsattn_add_emulator_run(test_forward_accumulation test_forward_accumulation "--fp8-acc=truncated")
+  add_executable(test_forward_guard test_forward_guard.cpp forward_case.cpp)
+  target_include_directories(test_forward_guard PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
+  target_link_libraries(test_forward_guard PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
+  foreach(case tile_too_large tile_negative block_too_large count_too_large count_negative)  # a process each: see there
+    add_test(NAME test_forward_guard.${case} COMMAND test_forward_guard --gtest_filter=*/${case})
+    set_tests_properties(test_forward_guard.${case} PROPERTIES LABELS "device")
+  endforeach()
   if(FPSATTN_EMULATOR)
+    fpsattn_add_emulator_run(test_forward.truncated test_forward "--async=lazy --fp8-acc=truncated")
     fpsattn_add_emulator_run(test_forward.seed11 test_forward "--async=random --seed=11 --sms=2")
     fpsattn_add_emulator_run(test_forward.fine test_forward "--async=random --seed=23 --quantum=20")
     fpsattn_add_emulator_run(test_forward.racecheck test_forward "--racecheck --sms=3")

@@ -46,6 +46,10 @@ ForwardInputs make_inputs(const ForwardCase& test, uint64_t seed = 1);
 // Runs fpsattn::forward and checks that guard zones and gaps of the outputs are untouched.
 ForwardOutputs run_forward(const ForwardInputs& inputs, DType out_dtype = DType::kBFloat16,
                            OutMemory memory = OutMemory::kNhd);
+// Whether fpsattn::forward reports an error, at once or when the device is waited for.
+bool launch_fails(const ForwardInputs& inputs);
+// Values of outputs outside of what reference_forward allows on this device.
+int count_mismatches(const ForwardInputs& inputs, const ForwardOutputs& outputs, DType out_dtype, bool report);
 void expect_matches_reference(const ForwardInputs& inputs, const ForwardOutputs& outputs, DType out_dtype);
 // sum |a - b| / sum |b|
 double relative_l1(const std::vector<float>& a, const std::vector<double>& b);

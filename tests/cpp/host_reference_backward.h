@@ -11,6 +11,7 @@
 #include <functional>
 #include <vector>
 
+#include "common/numeric.h"
 #include "fpsattn/params.h"
 #include "support/numbers.h"
 #include "support/slot_table.h"
@@ -52,7 +53,7 @@ inline float exponent(const HostHead& in, int qs, int ks, float m) {
   for (int d = 0; d < in.dim; ++d) {
     dot += double(in.q[size_t(qs) * in.dim + d]) * in.k[size_t(ks) * in.dim + d];
   }
-  const float factor = in.q_scale[qs] * in.k_scale[ks] * (in.softmax_scale * 1.4426950408889634f);
+  const float factor = in.q_scale[qs] * in.k_scale[ks] * scale_in_log2_units(in.softmax_scale);
   return std::fma(static_cast<float>(dot), factor, kProbabilityShift - m);
 }
 

@@ -1,13 +1,16 @@
 // The forward on the host, from its definition (docs/numerics.md): FP8-simulated, with a rigorous allowance for what
-// FP32 rounding may change, and exact attention of the unquantized inputs. Plain loops.
+// FP32 rounding and the bits that FP8 tensor cores drop (support/fp8_accumulator.h) may change, and exact attention of the
+// unquantized inputs. Plain loops.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "common/numeric.h"
 #include "fpsattn/params.h"
 #include "host_reference_quantize.h"
+#include "support/fp8_accumulator.h"
 
 namespace fpsattn::test {
 
@@ -36,7 +39,7 @@ struct ForwardInputs {
 
 struct ForwardReference {
   std::vector<double> out,
-      out_allowance;        // [B, H, S, D]; allowance: what P values next to a rounding boundary can change
+      out_allowance;        // [B, H, S, D]; allowance: P values next to a rounding boundary, lost accumulator bits
   std::vector<double> lse;  // [B, H, S]
   std::vector<double> row_max, row_sum, sum_allowance;  // [B, H, slots]; sums relative to row_max
   std::vector<char> max_uncertain;  // [B, H, slots]: the row maximum lies on an integer, give or take a rounding
@@ -46,7 +49,9 @@ inline double quantized_probability(double exponent) {
   return e4m3_to_float(to_e4m3(static_cast<float>(std::exp2(std::min(exponent, 8.75)))));
 }
 
-inline ForwardReference reference_forward(const ForwardInputs& in) {
+inline constexpr int kPromoteBlocks = 2;  // blocks whose PV products share an accumulator (docs/numerics.md: 256 keys)
+
+inline ForwardReference reference_forward(const ForwardInputs& in, Fp8Sum mode) {
   const ProblemSize& size = in.size;
   const int dim = size.head_dim, slots = size.num_blocks * kBlockSlots, rows_v = dim + kVExtraRows;
   const size_t groups = static_cast<size_t>(size.batch) * size.heads;
@@ -60,7 +65,7 @@ inline ForwardReference reference_forward(const ForwardInputs& in) {
   ref.max_uncertain.assign(groups * slots, 0);
   float value[256];
   for (int i = 0; i < 256; ++i) value[i] = e4m3_to_float(static_cast<uint8_t>(i));
-  const float scale_log2 = static_cast<float>(in.softmax_scale * 1.4426950408889634);
+  const float scale_log2 = scale_in_log2_units(in.softmax_scale);
 
   for (size_t g = 0; g < groups; ++g) {
     const int b = static_cast<int>(g) / size.heads, h = static_cast<int>(g) % size.heads;
@@ -89,22 +94,37 @@ inline ForwardReference reference_forward(const ForwardInputs& in) {
       double m = -INFINITY, sum = 0.0, sum_slack = 0.0;
       bool uncertain = false;
       std::vector<double> o(dim, 0.0), slack(dim, 0.0);
-      std::vector<double> x(kBlockSlots), error(kBlockSlots);
+      std::vector<double> low(kBlockSlots), x(kBlockSlots), high(kBlockSlots);
+      std::vector<double> p(kBlockSlots), doubt(kBlockSlots), products(kBlockSlots), product_doubt(kBlockSlots);
+      std::vector<Fp8Accumulator> pv(dim + 1, Fp8Accumulator(mode));  // channels, then the row sum
+      const auto promote = [&] {
+        for (int d = 0; d < dim; ++d) o[d] += pv[d].value, slack[d] += std::max(pv[d].below, pv[d].above);
+        sum += pv[dim].value, sum_slack += std::max(pv[dim].below, pv[dim].above);
+        std::fill(pv.begin(), pv.end(), Fp8Accumulator(mode));
+      };
+      int visited = 0;
       for (const int32_t block : list) {
-        double top = -INFINITY, top_error = 0.0;
+        double top = -INFINITY, top_low = -INFINITY, top_high = -INFINITY;
         for (int j = 0; j < kBlockSlots; ++j) {
           const int key = block * kBlockSlots + j;
-          double dot = 0.0, magnitude = 0.0;
-          for (int d = 0; d < dim; ++d) {
-            const double term =
-                static_cast<double>(q[static_cast<size_t>(slot) * dim + d]) * k[static_cast<size_t>(key) * dim + d];
-            dot += term;
-            magnitude += std::fabs(term);
+          Fp8Accumulator dot(mode);
+          double magnitude = 0.0;
+          for (int first = 0; first < dim; first += Fp8Accumulator::kProducts) {
+            for (int d = 0; d < Fp8Accumulator::kProducts; ++d) {
+              products[d] = static_cast<double>(q[static_cast<size_t>(slot) * dim + first + d]) *
+                            k[static_cast<size_t>(key) * dim + first + d];
+              magnitude += std::fabs(products[d]);
+            }
+            dot.add(products.data());
           }
           const float factor = (scale_of(in.data.q_scale, slot) * scale_of(in.data.k_scale, key)) * scale_log2;
-          x[j] = dot * factor;
-          error[j] = 0x1p-22 * (std::fabs(x[j]) + magnitude * factor + 1.0);  // a few FP32 roundings, and exp2's own
-          if (std::isnan(x[j]) || x[j] > top) top = x[j], top_error = error[j];
+          x[j] = dot.value * factor;
+          const double error =
+              0x1p-22 * (std::fabs(x[j]) + magnitude * factor + 1.0);  // a few FP32 roundings, and exp2's own
+          low[j] = x[j] - dot.below * factor - error;
+          high[j] = x[j] + dot.above * factor + error;
+          if (std::isnan(x[j]) || x[j] > top) top = x[j];
+          top_low = std::max(top_low, low[j]), top_high = std::max(top_high, high[j]);
           if (std::isnan(top)) break;
         }
         if (std::isnan(top)) {
@@ -112,26 +132,31 @@ inline ForwardReference reference_forward(const ForwardInputs& in) {
           std::fill(o.begin(), o.end(), NAN);
           break;
         }
-        uncertain |= std::ceil(top - top_error) != std::ceil(top + top_error) && std::ceil(top + top_error) > m;
+        uncertain |= std::ceil(top_low) != std::ceil(top_high) && std::ceil(top_high) > m;
         const double m_new = std::max(m, std::ceil(top));
         const double alpha = m_new == m ? 1.0 : std::exp2(m - m_new);
         m = m_new;
         sum *= alpha, sum_slack *= alpha;
         for (int d = 0; d < dim; ++d) o[d] *= alpha, slack[d] *= alpha;
+        for (Fp8Accumulator& channel : pv) channel.scale(alpha);
         for (int j = 0; j < kBlockSlots; ++j) {
-          const int key = block * kBlockSlots + j;
-          if (ones[key] == 0.0f) continue;
-          const double p = quantized_probability(x[j] - m + kProbabilityShift);
-          const double low = quantized_probability(x[j] - error[j] - m + kProbabilityShift);
-          const double high = quantized_probability(x[j] + error[j] - m + kProbabilityShift);
-          sum += p, sum_slack += high - low;
-          for (int d = 0; d < dim; ++d) {
-            const double term = v[static_cast<size_t>(key) * dim + d];
-            if (p != 0.0 || std::isnan(term)) o[d] += p * term;
-            if (high != low) slack[d] += (high - low) * std::fabs(term);
-          }
+          p[j] = quantized_probability(x[j] - m + kProbabilityShift);
+          doubt[j] = quantized_probability(high[j] - m + kProbabilityShift) -
+                     quantized_probability(low[j] - m + kProbabilityShift);
         }
+        for (int d = 0; d <= dim; ++d) {
+          for (int j = 0; j < kBlockSlots; ++j) {
+            const int key = block * kBlockSlots + j;
+            const double term = d == dim ? ones[key] : v[static_cast<size_t>(key) * dim + d];
+            products[j] = p[j] * term;
+            product_doubt[j] = doubt[j] == 0.0 ? 0.0 : doubt[j] * std::fabs(term);
+            (d == dim ? sum_slack : slack[d]) += product_doubt[j];
+          }
+          for (int j = 0; j < kBlockSlots; j += Fp8Accumulator::kProducts) pv[d].add(&products[j], &product_doubt[j]);
+        }
+        if (++visited % kPromoteBlocks == 0) promote();
       }
+      promote();
       ref.row_max[g * slots + slot] = m;
       ref.row_sum[g * slots + slot] = sum;
       ref.sum_allowance[g * slots + slot] = sum_slack;

@@ -91,6 +91,50 @@ std::vector<ForwardCase> cases() {
   return list;
 }
 
+// What the comparison allows for lost bits and roundings must not hide a fault: each of these is found, however the device
+// adds.
+class ForwardPlanted : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(HeadDims, ForwardPlanted, testing::Values(64, 128));
+
+TEST_P(ForwardPlanted, FaultsAreFound) {
+  FPSATTN_SKIP_WITHOUT_DEVICE();
+  ForwardCase test;
+  test.grid = {3, 9, 10}, test.tile = {3, 9, 4}, test.head_dim = GetParam();
+  const ForwardInputs in = make_inputs(test);
+  const size_t v_row = kBlockSlots, ones = GetParam() * v_row;
+  const struct {
+    const char* name;
+    std::function<void(ForwardInputs&)> spoil;
+  } faults[] = {
+      {"v_scale 3 % high",
+       [](ForwardInputs& x) {
+         for (float& s : x.data.v_scale) s *= 1.03f;
+       }},
+      {"k_scale of one block 3 % high", [](ForwardInputs& x) { x.data.k_scale[1] *= 1.03f; }},
+      {"softmax_scale 1 % high", [](ForwardInputs& x) { x.softmax_scale *= 1.01f; }},
+      {"slots of V in raster order",
+       [&](ForwardInputs& x) {
+         for (size_t row = 0; row < x.data.v8t.size(); row += 16) {
+           const std::vector<uint8_t> old(x.data.v8t.begin() + row, x.data.v8t.begin() + row + 16);
+           for (int i = 0; i < 16; ++i) x.data.v8t[row + kVSlotOrder[i]] = old[i];
+         }
+       }},
+      {"one key left out of one block's row sums", [&](ForwardInputs& x) { x.data.v8t[ones] = 0; }},
+      {"a block visited twice, another not at all",
+       [](ForwardInputs& x) {
+         for (int r = 0; r < x.size.num_tiles; ++r) x.indices[r * x.max_blocks + 1] = x.indices[r * x.max_blocks];
+       }},
+      {"one key's value in one channel negated", [&](ForwardInputs& x) { x.data.v8t[5 * v_row] ^= 0x80; }},
+      {"q . k_mean left out of lse", [](ForwardInputs& x) { x.with_q_k_mean = false; }},
+  };
+  EXPECT_EQ(count_mismatches(in, run_forward(in), test.out_dtype, true), 0);
+  for (const auto& fault : faults) {
+    ForwardInputs spoilt = in;
+    fault.spoil(spoilt);
+    EXPECT_GT(count_mismatches(in, run_forward(spoilt), test.out_dtype, false), 0) << fault.name;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, Forward, testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
 
 }  // namespace

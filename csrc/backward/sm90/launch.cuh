@@ -7,6 +7,7 @@
 #include "backward/sm90/prepare_kernel.h"
 #include "backward/sm90/tensor_maps.h"
 #include "common/check_params.h"
+#include "common/numeric.h"
 
 namespace fpsattn::sm90::bwd {
 
@@ -58,8 +59,6 @@ class Launcher {
   }
 
  private:
-  static constexpr float kLog2E = 1.4426950408889634f;
-
   template <class T>
   T* at(size_t offset) const {
     return reinterpret_cast<T*>(base_ + offset);
@@ -96,7 +95,7 @@ class Launcher {
     args.token_of_slot = p.token_of_slot;
     args.queries = device_lists(p.q);
     args.heads = p.size.heads, args.num_blocks = p.size.num_blocks;
-    args.softmax_scale = p.softmax_scale, args.scale_log2e = p.softmax_scale * kLog2E;
+    args.softmax_scale = p.softmax_scale, args.scale_log2e = scale_in_log2_units(p.softmax_scale);
     args.dk = gradient_tensor(p.dk, p.dtype), args.dv = gradient_tensor(p.dv, p.dtype);
     args.dq_sum = at<float>(space_.dq_sum);
     constexpr int kSharedBytes = sizeof(DkdvStorage<D, DqPolicy>);
@@ -116,7 +115,7 @@ class Launcher {
     args.token_of_slot = p.token_of_slot, args.tile_of_block = p.tile_of_block;
     args.keys = device_lists(p.kv);
     args.heads = p.size.heads, args.num_blocks = p.size.num_blocks;
-    args.softmax_scale = p.softmax_scale, args.scale_log2e = p.softmax_scale * kLog2E;
+    args.softmax_scale = p.softmax_scale, args.scale_log2e = scale_in_log2_units(p.softmax_scale);
     args.dq = gradient_tensor(p.dq, p.dtype);
     constexpr int kSharedBytes = sizeof(DqStorage<D>);
     static_assert(kSharedBytes <= kSharedMemoryLimit, "shared memory of a CTA");

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/block_lists.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::sm90::forward {
@@ -29,10 +30,5 @@ struct Arguments {
   const int32_t* head_order;   // [B H]: heaviest (batch, head) first
   const int32_t* block_order;  // [Bm, Hm, num_blocks]: query blocks, longest list first
 };
-
-// Row of the lists (or of block_order) that (batch, head) follows.
-__host__ __device__ inline int64_t list_head(const BlockLists& lists, int32_t batch, int32_t head) {
-  return static_cast<int64_t>(lists.batch == 1 ? 0 : batch) * lists.heads + (lists.heads == 1 ? 0 : head);
-}
 
 }  // namespace fpsattn::sm90::forward

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/check_params.h"
+#include "common/numeric.h"
 #include "common/tensor_map.h"
 #include "forward/sm90/launch.h"
 #include "fpsattn/launch.h"
@@ -72,7 +73,6 @@ CUtensorMap map_of(const char* what, const uint8_t* data, int64_t rows, int colu
 }
 
 Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) {
-  constexpr double kLog2E = 1.4426950408889634;
   const ProblemSize& size = params.size;
   const int64_t blocks = int64_t{size.batch} * size.heads * size.num_blocks;
   const int v_rows = size.head_dim + kVExtraRows;
@@ -84,7 +84,7 @@ Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) 
   args.num_tokens = size.num_tokens;
   args.num_blocks = size.num_blocks;
   args.num_items = static_cast<int32_t>(blocks);
-  args.scale_log2 = static_cast<float>(params.softmax_scale * kLog2E);
+  args.scale_log2 = scale_in_log2_units(params.softmax_scale);
   args.softmax_scale = params.softmax_scale;
   args.q_scale_per_token = params.q_scale_per_token;
   args.fp16_out = params.out_dtype == DType::kFloat16;

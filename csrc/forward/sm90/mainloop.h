@@ -53,6 +53,12 @@ struct Mainloop {
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
     state.sum[0] = state.sum[1] = 0.0f;
     state.m = RowMax{};
+    // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees registers
+    // that are read without having been written, and serializes every WGMMA (C7515).
+#pragma unroll
+    for (int i = 0; i < C::kScoreRegisters; ++i) score[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::kWorkRegisters; ++i) work[i] = 0.0f;
 
     auto await_k = [&] {
       shared.k_full[k_slot.stage].wait(k_slot.parity);

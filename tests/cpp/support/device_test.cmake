@@ -6,7 +6,7 @@ include_guard(GLOBAL)
 
 function(fpsattn_add_device_test name)
   add_executable(${name} ${ARGN})
-  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp")
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
   target_link_libraries(${name} PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
   if(FPSATTN_EMULATOR)
     foreach(mode "eager" "lazy" "random --seed=7")

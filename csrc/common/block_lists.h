@@ -1,0 +1,26 @@
+// Block lists where kernels and launchers read them: broadcasting over batch and heads.
+#pragma once
+
+#include <cstdint>
+
+#include "fpsattn/params.h"
+
+#ifdef __CUDACC__
+#define FPSATTN_HOST_DEVICE __host__ __device__
+#else
+#define FPSATTN_HOST_DEVICE
+#endif
+
+namespace fpsattn {
+
+// Which of the Bm * Hm tables of lists (batch, head) follows.
+FPSATTN_HOST_DEVICE inline int64_t list_head(const BlockLists& lists, int32_t batch, int32_t head) {
+  return static_cast<int64_t>(lists.batch == 1 ? 0 : batch) * lists.heads + (lists.heads == 1 ? 0 : head);
+}
+
+// The row of num_blocks, and of indices, that `row` of (batch, head) is.
+FPSATTN_HOST_DEVICE inline int64_t list_row(const BlockLists& lists, int32_t batch, int32_t head, int32_t row) {
+  return list_head(lists, batch, head) * lists.rows + row;
+}
+
+}  // namespace fpsattn
