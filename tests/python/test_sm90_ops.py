@@ -8,6 +8,7 @@ import torch
 from cases import CASES, IDS, Case
 
 import fpsattention as fps
+from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.ops import core as ops
 from fpsattention.ops import reference
 
@@ -17,7 +18,7 @@ if ops.sm90_missing():
 if not (ON_GPU or ops.sm90_on_host()):
     pytest.skip("neither a Hopper GPU nor FPSATTN_SM90_ON_HOST=1 (emulator)", allow_module_level=True)
 DEVICE = "cuda" if ON_GPU else "cpu"
-SM90 = torch.ops.fpsattn_sm90
+SM90 = torch.ops.fpsattn  # on CPU tensors too, where device code runs on the host
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -157,14 +158,25 @@ def test_ops_refuse_bad_tensors():
     q, k, v = on_device(*inputs(case, torch.bfloat16))
     tables = on_device(layout.token_of_slot, layout.tile_block_offsets)
     options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}
-    with pytest.raises(RuntimeError, match="k has dtype Half, expected BFloat16"):
+    with pytest.raises(ConfigError, match="fpsattention.quantize: k has dtype Half, expected BFloat16"):
         SM90.quantize(q, k.half(), v, *tables, **options)
-    with pytest.raises(RuntimeError, match="v has shape"):
+    with pytest.raises(ConfigError, match="v has shape"):
         SM90.quantize(q, k, v[:, :, :-1], *tables, **options)
-    with pytest.raises(RuntimeError, match="granularity is 7"):
+    with pytest.raises(ConfigError, match="granularity is 7"):
         SM90.quantize(q, k, v, *tables, **{**options, "granularity": 7})
-    with pytest.raises(RuntimeError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
+    with pytest.raises(ConfigError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
         SM90.quantize(q.float(), k.float(), v.float(), *tables, **options)
+
+
+def test_forward_mode_and_other_backends_are_refused():
+    case = CASES[2]
+    q, k, v = on_device(*case.inputs(torch.bfloat16))
+    with pytest.raises(UnsupportedError, match="a forward-mode derivative .* was asked on the sm_90a kernels"):
+        torch.func.jvp(lambda x: fps.attention(q, k, x, **case.kwargs()), (v,), (v,))
+    with pytest.raises(
+        (ConfigError, UnsupportedError), match="backend 'cpu' but|backend 'cpu', but FPSATTN_SM90_ON_HOST=1"
+    ):
+        fps.attention(q, k, v, backend="cpu", **case.kwargs())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
