@@ -1,8 +1,8 @@
-// The op schemas, shared by the namespaces fpsattn (the kernel follows the device of the tensors) and fpsattn_sm90 (always the
-// sm_90a kernels: CUDA tensors, or CPU tensors where FPSATTN_SM90_ON_HOST=1 says that device code runs on the host).
+// The op schemas of torch.ops.fpsattn: the kernel follows the device of the tensors.
 //
 // All token tensors are (B, H, S, D) with unit stride in D and any other strides. Outputs that are token tensors have
-// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_autograd forbids it. python/fpsattention/ops/core.py documents every argument.
+// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_vmap forbids it.
+// python/fpsattention/ops/core.py documents every argument.
 #pragma once
 
 namespace fpsattn {

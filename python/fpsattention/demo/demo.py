@@ -120,8 +120,8 @@ def _timed_ops(watch: _Stopwatch) -> Any:
             kwargs = kwargs or {}
             namespace, _, op = func.name().partition("::")
             op = op.split(".")[0]
-            if namespace in ("fpsattn", "fpsattn_sm90") and op == "attention":
-                return self._halves(getattr(torch.ops, namespace), func, args, kwargs)
+            if namespace == "fpsattn" and op == "attention":
+                return self._halves(torch.ops.fpsattn, func, args, kwargs)
             if namespace == "aten" and op.startswith("_scaled_dot_product") and args[0].shape[2] == args[1].shape[2]:
                 with watch.part("attention"):
                     return func(*args, **kwargs)

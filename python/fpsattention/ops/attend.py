@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
+from . import autograd
 from .backends import reference_attention, resolve_backend
 from .checks import GRANULARITIES
 
@@ -63,6 +64,8 @@ def attend(
     if backend == "reference":
         out, lse = reference_attention(q, k, v, lists, **options)
     else:
-        op = (torch.ops.fpsattn_sm90 if backend == "sm90" else torch.ops.fpsattn).attention
-        out, lse = op(q, k, v, *lists, **options, deterministic=deterministic)[:2]
+        k_mean, v_absmax = options.pop("k_mean"), options.pop("v_absmax")
+        out, lse, *_ = autograd.call(
+            "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
+        )
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse

@@ -30,9 +30,15 @@ def resolve_backend(backend: str, q: Tensor) -> str:
             raise UnsupportedError(
                 f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v"
             )
-        backend = "sm90" if device.type == "cuda" else "cpu"
-    if backend == "cpu" and device.type != "cpu":
-        raise _fail(f"backend 'cpu' but q is on {device}: pass CPU tensors, or backend='auto'")
+        backend = "sm90" if device.type == "cuda" or core.sm90_on_host() else "cpu"
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise _fail(f"backend 'cpu' but q is on {device}: pass CPU tensors, or backend='auto'")
+        if core.sm90_on_host():
+            raise UnsupportedError(
+                "fpsattention.attention: backend 'cpu', but FPSATTN_SM90_ON_HOST=1 gave CPU tensors to the sm_90a kernels in this "
+                "process: start one without it, or pass backend='auto' or 'reference'"
+            )
     if backend == "sm90":
         problem = sm90_problem(device)
         if problem:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .reference import BLOCK, V_EXTRA_ROWS
+from .reference import BLOCK, V_EXTRA_ROWS, Operands
 
 HEAD_DIMS = (64, 128)
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
@@ -79,12 +79,15 @@ def check_quantize(
     v: Tensor,
     token_of_slot: Tensor,
     tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
     granularity: int,
-    k_mean_stride: int,
-    k_mean: Tensor | None,
-    v_absmax: Tensor | None,
-    op: str = "quantize",
+    smooth_k: bool,
+    pow2_scales: bool,
+    k_mean_stride: int = 1,
 ) -> None:
+    op = "quantize"
     check_qkv(op, q, k, v)
     _same_device(
         op, q.device, k=k, v=v, token_of_slot=token_of_slot, tile_block_offsets=tile_block_offsets,
@@ -165,9 +168,11 @@ def check_forward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
+    *,
     num_tokens: int,
+    softmax_scale: float,
     out_dtype: torch.dtype,
-    q_k_mean: Tensor | None,
 ) -> None:
     op = "forward"
     check_quantized(op, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot)
@@ -191,6 +196,45 @@ def check_forward(
         _shape(op, "q_k_mean", q_k_mean, (batch, heads, num_tokens))
 
 
+def check_saved(
+    op: str,
+    out: Tensor,
+    operands: Operands,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+) -> None:
+    """What backward and jvp take of a forward."""
+    check_quantized(op, *operands, token_of_slot)
+    batch, heads, num_blocks, _, dim = operands.q8.shape
+    _token_tensor(op, "out", out)
+    _dtype(op, "out", out, *_dtypes_of(operands.q8.device))
+    _shape(op, "out", out, (batch, heads, "S", dim))
+    if not 0 < out.shape[2] <= num_blocks * BLOCK:
+        _fail(op, "out", f"has {out.shape[2]} tokens, expected 1 to {num_blocks * BLOCK}")
+    for name, x in (("row_max", row_max), ("row_sum", row_sum)):
+        _dtype(op, name, x, torch.float32)
+        _shape(op, name, x, (batch, heads, num_blocks * BLOCK))
+    _int32(op, "tile_of_block", tile_of_block, (num_blocks,))
+    check_lists(op, "kv", kv_num_blocks, kv_indices, batch, heads, "num_tiles")
+    _same_device(
+        op, operands.q8.device, out=out, row_max=row_max, row_sum=row_sum, tile_of_block=tile_of_block,
+        kv_num_blocks=kv_num_blocks, kv_indices=kv_indices,
+    )  # fmt: skip
+
+
+def _like_out(op: str, out: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            _token_tensor(op, name, x)
+            _dtype(op, name, x, out.dtype)
+            _shape(op, name, x, tuple(out.shape))
+    _same_device(op, out.device, **tensors)
+
+
 def check_backward(
     grad_out: Tensor,
     out: Tensor,
@@ -208,31 +252,137 @@ def check_backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor,
     q_indices: Tensor,
+    *,
+    softmax_scale: float,
+    deterministic: bool = False,
 ) -> None:
-    op = "backward"
-    check_quantized(op, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot)
-    batch, heads, num_blocks, _, dim = q8.shape
-    _token_tensor(op, "out", out)
-    _dtype(op, "out", out, *_dtypes_of(q8.device))
-    _shape(op, "out", out, (batch, heads, "S", dim))
-    _token_tensor(op, "grad_out", grad_out)
-    _dtype(op, "grad_out", grad_out, out.dtype)
-    _shape(op, "grad_out", grad_out, tuple(out.shape))
-    if not 0 < out.shape[2] <= num_blocks * BLOCK:
-        _fail(op, "out", f"has {out.shape[2]} tokens, expected 1 to {num_blocks * BLOCK}")
-    for name, x in (("row_max", row_max), ("row_sum", row_sum)):
-        _dtype(op, name, x, torch.float32)
-        _shape(op, name, x, (batch, heads, num_blocks * BLOCK))
-    _int32(op, "tile_of_block", tile_of_block, (num_blocks,))
-    check_lists(op, "kv", kv_num_blocks, kv_indices, batch, heads, "num_tiles")
+    op, operands = "backward", Operands(q8, k8, v8t, q_scale, k_scale, v_scale)
+    check_saved(op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+    _like_out(op, out, grad_out=grad_out)
+    batch, heads, num_blocks = q8.shape[:3]
     check_lists(op, "q", q_num_blocks, q_indices, batch, heads, num_blocks)
-    _same_device(
-        op, q8.device, grad_out=grad_out, out=out, row_max=row_max, row_sum=row_sum, tile_of_block=tile_of_block,
-        kv_num_blocks=kv_num_blocks, kv_indices=kv_indices, q_num_blocks=q_num_blocks, q_indices=q_indices,
-    )  # fmt: skip
+    _same_device(op, out.device, q_num_blocks=q_num_blocks, q_indices=q_indices)
+
+
+def check_jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> None:
+    op, operands = "jvp", Operands(q8, k8, v8t, q_scale, k_scale, v_scale)
+    check_saved(op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+    _like_out(op, out, q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent)
 
 
 # Values (CPU only) -------------------------------------------------------------------------------------------------------
+
+
+def check_quantize_values(
+    q: Tensor, k: Tensor, v: Tensor, token_of_slot: Tensor, tile_block_offsets: Tensor, *_: Any, **options: Any
+) -> None:
+    check_slot_values("quantize", token_of_slot, q.shape[2])
+    check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[0] // BLOCK)
+
+
+def check_forward_values(
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
+    *,
+    num_tokens: int,
+    softmax_scale: float,
+    out_dtype: torch.dtype,
+) -> None:
+    check_softmax_scale("forward", softmax_scale)
+    check_slot_values("forward", token_of_slot, num_tokens)
+    check_tile_of_block("forward", tile_of_block, kv_num_blocks.shape[2])
+    check_list_values("forward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
+
+
+def _check_saved_values(
+    op: str,
+    out: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    softmax_scale: float,
+) -> None:
+    check_softmax_scale(op, softmax_scale)
+    check_slot_values(op, token_of_slot, out.shape[2])
+    check_tile_of_block(op, tile_of_block, kv_num_blocks.shape[2])
+    check_list_values(op, "kv", kv_num_blocks, kv_indices, tile_of_block.shape[0])
+
+
+def check_backward_values(
+    grad_out: Tensor,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor,
+    q_indices: Tensor,
+    *,
+    softmax_scale: float,
+    deterministic: bool = False,
+) -> None:
+    _check_saved_values("backward", out, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, softmax_scale)
+    check_list_values("backward", "q", q_num_blocks, q_indices, q8.shape[2])
+
+
+def check_jvp_values(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> None:
+    _check_saved_values("jvp", out, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, softmax_scale)
 
 
 def check_softmax_scale(op: str, softmax_scale: float) -> None:
@@ -292,11 +442,12 @@ def check_list_values(op: str, kind: str, num_blocks: Tensor, indices: Tensor, l
         )
     if high == 0:
         return
-    used = torch.arange(indices.shape[-1]) < num_blocks.unsqueeze(-1)
+    used = torch.arange(indices.shape[-1], device=indices.device) < num_blocks.unsqueeze(-1)
     bad = used & ((indices < 0) | (indices >= limit))
     if bool(bad.any()):
         value = int(indices[bad][0])
         _fail(op, f"{kind}_indices", f"holds block {value}, expected 0 to {limit - 1}")
-    keys = torch.where(used, indices, -1 - torch.arange(indices.shape[-1], dtype=torch.int32)).sort(dim=-1).values
+    unused = -1 - torch.arange(indices.shape[-1], dtype=torch.int32, device=indices.device)
+    keys = torch.where(used, indices, unused).sort(dim=-1).values
     if bool((keys.diff(dim=-1) == 0).any()):
         _fail(op, f"{kind}_indices", "lists a block twice in one row: every block at most once")

@@ -1,4 +1,4 @@
-"""``torch.ops.fpsattn.*``: loads the libraries, registers fakes, the CPU kernels (``cpu.py``) and autograd (``autograd.py``).
+"""``torch.ops.fpsattn.*``: loads the libraries and registers kernels, fakes and derivatives.
 
 Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D):
 
@@ -15,40 +15,39 @@ softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
 ``backward(grad_out, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
 q_num_blocks, q_indices, *, softmax_scale, deterministic=False) -> (dq, dk, dv)``
     q_num_blocks int32 [., ., NB], q_indices int32 [., ., NB, max_q]: the query blocks that visit a KV block.
+``jvp(q_tangent, k_tangent, v_tangent, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks,
+kv_indices, *, softmax_scale) -> out_tangent``
+    tangents like q, or None; out_tangent like out. CPU only.
 ``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
 q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
-    quantize and forward in one, differentiable in q, k, v through ``out``.
+    quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
 
-Bad arguments raise :class:`~fpsattention.errors.ConfigError` (CPU, compile) or ``RuntimeError`` (the C++ of the sm_90a kernels).
+CUDA tensors go to the sm_90a kernels, CPU tensors to ``cpu.py``; with ``FPSATTN_SM90_ON_HOST=1`` at the time of loading (device
+code runs on the host, in an emulator) CPU tensors go to the sm_90a kernels, too. Bad arguments raise
+:class:`~fpsattention.errors.ConfigError`, whichever kernel they meet.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BuildError
-from . import cpu
-from .checks import (
-    E4M3,
-    check_backward,
-    check_forward,
-    check_list_values,
-    check_offset_values,
-    check_quantize,
-    check_slot_values,
-    check_softmax_scale,
-    check_tile_of_block,
-)
-from .reference import BLOCK, TOKEN, V_EXTRA_ROWS
+from ..errors import BuildError, ConfigError, UnsupportedError
+from . import autograd, checks, cpu, fakes, vmap
+from .reference import Forward, Quantized
 
-NAMESPACES = ("fpsattn", "fpsattn_sm90")
-OPS = ("quantize", "forward", "backward", "attention")
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
+KERNEL_OPS = ("quantize", "forward", "backward")  # those with sm_90a kernels
+JVP_SCHEMA = (
+    "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
+    "Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
+    "Tensor kv_num_blocks, Tensor kv_indices, *, float softmax_scale) -> Tensor out_tangent"
+)
 
 
 def library_dir() -> Path:
@@ -77,6 +76,7 @@ def _load() -> str | None:
 
 
 _kernels_missing = _load()
+_on_host = _kernels_missing is None and os.environ.get("FPSATTN_SM90_ON_HOST") == "1"  # what the library saw, too
 
 
 def sm90_missing() -> str | None:
@@ -85,87 +85,14 @@ def sm90_missing() -> str | None:
 
 
 def sm90_on_host() -> bool:
-    """Whether device code runs on the host (an emulator), so that the sm_90a kernels take CPU tensors."""
-    return os.environ.get("FPSATTN_SM90_ON_HOST") == "1"
+    """Whether device code runs on the host (an emulator), so that CPU tensors go to the sm_90a kernels in this process."""
+    return _on_host
 
 
-# Fakes -------------------------------------------------------------------------------------------------------------------
+# Kernels -----------------------------------------------------------------------------------------------------------------
 
 
-def _token_like(like: Tensor, batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Empty ``(B, H, S, D)`` over ``(B, S, H, D)`` memory."""
-    return like.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
-
-
-def _fake_quantize(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    token_of_slot: Tensor,
-    tile_block_offsets: Tensor,
-    k_mean: Tensor | None = None,
-    v_absmax: Tensor | None = None,
-    *,
-    granularity: int,
-    smooth_k: bool,
-    pow2_scales: bool,
-    k_mean_stride: int = 1,
-) -> tuple[Tensor, ...]:
-    check_quantize(q, k, v, token_of_slot, tile_block_offsets, granularity, k_mean_stride, k_mean, v_absmax)
-    batch, heads, tokens, dim = q.shape
-    num_blocks = token_of_slot.shape[0] // BLOCK
-    scale_shape = (batch, heads, num_blocks, BLOCK) if granularity == TOKEN else (batch, heads, num_blocks)
-    return (
-        q.new_empty((batch, heads, num_blocks, BLOCK, dim), dtype=E4M3),
-        q.new_empty((batch, heads, num_blocks, BLOCK, dim), dtype=E4M3),
-        q.new_empty((batch, heads, num_blocks, dim + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
-        q.new_empty(scale_shape, dtype=torch.float32),
-        q.new_empty(scale_shape, dtype=torch.float32),
-        q.new_empty((batch, heads, dim), dtype=torch.float32),
-        q.new_empty((batch, heads, dim), dtype=torch.float32),
-        q.new_empty((batch, heads, tokens), dtype=torch.float32),
-    )
-
-
-def _fake_forward(
-    q8: Tensor,
-    k8: Tensor,
-    v8t: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    token_of_slot: Tensor,
-    tile_of_block: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_k_mean: Tensor | None = None,
-    *,
-    num_tokens: int,
-    softmax_scale: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    check_forward(
-        q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
-        num_tokens, out_dtype, q_k_mean,
-    )  # fmt: skip
-    batch, heads, num_blocks, _, dim = q8.shape
-    return (
-        _token_like(q8, batch, heads, num_tokens, dim, out_dtype),
-        q8.new_empty((batch, heads, num_tokens), dtype=torch.float32),
-        q8.new_empty((batch, heads, num_blocks * BLOCK), dtype=torch.float32),
-        q8.new_empty((batch, heads, num_blocks * BLOCK), dtype=torch.float32),
-    )
-
-
-def _fake_backward(
-    grad_out: Tensor, out: Tensor, q8: Tensor, *operands: Tensor, softmax_scale: float, deterministic: bool = False
-) -> tuple[Tensor, ...]:
-    check_backward(grad_out, out, q8, *operands)
-    batch, heads, tokens, dim = out.shape
-    return tuple(_token_like(out, batch, heads, tokens, dim, out.dtype) for _ in range(3))
-
-
-def _fake_attention(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -186,133 +113,82 @@ def _fake_attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = _fake_quantize(
-        q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales,
-        k_mean_stride=k_mean_stride, k_mean=k_mean, v_absmax=v_absmax,
+    """The composite; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    z = Quantized(
+        *torch.ops.fpsattn.quantize(
+            q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax,
+            granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
+        )
     )  # fmt: skip
-    out, lse, row_max, row_sum = _fake_forward(
-        q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
-        num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
+    f = Forward(
+        *torch.ops.fpsattn.forward(
+            *z.operands, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, z.q_k_mean,
+            num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
+        )
     )  # fmt: skip
-    return (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)
+    return (f.out, f.lse, *z.operands, f.row_max, f.row_sum)
 
 
-# CPU kernels -------------------------------------------------------------------------------------------------------------
+def _checked(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The CPU kernel behind the checks of metadata and values."""
+    check, check_values = getattr(checks, f"check_{op}"), getattr(checks, f"check_{op}_values")
+
+    def run(*args: Any, **options: Any) -> Any:
+        check(*args, **options)
+        check_values(*args, **options)
+        # Autocast reaches into the torch calls of a kernel, whose FP32 matmuls must stay FP32.
+        with torch.autocast("cpu", enabled=False):
+            return kernel(*args, **options)
+
+    return run
 
 
-def _cpu_quantize(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    token_of_slot: Tensor,
-    tile_block_offsets: Tensor,
-    k_mean: Tensor | None = None,
-    v_absmax: Tensor | None = None,
-    *,
-    granularity: int,
-    smooth_k: bool,
-    pow2_scales: bool,
-    k_mean_stride: int = 1,
-) -> tuple[Tensor, ...]:
-    check_quantize(q, k, v, token_of_slot, tile_block_offsets, granularity, k_mean_stride, k_mean, v_absmax)
-    check_slot_values("quantize", token_of_slot, q.shape[2])
-    check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[0] // BLOCK)
-    return cpu.quantize(
-        q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales,
-        k_mean_stride=k_mean_stride, k_mean=k_mean, v_absmax=v_absmax,
-    )  # fmt: skip
-
-
-def _cpu_forward(
-    q8: Tensor,
-    k8: Tensor,
-    v8t: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    token_of_slot: Tensor,
-    tile_of_block: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_k_mean: Tensor | None = None,
-    *,
-    num_tokens: int,
-    softmax_scale: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    operands = (q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
-    check_forward(*operands, num_tokens, out_dtype, q_k_mean)
-    check_softmax_scale("forward", softmax_scale)
-    check_slot_values("forward", token_of_slot, num_tokens)
-    check_tile_of_block("forward", tile_of_block, kv_num_blocks.shape[2])
-    check_list_values("forward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
-    return cpu.forward(
-        *operands, num_tokens=num_tokens, softmax_scale=softmax_scale, out_dtype=out_dtype, q_k_mean=q_k_mean
+def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
+    raise UnsupportedError(
+        "fpsattention.attention: a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) was asked on the sm_90a "
+        "kernels, which have none: use CPU tensors, or reverse mode"
     )
 
 
-def _cpu_backward(
-    grad_out: Tensor, out: Tensor, q8: Tensor, *operands: Tensor, softmax_scale: float, deterministic: bool = False
-) -> tuple[Tensor, ...]:
-    check_backward(grad_out, out, q8, *operands)
-    token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_num_blocks, q_indices = operands[-6:]
-    check_softmax_scale("backward", softmax_scale)
-    check_slot_values("backward", token_of_slot, out.shape[2])
-    check_tile_of_block("backward", tile_of_block, kv_num_blocks.shape[2])
-    check_list_values("backward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
-    check_list_values("backward", "q", q_num_blocks, q_indices, q8.shape[2])
-    return cpu.backward(grad_out, out, q8, *operands[:-2], softmax_scale=softmax_scale)  # type: ignore[misc, call-arg, arg-type]  # checked above
+def _translated(op: str) -> Callable[..., Any]:
+    """The kernel of whatever device, its C++ errors as ConfigError."""
+    overload = getattr(torch.ops.fpsattn, op).default
+
+    def run(keyset: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return overload.redispatch(keyset & _BELOW_BACKEND_SELECT, *args, **options)
+        except (ConfigError, UnsupportedError):
+            raise
+        except RuntimeError as error:
+            text = str(error)
+            if not text.startswith("fpsattn."):
+                raise
+            raise ConfigError(text.replace("fpsattn.", "fpsattention.", 1)) from None
+
+    return run
 
 
-def _cpu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    token_of_slot: Tensor,
-    tile_of_block: Tensor,
-    tile_block_offsets: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor | None = None,
-    q_indices: Tensor | None = None,
-    k_mean: Tensor | None = None,
-    v_absmax: Tensor | None = None,
-    *,
-    granularity: int,
-    softmax_scale: float,
-    smooth_k: bool,
-    pow2_scales: bool,
-    k_mean_stride: int = 1,
-    deterministic: bool = False,
-) -> tuple[Tensor, ...]:
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = _cpu_quantize(
-        q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales,
-        k_mean_stride=k_mean_stride, k_mean=k_mean, v_absmax=v_absmax,
-    )  # fmt: skip
-    out, lse, row_max, row_sum = _cpu_forward(
-        q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean,
-        num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
-    )  # fmt: skip
-    return (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)
+_BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
 
 def _register() -> None:
-    from . import autograd
+    impl = torch.library.impl
+    torch.library.define("fpsattn::jvp", JVP_SCHEMA)
+    impl("fpsattn::attention", "CompositeExplicitAutograd")(_attention)
+    if not _on_host:
+        for op in KERNEL_OPS:
+            impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
+    impl("fpsattn::jvp", "CPU")(_no_jvp_kernel if _on_host else _checked("jvp", cpu.jvp))
+    impl("fpsattn::jvp", "CUDA")(_no_jvp_kernel)
+    for op in (*KERNEL_OPS, "jvp"):
+        torch.library.register_fake(f"fpsattn::{op}")(fakes.of(op))
+    if _kernels_missing is None:
+        for op in KERNEL_OPS:  # BackendSelect comes before the kernels of all devices
+            _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
+    autograd.register(_LIBRARY)
+    for op in ("attention", *KERNEL_OPS, "jvp"):
+        torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
-    fakes: dict[str, Any] = {
-        "quantize": _fake_quantize, "forward": _fake_forward, "backward": _fake_backward, "attention": _fake_attention
-    }  # fmt: skip
-    kernels: dict[str, Any] = {
-        "quantize": _cpu_quantize, "forward": _cpu_forward, "backward": _cpu_backward, "attention": _cpu_attention
-    }  # fmt: skip
-    # Autocast reaches into the torch calls of a CPU kernel, whose FP32 matmuls must stay FP32.
-    no_autocast = torch.autocast("cpu", enabled=False)
-    for name in OPS:
-        torch.library.impl(f"fpsattn::{name}", "CPU")(no_autocast(kernels[name]))
-        for namespace in NAMESPACES:
-            torch.library.register_fake(f"{namespace}::{name}")(fakes[name])
-    for namespace in NAMESPACES:
-        autograd.register(namespace)
 
-
+_LIBRARY = torch.library.Library("fpsattn", "FRAGMENT")
 _register()

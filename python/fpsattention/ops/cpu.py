@@ -17,13 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, E4M3_MAX, LOG2E, P_SHIFT, TILE, TOKEN, V_EXTRA_ROWS, V_SLOT_ORDER, scale_of
+from .reference import BLOCK, E4M3_MAX, LOG2E, P_SHIFT, TILE, TOKEN, V_EXTRA_ROWS, scale_of, v_slot_order
 
 CHUNK_SCORES = 1 << 21  # scores computed together: 8 MiB, what a few cores keep in their caches
 SEGMENT_BLOCKS = 16  # KV blocks between two updates of the running maximum and of the output
 EXPONENT_BITS = 0x7F800000
 E4M3_MIN_NORMAL = 2.0**-6
 E4M3_ULP_SHIFT = 2.0**20  # adding 2^(e + 20) to x in [2^e, 2^(e+1)) rounds x to 3 mantissa bits, nearest even
+CPU = torch.device("cpu")  # said everywhere, like dtypes: torch's defaults are the user's
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=CPU)
 
 
 # Quantize ----------------------------------------------------------------------------------------------------------------
@@ -69,13 +74,13 @@ def quantize(
     v: Tensor,
     token_of_slot: Tensor,
     tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
     *,
     granularity: int,
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
-    k_mean: Tensor | None = None,
-    v_absmax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See ``reference.quantize``: same bits, given the same ``k_mean``."""
     slots = token_of_slot.long().view(-1, BLOCK)
@@ -83,10 +88,10 @@ def quantize(
     source = torch.where(valid, slots, slots[:, :1]).reshape(-1)
     offsets = tile_block_offsets.long()
     num_tiles = offsets.numel() - 1
-    tile_of_block = torch.repeat_interleave(torch.arange(num_tiles), offsets.diff())
+    tile_of_block = torch.repeat_interleave(torch.arange(num_tiles, device=CPU), offsets.diff())
 
     if not smooth_k:
-        mean = torch.zeros(k.shape[0], k.shape[1], k.shape[3])
+        mean = _zeros(k.shape[0], k.shape[1], k.shape[3])
     elif k_mean is not None:
         mean = k_mean.float().contiguous()
     else:
@@ -105,12 +110,12 @@ def quantize(
         low, high = torch.aminmax(v, dim=2)
         v_absmax = torch.maximum(-low.float(), high.float())
     v_scale = scale_of(v_absmax.float(), pow2_scales)
-    order = torch.arange(BLOCK).view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
+    order = v_slot_order()
     v_blocks = _gather(v, source.view(-1, BLOCK)[:, order].reshape(-1))
     v_blocks.masked_fill_(v_blocks.isinf(), float("nan"))  # with a given v_absmax, an Inf must not saturate
     v_blocks = to_e4m3(v_blocks.div_(v_scale[:, :, None, None])).view(torch.uint8)
     valid = valid[:, order]
-    v8t = torch.zeros(*v_blocks.shape[:3], v.shape[-1] + V_EXTRA_ROWS, BLOCK, dtype=torch.uint8)
+    v8t = v_blocks.new_zeros(*v_blocks.shape[:3], v.shape[-1] + V_EXTRA_ROWS, BLOCK)
     v8t[..., : v.shape[-1], :] = v_blocks.masked_fill_(~valid[:, :, None], 0).transpose(-1, -2)
     v8t[..., v.shape[-1], :] = valid.to(torch.uint8) * 0x38  # 1.0 in e4m3
     return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean
@@ -138,8 +143,8 @@ def _chunks(
     tile_start = tile_size.cumsum(0) - tile_size
 
     counts = kv_num_blocks.long().expand(batch, heads, num_tiles).reshape(-1)
-    item_tile = torch.arange(num_tiles).repeat(batch * heads)
-    item_bh = torch.arange(batch * heads).repeat_interleave(num_tiles)
+    item_tile = torch.arange(num_tiles, device=CPU).repeat(batch * heads)
+    item_bh = torch.arange(batch * heads, device=CPU).repeat_interleave(num_tiles)
     lists = kv_indices.expand(batch, heads, *kv_indices.shape[2:])
     kinds = tile_size[item_tile] * (num_blocks + 1) + counts
     kinds[counts == 0] = 0
@@ -152,7 +157,7 @@ def _chunks(
         for items in of_kind.split(step):
             bh, tile = item_bh[items], item_tile[items]
             first = (bh * num_blocks)[:, None]
-            q_blocks = blocks_by_tile[tile_start[tile][:, None] + torch.arange(size)]
+            q_blocks = blocks_by_tile[tile_start[tile][:, None] + torch.arange(size, device=CPU)]
             kv_blocks = lists[bh // heads, bh % heads, tile, :length].long()
             yield Chunk(first + q_blocks, first + kv_blocks)
 
@@ -170,9 +175,8 @@ class _Operands:
         dim = q8.shape[-1]
         self.q8 = q8.reshape(-1, BLOCK, dim)
         self.k = k8.reshape(-1, BLOCK, dim).float()
-        inverse = torch.empty(BLOCK, dtype=torch.long)
-        inverse[torch.arange(BLOCK).view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)] = torch.arange(BLOCK)
-        v_bytes = v8t.view(torch.uint8).reshape(-1, dim + V_EXTRA_ROWS, BLOCK).transpose(1, 2).index_select(1, inverse)
+        v_bytes = v8t.view(torch.uint8).reshape(-1, dim + V_EXTRA_ROWS, BLOCK).transpose(1, 2)
+        v_bytes = v_bytes.index_select(1, v_slot_order().argsort())
         self.v = v_bytes.view(torch.float8_e4m3fn).float()  # [., 128, D + 8], column D is 1.0 in valid slots
         # One scale per row of Q; one per block of K, or per row of K.
         q_scale = q_scale if q_scale.dim() == 4 else q_scale.unsqueeze(-1).expand(*q_scale.shape, BLOCK)
@@ -234,11 +238,11 @@ def forward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
     *,
     num_tokens: int,
     softmax_scale: float,
     out_dtype: torch.dtype,
-    q_k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.forward``."""
     batch, heads, num_blocks, _, dim = q8.shape
@@ -247,9 +251,9 @@ def forward(
     factor = softmax_scale * LOG2E
     valid = token_of_slot >= 0
 
-    out = torch.zeros(batch * heads * num_blocks, BLOCK, dim, dtype=out_dtype)
-    row_max = torch.zeros(batch * heads * num_blocks, BLOCK)
-    row_sum = torch.zeros(batch * heads * num_blocks, BLOCK)
+    out = _zeros(batch * heads * num_blocks, BLOCK, dim, dtype=out_dtype)
+    row_max = _zeros(batch * heads * num_blocks, BLOCK)
+    row_sum = _zeros(batch * heads * num_blocks, BLOCK)
     for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
         acc, m = _forward_chunk(operands, chunk, factor)
         l = acc[..., dim]
@@ -273,7 +277,7 @@ def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Te
     q = _rows(operands.q8, chunk.q_blocks).float()
     q_scale = _rows(operands.q_scale, chunk.q_blocks)
     items, rows = q.shape[:2]
-    m, acc = torch.full((items, rows, 1), -math.inf), None
+    m, acc = q.new_full((items, rows, 1), -math.inf), None
     for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
         raw, multiplier, block_max = operands.scaled_scores(q, q_scale, blocks, factor)
         # The maximum that is running when a block is visited decides below which value its P are subnormal.
@@ -296,7 +300,7 @@ def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Te
 
 def _slot_of_token(token_of_slot: Tensor, num_tokens: int) -> Tensor:
     slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
-    result = torch.zeros(num_tokens, dtype=torch.long)
+    result = _zeros(num_tokens, dtype=torch.long)
     result[token_of_slot[slots].long()] = slots
     return result
 
@@ -304,7 +308,7 @@ def _slot_of_token(token_of_slot: Tensor, num_tokens: int) -> Tensor:
 def _token_order(slots: Tensor, slot_of_token: Tensor, dtype: torch.dtype) -> Tensor:
     """``(B, H, num_slots, D)`` to a ``(B, H, S, D)`` view of ``(B, S, H, D)`` memory."""
     batch, heads, _, dim = slots.shape
-    result = torch.empty(batch, slot_of_token.numel(), heads, dim, dtype=dtype)
+    result = slots.new_empty(batch, slot_of_token.numel(), heads, dim, dtype=dtype)
     for b in range(batch):
         for h in range(heads):
             result[b, :, h] = slots[b, h].index_select(0, slot_of_token)
@@ -329,10 +333,16 @@ def backward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_num_blocks: Tensor | None = None,
+    q_indices: Tensor | None = None,
     *,
     softmax_scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.backward``. Gradients in the dtype of ``grad_out``; the sums are in a fixed order (deterministic)."""
+    """See ``reference.backward``. Gradients in the dtype of ``grad_out``.
+
+    One walk of the KV lists gives all three, so the transposed lists are not needed; the sums are in a fixed order (deterministic).
+    """
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
     k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
@@ -350,7 +360,7 @@ def backward(
     row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))
     factor = softmax_scale * LOG2E
 
-    dq, dk, dv = (torch.zeros(batch * heads * num_blocks, BLOCK, dim) for _ in range(3))
+    dq, dk, dv = (_zeros(batch * heads * num_blocks, BLOCK, dim) for _ in range(3))
     for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
         q_rows = _rows(operands.q8, chunk.q_blocks).float()
         q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
@@ -360,7 +370,7 @@ def backward(
         do_scaled = do_rows * v_scale[chunk.q_blocks[:, 0] // num_blocks]
         q_real = q_rows * q_scale_rows.unsqueeze(-1)
         items, rows = q_rows.shape[:2]
-        dq_rows = torch.zeros(items, rows, dim)
+        dq_rows = _zeros(items, rows, dim)
         for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
             raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
             p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
@@ -379,3 +389,73 @@ def backward(
     shape = (batch, heads, num_blocks * BLOCK, dim)
     dq, dk, dv = (_token_order(g.view(shape), slot_of_token, grad_out.dtype) for g in (dq, dk, dv))
     return dq, dk, dv
+
+
+# Forward mode ------------------------------------------------------------------------------------------------------------
+
+
+def jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """See ``reference.jvp``. The tangent of the output, in its dtype."""
+    batch, heads, num_blocks, _, dim = q8.shape
+    operands = _Operands(q8, k8, v8t, q_scale, k_scale)
+    k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
+    slots = token_of_slot.long().view(-1, BLOCK)
+    source = torch.where(slots >= 0, slots, slots[:, :1]).reshape(-1)
+
+    def in_slots(x: Tensor | None) -> Tensor | None:
+        return x if x is None else _gather(x, source).view(-1, BLOCK, dim)
+
+    q_dot, k_dot, v_dot = (in_slots(x) for x in (q_tangent, k_tangent, v_tangent))
+    o = _gather(out, source).view(-1, BLOCK, dim)
+    v_scale = v_scale.reshape(batch * heads, 1, dim)
+    row_max, row_sum = row_max.reshape(-1, BLOCK, 1), row_sum.reshape(-1, BLOCK, 1)
+    row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))  # as in backward
+    factor = softmax_scale * LOG2E
+
+    result = _zeros(batch * heads * num_blocks, BLOCK, dim)
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+        q_rows = _rows(operands.q8, chunk.q_blocks).float()
+        q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
+        m, l = (_rows(x, chunk.q_blocks) for x in (row_max, row_sum))
+        q_real = q_rows * q_scale_rows.unsqueeze(-1)
+        items, rows = q_rows.shape[:2]
+        of_v, of_scores, total = _zeros(items, rows, dim), _zeros(items, rows, dim), _zeros(items, rows, 1)
+        for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
+            raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
+            p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
+            v = _rows(operands.v, blocks)
+            p.mul_(v[..., dim].unsqueeze(1)).div_(l)
+            if v_dot is not None:
+                of_v.baddbmm_(p, _rows(v_dot, blocks))
+            x_dot = _zeros(items, rows, p.shape[-1])
+            if q_dot is not None:
+                x_dot.baddbmm_(_rows(q_dot, chunk.q_blocks), _rows(k, blocks).transpose(1, 2))
+            if k_dot is not None:
+                x_dot.baddbmm_(q_real, _rows(k_dot, blocks).transpose(1, 2))
+            p_dot = x_dot.mul_(p)
+            of_scores.baddbmm_(p_dot, v[..., :dim])
+            total += p_dot.sum(-1, keepdim=True)
+        of_scores.mul_(v_scale[chunk.q_blocks[:, 0] // num_blocks]).sub_(total * _rows(o, chunk.q_blocks))
+        of_v.add_(of_scores, alpha=softmax_scale)
+        result.index_copy_(0, chunk.q_blocks.reshape(-1), of_v.view(-1, BLOCK, dim))
+    shape = (batch, heads, num_blocks * BLOCK, dim)
+    return _token_order(result.view(shape), _slot_of_token(token_of_slot, out.shape[2]), out.dtype)

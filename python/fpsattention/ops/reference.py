@@ -168,8 +168,7 @@ def quantize(
     v_blocks = torch.where(valid[:, :, None], v_blocks, 0.0).transpose(-1, -2)  # (B, H, num_blocks, D, 128)
     extra = torch.zeros_like(v_blocks[..., :V_EXTRA_ROWS, :])
     extra[..., 0, :] = valid.float()
-    order = torch.arange(BLOCK).view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
-    v8t = to_e4m3(torch.cat([v_blocks, extra], dim=-2)[..., order])
+    v8t = to_e4m3(torch.cat([v_blocks, extra], dim=-2)[..., v_slot_order()])
 
     if granularity != TOKEN:
         q_scale, k_scale = q_scale[..., 0], k_scale[..., 0]
@@ -179,6 +178,16 @@ def quantize(
 # Attention (sections 3 to 7) ---------------------------------------------------------------------------------------------
 
 
+def v_slot_order() -> Tensor:
+    """Slot that each of the 128 positions of a block of v8t holds."""
+    return torch.arange(BLOCK, device="cpu").view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
+
+
+def _slot_of_token(token_of_slot: Tensor) -> Tensor:
+    slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
+    return slots[token_of_slot[slots].argsort()]
+
+
 def _per_slot(scale: Tensor) -> Tensor:
     """Scales as ``(B, H, num_blocks, 128)``, whichever granularity they came in."""
     return scale if scale.dim() == 4 else scale.unsqueeze(-1).expand(*scale.shape, BLOCK)
@@ -186,9 +195,7 @@ def _per_slot(scale: Tensor) -> Tensor:
 
 def _dequantized_v(v8t: Tensor) -> tuple[Tensor, Tensor]:
     """Raw e4m3 values of V, ``(B, H, num_blocks, 128, D)`` in slot order, and the ones row, ``(B, H, num_blocks, 128)``."""
-    inverse = torch.empty(BLOCK, dtype=torch.long)
-    inverse[torch.arange(BLOCK).view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)] = torch.arange(BLOCK)
-    rows = v8t.float()[..., inverse]
+    rows = v8t.float()[..., v_slot_order().argsort()]
     return rows[..., :-V_EXTRA_ROWS, :].transpose(-1, -2), rows[..., -V_EXTRA_ROWS, :]
 
 
@@ -219,9 +226,9 @@ def forward(
     v_raw, ones = _dequantized_v(v8t)
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
 
-    out = torch.zeros(batch, heads, num_blocks, BLOCK, dim)
-    row_max = torch.zeros(batch, heads, num_blocks, BLOCK)
-    row_sum = torch.zeros(batch, heads, num_blocks, BLOCK)
+    out = q_raw.new_zeros(batch, heads, num_blocks, BLOCK, dim)
+    row_max = q_raw.new_zeros(batch, heads, num_blocks, BLOCK)
+    row_sum = q_raw.new_zeros(batch, heads, num_blocks, BLOCK)
     for b in range(batch):
         for h in range(heads):
             counts = kv_num_blocks[b % kv_num_blocks.shape[0], h % kv_num_blocks.shape[1]].tolist()
@@ -230,9 +237,9 @@ def forward(
                 tile = int(tile_of_block[i])
                 if counts[tile] == 0:
                     continue  # section 7: an empty row stays 0, with row_sum 0
-                m = torch.full((BLOCK,), -math.inf)
-                l = torch.zeros(BLOCK)
-                o = torch.zeros(BLOCK, dim)
+                m = q_raw.new_full((BLOCK,), -math.inf)
+                l = q_raw.new_zeros(BLOCK)
+                o = q_raw.new_zeros(BLOCK, dim)
                 for j in indices[tile][: counts[tile]]:
                     # Section 3: scores in log2 units.
                     factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
@@ -251,8 +258,7 @@ def forward(
     # Section 6: token order, natural logarithm; an empty row has log2(0) = -inf.
     lse = (row_max - P_SHIFT + torch.log2(row_sum)) / LOG2E
     valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
-    slot_of_token = torch.empty(num_tokens, dtype=torch.long)
-    slot_of_token[token_of_slot[token_of_slot >= 0].long()] = torch.nonzero(token_of_slot >= 0).squeeze(1)
+    slot_of_token = _slot_of_token(token_of_slot)
     lse = lse.flatten(2)[:, :, slot_of_token]
     if q_k_mean is not None:
         lse = lse + softmax_scale * q_k_mean
@@ -284,7 +290,6 @@ def backward(
     ``p = e4m3(2^(x - m + 8)) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
     """
     batch, heads, num_blocks, _, dim = q8.shape
-    num_tokens = out.shape[2]
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
     q = q8.float() * q_scale.unsqueeze(-1)
     k = k8.float() * k_scale.unsqueeze(-1)
@@ -315,10 +320,66 @@ def backward(
                     dq[b, h, i] += ds @ k[b, h, j]
                     dk[b, h, j] += ds.T @ q[b, h, i]
 
-    slot_of_token = torch.empty(num_tokens, dtype=torch.long)
-    slot_of_token[token_of_slot[token_of_slot >= 0].long()] = torch.nonzero(token_of_slot >= 0).squeeze(1)
+    slot_of_token = _slot_of_token(token_of_slot)
     dq, dk, dv = (g.flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
     return dq, dk, dv
+
+
+def jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """Straight-through tangent of ``out`` along the tangents of q, k, v (None: zero), ``(B, H, S, D)`` FP32 (section 9).
+
+    The adjoint of :func:`backward`: ``<grad_out, jvp(t)> = <backward(grad_out), t>``.
+    """
+    batch, heads, num_blocks, _, dim = q8.shape
+    q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
+    q = q8.float() * q_scale.unsqueeze(-1)
+    k = k8.float() * k_scale.unsqueeze(-1)
+    v_raw, ones = _dequantized_v(v8t)
+    v = v_raw * v_scale[:, :, None, None]
+    q_dot, k_dot, v_dot = (
+        torch.zeros_like(q) if x is None else gather_slots(x.float(), token_of_slot)
+        for x in (q_tangent, k_tangent, v_tangent)
+    )
+    o = gather_slots(out.float(), token_of_slot)
+    row_max = row_max.unflatten(2, (num_blocks, BLOCK))
+    row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
+
+    o_dot = torch.zeros_like(q)
+    for b in range(batch):
+        for h in range(heads):
+            counts = kv_num_blocks[b % kv_num_blocks.shape[0], h % kv_num_blocks.shape[1]].tolist()
+            indices = kv_indices[b % kv_indices.shape[0], h % kv_indices.shape[1]].tolist()
+            for i in range(num_blocks):
+                tile = int(tile_of_block[i])
+                m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
+                for j in indices[tile][: counts[tile]]:
+                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
+                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    p = to_e4m3(torch.exp2(x - m + P_SHIFT)).float() * ones[b, h, j]
+                    p = torch.where(l == 0, 0.0, p / l)
+                    s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
+                    p_dot = p * s_dot
+                    o_dot[b, h, i] += p @ v_dot[b, h, j] + p_dot @ v[b, h, j] - p_dot.sum(-1, keepdim=True) * o[b, h, i]
+    return o_dot.flatten(2, 3)[:, :, _slot_of_token(token_of_slot)]
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
