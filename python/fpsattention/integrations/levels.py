@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..layout.masks import BlockMask, sliding_tile_mask
+from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
 from .ordinary import ordinary_tensors
@@ -69,12 +69,12 @@ class Part:
     """One kernel launch: the samples that share a kernel class.
 
     Attributes:
-        mask: their block lists; None: the model's own attention.
+        lists: their tables on the device; None: the model's own attention.
         samples: int64 indices into the batch; None: all samples.
         chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then.
     """
 
-    mask: BlockMask | None
+    lists: Lists | None
     granularity: str = ""
     samples: Tensor | None = None
     chosen: Tensor | None = None
@@ -238,6 +238,7 @@ class LevelTables:
             slot_of_token, mask = self._constant(tokens, group, None if len(levels) > 1 else 0, device)
             if mask is not None and len(levels) > 1:
                 mask = mask.select(segments)
+            lists = None if mask is None else mask.lists(transposed=True)
             classes = list(dict.fromkeys(level.kernel_class for level in levels))
             parts = []
             for kernel_class in classes:
@@ -248,7 +249,7 @@ class LevelTables:
                         if level.kernel_class == kernel_class:
                             chosen = chosen | (segments == segment)
                 precision, granularity = kernel_class
-                parts.append(Part(mask if precision == "fp8" else None, granularity, None, chosen))
+                parts.append(Part(lists if precision == "fp8" else None, granularity, None, chosen))
             calls.append(Call(slot_of_token, tuple(parts)))
         return tuple(calls)
 
@@ -271,7 +272,8 @@ class LevelTables:
                 parts = (Part(None),)
             else:
                 mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
-                parts = (Part(mask.select(segments) if len(levels) > 1 else mask, levels[0].granularity),)
+                mask = mask.select(segments) if len(levels) > 1 else mask
+                parts = (Part(mask.lists(backward), levels[0].granularity),)
             calls.append(Call(slot_of_token, parts, order))
         return tuple(calls)
 
@@ -284,14 +286,15 @@ class LevelTables:
             by_class.setdefault(levels[segment].kernel_class, []).append(sample)
         parts = []
         for (precision, granularity), samples in by_class.items():
-            mask = None
+            lists = None
             if precision == "fp8":
                 wanted = [segments[sample] for sample in samples]
                 if len(set(wanted)) == 1:
                     mask = self._mask(tokens, group, wanted[0], device, backward)
                 else:
                     mask = self._mask(tokens, group, None, device, backward).select(_index(tuple(wanted), device))
-            parts.append(Part(mask, granularity, None if len(by_class) == 1 else _index(tuple(samples), device)))
+                lists = mask.lists(backward)
+            parts.append(Part(lists, granularity, None if len(by_class) == 1 else _index(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
         flat = [sample for samples in by_class.values() for sample in samples]

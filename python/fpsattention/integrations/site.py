@@ -131,12 +131,12 @@ def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
     next, so the cast costs nothing that counts.
     """
-    if part.mask is None:
+    if part.lists is None:
         return core.dense(q, k, v)
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), part.mask, granularity=part.granularity, scale=core.scale)[0]
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), part.lists, granularity=part.granularity, scale=core.scale)[0]
 
 
 def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
