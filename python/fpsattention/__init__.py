@@ -15,7 +15,7 @@ from .errors import BuildError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from .functional import attention
-    from .integrations.diffusers import apply
+    from .integrations.diffusers import apply, remove, status
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
     from .layout.tiles import TileLayout, clear_plan_cache, plan
     from .schedule import Schedule
@@ -35,6 +35,8 @@ _LAZY = {
     "TileLayout": "layout.tiles",
     "clear_plan_cache": "layout.tiles",
     "plan": "layout.tiles",
+    "remove": "integrations.diffusers",
+    "status": "integrations.diffusers",
 }
 
 __all__ = [
@@ -49,7 +51,9 @@ __all__ = [
     "clear_plan_cache",
     "dense_mask",
     "plan",
+    "remove",
     "sliding_tile_mask",
+    "status",
 ]
 
 

@@ -66,7 +66,7 @@ def _build(name: str, flow_shift: float, parts: list[tuple[float, str]]) -> Sche
     return Schedule(
         levels=levels,
         phases=tuple(phases),
-        model={"class": "WanTransformer3DModel", "flow_shift": flow_shift},
+        model={"flow_shift": flow_shift},
         provenance={"created_by": "fpsattention", "preset": name},
     )
 
