@@ -10,7 +10,6 @@ import torch
 import fpsattention as fps
 from fpsattention import ConfigError, patterns
 
-
 FP8 = 0.07  # relative L1 of FP8 attention of normal inputs at D = 64 (0.056 at D = 128 and 4096 keys; short rows average less)
 
 
