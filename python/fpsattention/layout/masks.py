@@ -92,6 +92,49 @@ class BlockMask:
         return _from_numpy(layout.cpu(), lists).to(layout.device)
 
     @classmethod
+    def from_keep(cls, layout: TileLayout, keep: Tensor, max_kv: int | None = None) -> BlockMask:
+        """From a boolean matrix on any device, without waiting for it: fixed shapes, so it can be compiled and captured.
+
+        Args:
+            layout: the tiles; its tables are moved to the device of ``keep``.
+            keep: bool ``[Bm, Hm, num_tiles, num_blocks]``: query tile i visits KV block j. Nothing is added to it.
+            max_kv: width of the lists, at least the longest of them, if the caller knows one (a top-k does): list memory is
+                ``Bm * Hm * num_tiles * max_kv`` integers instead of ``... * num_blocks``. On the CPU a row that does not fit is an
+                error; elsewhere, where reading it would wait, its last entries (the highest blocks) are left out.
+
+        Lists are those of :meth:`from_tiles`: the own tile first, then ascending.
+
+        Raises:
+            ConfigError: on another dtype, shape or width.
+        """
+        wanted = (layout.num_tiles, layout.num_blocks)
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            came = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+            raise ConfigError(f"fpsattention.BlockMask.from_keep: keep is {came}, expected a torch.bool tensor")
+        if keep.ndim != 4 or tuple(keep.shape[2:]) != wanted or 0 in keep.shape:
+            raise ConfigError(
+                f"fpsattention.BlockMask.from_keep: keep has shape {tuple(keep.shape)}, expected [Bm, Hm, num_tiles, num_blocks] = "
+                f"[Bm, Hm, {wanted[0]}, {wanted[1]}]"
+            )
+        width = layout.num_blocks if max_kv is None else max_kv
+        if not 1 <= width <= layout.num_blocks:
+            raise ConfigError(
+                f"fpsattention.BlockMask.from_keep: max_kv {max_kv}, expected 1 to num_blocks = {layout.num_blocks}"
+            )
+        layout = layout.to(keep.device)
+        own = layout.tile_of_block == torch.arange(layout.num_tiles, device=keep.device).unsqueeze(-1)
+        counts, indices = _lists_of_keep(keep, own, width)
+        if width < layout.num_blocks:
+            if keep.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(keep):
+                longest = int(counts.max())
+                if longest > width:
+                    raise ConfigError(
+                        f"fpsattention.BlockMask.from_keep: max_kv {max_kv}, expected at least the longest list, {longest} blocks"
+                    )
+            counts = counts.clamp_max(width)
+        return _trusted(layout, counts, indices)
+
+    @classmethod
     def stack(cls, masks: Sequence[BlockMask]) -> BlockMask:
         """Several masks of one layout as one batch, lists padded to a common length: ``Bm`` is the sum of theirs.
 
@@ -310,14 +353,28 @@ def _trusted(
     return mask
 
 
+def _lists_of_keep(keep: Tensor, first: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Lengths ``[...]`` and lists ``[..., width]`` (int32) of the true columns of ``keep [..., n]``, those of ``first [..., n]``
+    before the others, each ascending. Two running sums and a scatter: linear, of fixed shapes, the same bits every time."""
+    leading = keep & first
+    others = keep & ~first
+    num_leading = leading.sum(-1, keepdim=True, dtype=torch.int32)
+    place = torch.where(
+        leading, leading.cumsum(-1, dtype=torch.int32), num_leading + others.cumsum(-1, dtype=torch.int32)
+    )
+    # Unlisted columns, and those beyond the width, go to an extra entry, which is dropped.
+    place = torch.where(keep & (place <= width), place - 1, width)
+    columns = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
+    lists = torch.zeros(*keep.shape[:-1], width + 1, dtype=torch.int32, device=keep.device)
+    lists.scatter_(-1, place.long(), columns)
+    return keep.sum(-1, dtype=torch.int32), lists[..., :-1].contiguous()
+
+
 def _transpose_on_device(mask: BlockMask) -> tuple[Tensor, Tensor]:
     """The transpose in torch operations of fixed shapes: no synchronization."""
     query_blocks = mask.to_blocks()[:, :, mask.layout.tile_of_block.to(mask.device)]  # [Bm, Hm, query block, KV block]
     visits = query_blocks.transpose(-1, -2)
-    indices = visits.to(torch.int8).argsort(
-        dim=-1, descending=True, stable=True
-    )  # stable: visiting blocks first, ascending
-    return visits.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+    return _lists_of_keep(visits, torch.zeros_like(visits[..., :1, :]), visits.shape[-1])
 
 
 def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tensor) -> None:
