@@ -187,7 +187,6 @@ def test_own(comparison: Comparison, peer: Any, bench, record) -> None:
     check_one(peer, comparison, bench, record)
 
 
-@pytest.mark.foreign
 def test_peer(comparison: Comparison, peer: Any, bench, record) -> None:
     check_one(peer, comparison, bench, record)
 

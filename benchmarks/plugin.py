@@ -100,11 +100,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def is_foreign(nodeid: str) -> bool:
+    """Whether a test's failure says nothing about this library."""
+    return "::test_peer[" in nodeid
+
+
 # Settings --------------------------------------------------------------------------------------------------------------
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "foreign: a failure says nothing about this library")
     mode = config.option.bench_mode = config.option.bench_mode or "quick"
     worker = getattr(config, "workerinput", None)
     if worker is not None:
@@ -206,7 +210,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     report = yield
     if report.failed and item.config.bench["device"] == "cuda":
         end_if_device_is_lost(item, report)
-    if report.failed and item.get_closest_marker("foreign"):
+    if report.failed and is_foreign(item.nodeid):
         report.outcome, report.wasxfail = "skipped", "a peer's failure"
     return report
 
@@ -232,15 +236,13 @@ class Supervisor:
 
     def __init__(self, config: pytest.Config, results: Results, telemetry: Telemetry):
         self.config, self.results, self.telemetry = config, results, telemetry
-        self.foreign: set[str] = set()
-        self.started = time.time()
         self.wrong: list[str] = []
         self.checked = 0
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         crashed = report.when == "???"  # xdist's word for a test whose worker died
-        own = "::test_peer[" not in report.nodeid
+        own = not is_foreign(report.nodeid)
         if crashed and not own:
             report.outcome, report.wasxfail = "skipped", "a peer's crash"
         if report.when == "setup" and report.passed or report.when == "teardown" and not report.failed:

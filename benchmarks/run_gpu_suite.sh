@@ -4,11 +4,13 @@
 set -eu
 cd "$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
 python=${PYTHON:-python3}
-for module in torch pytest xdist; do
-  "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" || {
-    echo "run_gpu_suite.sh: $python has no $module: pip install torch 'pytest>=9' pytest-xdist, or set PYTHON" >&2; exit 2; }
-done
+missing=$("$python" -c "
+from importlib.util import find_spec
+print(*(name for name in ('torch', 'pytest', 'xdist', 'fpsattention') if find_spec(name) is None))")
+case " $missing " in *" torch "* | *" pytest "* | *" xdist "*)
+  echo "run_gpu_suite.sh: $python lacks $missing: pip install torch 'pytest>=9' pytest-xdist, or set PYTHON" >&2; exit 2 ;;
+esac
 # An installed package has the built kernels: the tree's own is used only where there is none.
-"$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('fpsattention') is None)" || PYTHONPATH="python${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+case " $missing " in *" fpsattention "*) PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" ;; esac
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 exec "$python" -m pytest -c benchmarks/pytest.ini --rootdir . "$@"

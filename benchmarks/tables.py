@@ -7,6 +7,7 @@ plots say that its timings mean nothing. What the paper reports stands in a tabl
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,22 +216,13 @@ def unmeasured_table(report: Report) -> str:
     for outcome in report.outcomes():
         if outcome["outcome"] != "passed":
             what = outcome["id"].split("::")[-1]
-            if "bench_peers" in outcome["id"] and "-" in what:
-                what = what.split("[")[0] + " " + peer_of(what)
+            what = re.sub(
+                r"^test_(own|peer)\[(.+)-(forward|training)-.*", r"\2", what
+            )  # the peer: its comparisons fail alike
             lines = [line for line in (outcome["reason"] or "").splitlines() if line.strip()] or ["no reason"]
             key = (what, f"{outcome['outcome']}: {lines[-1].strip()[:200]}")
             reasons[key] = reasons.get(key, 0) + 1
     return table(["what", "why", "times"], [[what, why, n] for (what, why), n in reasons.items()]) if reasons else ""
-
-
-def peer_of(name: str) -> str:
-    """'sage' of 'test_peer[forward-tiny-0.3-sage]'."""
-    from .bench_peers import COMPARISONS
-
-    inner = name.partition("[")[2].rstrip("]")
-    for comparison in {c.id: c for group in COMPARISONS.values() for c in group}:
-        inner = inner.replace(f"{comparison}-", "").replace(f"-{comparison}", "")
-    return inner
 
 
 def markdown(paths: Sequence[Path]) -> str:
