@@ -33,13 +33,13 @@ _MASK_LABELS = ("skipped", "attended", "own tile", "text")
 _DPI = 100
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     figure_module = require("matplotlib.figure", "plots")
     require("matplotlib.backends.backend_agg", "plots")
     return figure_module.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = Path(path)
@@ -121,7 +121,7 @@ def plot_block_masks(masks: Mapping[str, Any], path: str | Path, title: str) -> 
     count = len(masks)
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
-    figure = _new_figure(max(4.2 * columns, 6.4), 3.9 * rows + 0.9)
+    figure = new_figure(max(4.2 * columns, 6.4), 3.9 * rows + 0.9)
     figure.suptitle(title, fontsize=12)
     images = [mask_image(mask) for mask in masks.values()]
     for index, ((name, mask), image) in enumerate(zip(masks.items(), images, strict=True)):
@@ -131,7 +131,7 @@ def plot_block_masks(masks: Mapping[str, Any], path: str | Path, title: str) -> 
             axis.set_ylabel("query tile")
         axis.set_title(f"{name}\ndensity {float(mask.density):.3f}", fontsize=10)
     _mask_legend(figure, images)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_plan(mask: Any, path: str | Path, title: str) -> Path:
@@ -140,7 +140,7 @@ def plot_plan(mask: Any, path: str | Path, title: str) -> Path:
     tiles_t, tiles_h, tiles_w = layout.tile_grid
     center = (tiles_t // 2 * tiles_h + tiles_h // 2) * tiles_w + tiles_w // 2
     image = mask_image(mask)
-    figure = _new_figure(11.0, 6.0)
+    figure = new_figure(11.0, 6.0)
     figure.suptitle(title, fontsize=12)
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1.0))
     axis = left.add_subplot()
@@ -150,7 +150,7 @@ def plot_plan(mask: Any, path: str | Path, title: str) -> Path:
     axis.axhline(center + 0.5, color="#D55E00", linewidth=0.9, linestyle=":")
     _mask_legend(left, [image])
     _draw_window(right, layout, image[center], center)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_window(figure: Any, layout: Any, row: np.ndarray, center: int) -> None:
@@ -209,7 +209,7 @@ def plot_error_vs_sigma(
     points = [(s, e) for values in series.values() for s, e in values]
     if not points:
         raise ConfigError("fpsattention.plots: series has no points, wanted at least one (sigma, error)")
-    figure = _new_figure(9.0, 5.0)
+    figure = new_figure(9.0, 5.0)
     axis = figure.add_subplot()
     positive = [e for _, e in points if math.isfinite(e) and e > 0]
     low = 10 ** math.floor(math.log10(min(positive)) - 0.15) if positive else 1e-6
@@ -246,7 +246,7 @@ def plot_error_vs_sigma(
     axis.set_ylabel(ylabel)
     axis.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
     axis.set_title(title, fontsize=12, pad=24 if phases else 10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_layer_heatmap(
@@ -266,7 +266,7 @@ def plot_layer_heatmap(
     table = np.full((len(layers), len(sigmas)), np.nan)
     for (layer, sigma), value in values.items():
         table[layers.index(layer), sigmas.index(sigma)] = value
-    figure = _new_figure(min(max(0.75 * len(sigmas) + 2.4, 5.5), 16.0), min(max(0.42 * len(layers) + 1.9, 3.2), 14.0))
+    figure = new_figure(min(max(0.75 * len(sigmas) + 2.4, 5.5), 16.0), min(max(0.42 * len(layers) + 1.9, 3.2), 14.0))
     axis = figure.add_subplot()
     finite = table[np.isfinite(table)]
     peak = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
@@ -286,7 +286,7 @@ def plot_layer_heatmap(
                     column, row, f"{value:.3f}", ha="center", va="center", fontsize=8,
                     color="black" if value > 0.6 * peak else "white",
                 )  # fmt: skip
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_side_by_side(
@@ -315,7 +315,7 @@ def plot_side_by_side(
     difference = np.abs(dense - fps)
     gain = 1.0 / max(float(difference[chosen].max()), 1e-6)
     cell_width = 11.0 / columns
-    figure = _new_figure(11.6, 3 * cell_width * height / width + 0.9)
+    figure = new_figure(11.6, 3 * cell_width * height / width + 0.9)
     figure.suptitle(title, fontsize=12)
     rows = (
         ("dense", dense),
@@ -334,14 +334,14 @@ def plot_side_by_side(
                 axis.set_title(f"frame {frame}, {quality}", fontsize=9)
             if column == 0:
                 axis.set_ylabel(name, fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_time_split(runs: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> Path:
     """Stacked bars, one per run: seconds by part ("quantize", "attention", "rest", in the order given)."""
     if not runs:
         raise ConfigError("fpsattention.plots: runs is empty, wanted at least one run with its parts in seconds")
-    figure = _new_figure(9.0, 1.6 + 0.6 * len(runs))
+    figure = new_figure(9.0, 1.6 + 0.6 * len(runs))
     axis = figure.add_subplot()
     names = list(runs)
     longest = max(sum(parts.values()) for parts in runs.values())
@@ -364,4 +364,4 @@ def plot_time_split(runs: Mapping[str, Mapping[str, float]], path: str | Path, t
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(title, fontsize=12)
     figure.legend(loc="outside lower center", ncols=len(labelled), frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
