@@ -4,15 +4,10 @@
 
 #include <cstdint>
 
+#include "common/sm90/ptx.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::sm90::forward {
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a
 // quad agree.
@@ -98,13 +93,7 @@ __device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32
 #pragma unroll
   for (int i = 4 * kFirst; i < 4 * (kFirst + kSteps); ++i) {
     const float* e = exponent + 8 * (i / 2) + 2 * (i % 2);
-    asm volatile(
-        "{\n.reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(p[i])
-        : "f"(exp2_approx(e[0])), "f"(exp2_approx(e[1])), "f"(exp2_approx(e[4])), "f"(exp2_approx(e[5])));
+    p[i] = to_e4m3x4_in_place(exp2_approx(e[0]), exp2_approx(e[1]), exp2_approx(e[4]), exp2_approx(e[5]));
   }
 }
 
