@@ -102,7 +102,7 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
       float q_scale[2];
       const int64_t block = static_cast<int64_t>(item.batch_head) * args.num_blocks + item.q_block;
       for (int half = 0; half < 2; ++half) {
-        const uint32_t row = 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * half;
+        const uint32_t row = 64 * warpgroup + accumulator_row(threadIdx.x % 128, 2 * half);
         q_scale[half] = args.q_scale[args.q_scale_per_token ? block * kBlockSlots + row : block];
       }
       RowState<C> state;
