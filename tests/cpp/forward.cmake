@@ -17,6 +17,10 @@ if(FPSATTN_HAS_CUDA)
     fpsattn_add_device_run(test_forward.strict test_forward --strict-proxy --async=lazy)
   endif()
 
+  fpsattn_add_gtest(test_fragments test_fragments.cpp LIBRARIES fpsattn CUDA::cudart)
+  target_include_directories(test_fragments SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}")
+  fpsattn_add_host_test(test_fragments)
+
   fpsattn_add_gtest(test_forward_errors test_forward_errors.cpp LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_run(test_forward_errors test_forward_errors)
 endif()
