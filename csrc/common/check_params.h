@@ -4,7 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstdint>
+#include <string>
 
 #include "fpsattn/params.h"
 #include "fpsattn/status.h"
@@ -57,14 +59,49 @@ inline void check_workspace(const char* op, const void* workspace, size_t bytes,
   }
 }
 
-// The current device can run sm_90a code.
-inline void check_device(const char* op) {
+// Sizes of a block mask with `rows` rows, which ProblemSize calls `rows_name`; a row stands for a `row_is`. A list may be longer
+// than num_blocks: nothing but its entries is read.
+inline void check_lists(const char* op, const char* name, const BlockLists& lists, const ProblemSize& size, int rows,
+                        const char* rows_name, const char* row_is) {
+  FPSATTN_CHECK(lists.batch == 1 || lists.batch == size.batch, op, ": ", name, ".batch is ", lists.batch,
+                ", expected 1 or batch (", size.batch, ")");
+  FPSATTN_CHECK(lists.heads == 1 || lists.heads == size.heads, op, ": ", name, ".heads is ", lists.heads,
+                ", expected 1 or heads (", size.heads, ")");
+  FPSATTN_CHECK(lists.rows == rows, op, ": ", name, ".rows is ", lists.rows, ", expected ", rows_name, " (", rows,
+                "): a row per ", row_is);
+  FPSATTN_CHECK(lists.max_blocks >= 0, op, ": ", name, ".max_blocks is ", lists.max_blocks, ", expected at least 0");
+}
+
+inline void check_list_pointers(const char* op, const std::string& name, const BlockLists& lists) {
+  check_pointer(op, (name + ".num_blocks").c_str(), lists.num_blocks, sizeof(int32_t));
+  if (lists.max_blocks > 0) check_pointer(op, (name + ".indices").c_str(), lists.indices, sizeof(int32_t));
+}
+
+inline void check_softmax_scale(const char* op, float scale) {
+  FPSATTN_CHECK(std::isfinite(scale) && scale > 0.0f, op, ": softmax_scale is ", scale,
+                ", expected a positive finite number");
+}
+
+inline void check_dtype(const char* op, const char* name, DType dtype) {
+  FPSATTN_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op, ": ", name, " is ", static_cast<int>(dtype),
+                ", expected 0 (bfloat16) or 1 (float16)");
+}
+
+// What kernels exist for: csrc/<op>/<op>.cpp picks by it, code of one lives in csrc/<op>/<architecture>.
+enum class Architecture { kSm90 };
+
+// Of the current device; throws where there are no kernels for it.
+inline Architecture device_architecture(const char* op) {
   int device = 0, major = 0, minor = 0;
   FPSATTN_CUDA_CHECK(op, cudaGetDevice(&device));
   FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   FPSATTN_CHECK(major == 9 && minor == 0, op, ": device ", device, " has compute capability ", major, ".", minor,
                 ", expected 9.0 (Hopper: H100, H200, H20): these kernels are sm_90a code");
+  return Architecture::kSm90;
 }
+
+// The current device can run sm_90a code.
+inline void check_device(const char* op) { device_architecture(op); }
 
 }  // namespace fpsattn

@@ -1,17 +1,18 @@
 // e4m3: conversion, scale rule, division by a scale. Bit for bit what python/fpsattention/reference.py computes.
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include <cstdint>
 
+#include "common/sm90/ptx.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn {
 
 // Two FP32 values to e4m3, nearest even, saturating at +-448, NaN to 0x7F; `low` lands in the low byte.
 __device__ __forceinline__ uint32_t to_e4m3x2(float low, float high) {
-  uint16_t packed;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
-  return packed;
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }
 
 // Four values, the first in the lowest byte.
@@ -19,12 +20,14 @@ __device__ __forceinline__ uint32_t to_e4m3x4(float x0, float x1, float x2, floa
   return to_e4m3x2(x0, x1) | (to_e4m3x2(x2, x3) << 16);
 }
 
-// max(a, |x|) that keeps a NaN, unlike fmaxf.
-__device__ __forceinline__ float absmax_nan(float a, float x) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(fabsf(x)));
-  return result;
+// Two e4m3 bytes (the low half of `pair`) to FP32, exact.
+__device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t pair) {
+  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+  return __half22float2(halves);
 }
+
+// max(a, |x|) that keeps a NaN, unlike fmaxf.
+__device__ __forceinline__ float absmax_nan(float a, float x) { return sm90::fmax_nan(a, fabsf(x)); }
 
 inline constexpr float kScaleFloor = 0x1p-100f;
 

@@ -1,6 +1,13 @@
 // Numbers that more than one kernel, and the host references of the tests, must agree on to the bit.
 #pragma once
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#endif
+
 namespace fpsattn {
 
 inline constexpr double kLog2E = 1.4426950408889634;
@@ -9,5 +16,20 @@ inline constexpr double kLn2 = 0.6931471805599453;
 // softmax_scale * log2(e), rounded once: scores in log2 units. Forward and backward compute P from it, so both must have
 // the same float.
 constexpr float scale_in_log2_units(float softmax_scale) { return static_cast<float>(softmax_scale * kLog2E); }
+
+#ifdef __CUDACC__
+// Two FP32 to two 16-bit values, nearest even; `low` in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack_16bit(float low, float high, bool fp16) {
+  return fp16 ? pack_fp16(low, high) : pack_bf16(low, high);
+}
+#endif
 
 }  // namespace fpsattn

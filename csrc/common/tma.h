@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/mbarrier.h"
+#include "common/sm90/ptx.h"
 
 namespace fpsattn::sm90 {
 
@@ -70,10 +71,4 @@ template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// At most kPending groups are not yet written to global memory.
-template <int kPending>
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 }  // namespace fpsattn::sm90

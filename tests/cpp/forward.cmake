@@ -28,6 +28,12 @@ if(FPSATTN_HAS_CUDA)
     fpsattn_add_emulator_run(test_forward.strict test_forward "--strict-proxy --async=lazy")
   endif()
 
+  add_executable(test_fragments test_fragments.cpp)
+  target_include_directories(test_fragments PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+  target_include_directories(test_fragments SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}")
+  target_link_libraries(test_fragments PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
+  add_test(NAME test_fragments COMMAND test_fragments)
+
   add_executable(test_forward_errors test_forward_errors.cpp)
   target_link_libraries(test_forward_errors PRIVATE fpsattn CUDA::cudart GTest::gtest_main)
   add_test(NAME test_forward_errors COMMAND test_forward_errors)

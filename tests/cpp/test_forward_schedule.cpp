@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "forward/sm90/launch.h"
+#include "forward/sm90/instances.h"
 #include "support/device.h"
 #include "support/numbers.h"
 

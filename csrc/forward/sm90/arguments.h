@@ -1,9 +1,9 @@
-// Kernel arguments: what launch.cuh makes of ForwardParams.
+// What forward_launch.cu makes of ForwardParams: kernel arguments, and the workspace cut into pieces.
 #pragma once
 
 #include <cuda.h>
 
-#include "common/block_lists.h"
+#include "common/indexing.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::sm90::forward {
@@ -29,6 +29,27 @@ struct Arguments {
   int32_t* next_item;          // counter behind the first gridDim.x items
   const int32_t* head_order;   // [B H]: heaviest (batch, head) first
   const int32_t* block_order;  // [Bm, Hm, num_blocks]: query blocks, longest list first
+};
+
+// The caller's workspace, cut into pieces.
+struct Workspace {
+  int64_t* load;         // [Bm, Hm]: KV blocks on all lists, once per query block
+  int32_t* next_item;    // [1]
+  int32_t* head_order;   // [B H]
+  int32_t* block_order;  // [Bm, Hm, num_blocks]
+  size_t bytes;
+
+  static Workspace at(void* base, const ForwardParams& params) {
+    const size_t lists = static_cast<size_t>(params.kv.batch) * params.kv.heads;
+    const size_t batch_heads = static_cast<size_t>(params.size.batch) * params.size.heads;
+    Workspace pieces;
+    pieces.load = static_cast<int64_t*>(base);
+    pieces.next_item = reinterpret_cast<int32_t*>(pieces.load + lists);
+    pieces.head_order = pieces.next_item + 1;
+    pieces.block_order = pieces.head_order + batch_heads;
+    pieces.bytes = 8 * lists + 4 * (1 + batch_heads + lists * params.size.num_blocks);
+    return pieces;
+  }
 };
 
 }  // namespace fpsattn::sm90::forward

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-#include "common/mbarrier.h"
-#include "common/wgmma.h"
+#include "common/sm90/mbarrier.h"
+#include "common/sm90/mma.h"
+#include "common/sm90/tile.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::sm90::forward {
@@ -14,7 +15,7 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kKScalePerToken =
       kKScalePerToken_;  // an instance of its own: 64 more FMULs per thread and block
-  static_assert(kHeadDim == 64 || kHeadDim == 128, "K rows are one 64- or 128-byte swizzle atom wide");
+  static_assert(kHeadDim == 64 || kHeadDim == 128);
 
   // Roles
   static constexpr int kConsumers = 2;                     // warpgroups that compute, 64 query rows each
@@ -34,14 +35,13 @@ struct Config {
   static constexpr int kStages = 4;  // K and V blocks each: D = 128 fills 4 x 33 KB; the producer runs 2-3 blocks ahead
   static constexpr int kItems = 2;   // work items in flight: Q of the next one loads while this one computes
   static constexpr int kVRows = kHeadDim + kVExtraRows;
-  static constexpr uint32_t kQBytes = kRows * kHeadDim;
-  static constexpr uint32_t kKBytes = kBlockSlots * kHeadDim;
-  static constexpr uint32_t kVBytes = kVRows * kBlockSlots;
+  using QTile = Tile<E4m3, kRows, kHeadDim>;        // rows of both warpgroups
+  using KTile = Tile<E4m3, kBlockSlots, kHeadDim>;  // [slot][D]
+  using VTile = Tile<E4m3, kVRows, kBlockSlots>;    // [D + 8][slot]
 
-  // MMA. K and Q rows are kHeadDim bytes: one swizzle atom. V^T rows are 128 bytes.
-  using QkMma = WgmmaE4m3<kBlockSlots>;  // S[64, 128] += Q[64, 32] K[128, 32]^T
-  using PvMma = WgmmaE4m3<kVRows>;       // O[64, D + 8] += P[64, 32] V^T[D + 8, 32]^T
-  static constexpr Swizzle kQkSwizzle = kHeadDim == 128 ? Swizzle::k128B : Swizzle::k64B;
+  // MMA
+  using QkMma = Mma<E4m3, kBlockSlots>;  // S[64, 128] += Q[64, 32] K[128, 32]^T
+  using PvMma = Mma<E4m3, kVRows>;       // O[64, D + 8] += P[64, 32] V^T[D + 8, 32]^T
   static constexpr int kScoreRegisters = kBlockSlots / 2;
   static constexpr int kOutRegisters = kHeadDim / 2;  // of the FP32 master of O
   static constexpr int kWorkRegisters = kVRows / 2;   // of the PV accumulator: O, then the row sum, then zeros
@@ -55,7 +55,7 @@ struct Config {
   static constexpr int kPromoteBlocks = 2;
   static_assert((kPromoteBlocks & (kPromoteBlocks - 1)) == 0 && kPromoteBlocks * kBlockSlots <= 1024);
 
-  // Named barriers: order_barrier(w) opens the tensor cores to consumer warpgroup w.
+  // Named barrier order_barrier(w) opens the tensor cores to consumer warpgroup w.
   static constexpr bool kOrdered =
       kHeadDim == 128;  // as FlashAttention-3 does for FP8; at D = 64 the exponentials bind
   static constexpr uint32_t order_barrier(uint32_t warpgroup) { return 1 + warpgroup; }

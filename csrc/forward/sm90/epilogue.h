@@ -2,9 +2,9 @@
 // its 16 rows.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cute/arch/copy_sm90.hpp>
 
+#include "common/numeric.h"
 #include "forward/sm90/arguments.h"
 #include "forward/sm90/mainloop.h"
 
@@ -52,15 +52,6 @@ struct Epilogue {
   }
 
  private:
-  __device__ uint32_t pack_pair(float low, float high) const {
-    if (args.fp16_out) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      return reinterpret_cast<const uint32_t&>(pair);
-    }
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-
   // Chunk c of row r lies at chunk c ^ (r % 8): stmatrix writes 8 rows of one chunk without bank conflicts.
   __device__ uint8_t* staged(uint32_t row, uint32_t chunk) const {
     return shared.out[warp] + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
@@ -77,22 +68,19 @@ struct Epilogue {
       for (int i = 0; i < 4; ++i) {
         const int chunk = 2 * pair + i / 2, half = i % 2;
         const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * chunk + 2 * q);
-        words[i] = pack_pair(out[4 * chunk + 2 * half] * scale.x * inverse[half],
-                             out[4 * chunk + 2 * half + 1] * scale.y * inverse[half]);
+        words[i] = pack_16bit(out[4 * chunk + 2 * half] * scale.x * inverse[half],
+                              out[4 * chunk + 2 * half + 1] * scale.y * inverse[half], args.fp16_out);
       }
       // Lane i gives the address of row i % 8 of matrix i / 8; matrices are the four words above.
-      const uint8_t* row = staged(lane % 8 + 8 * (lane / 8 % 2), 2 * pair + lane / 16);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                   : "memory");
+      uint8_t* row = staged(lane % 8 + 8 * (lane / 8 % 2), 2 * pair + lane / 16);
+      cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], *reinterpret_cast<cute::uint128_t*>(row));
     }
   }
 
   // Staging rows to token order, whole rows at a time, 16 bytes per lane.
   __device__ void copy_rows(const WorkItem& item, int32_t tokens) const {
     const int32_t batch = item.batch_head / args.heads, head = item.batch_head % args.heads;
-    uint8_t* base =
-        static_cast<uint8_t*>(args.out.data) + 2 * (batch * args.out.stride_batch + head * args.out.stride_head);
+    uint8_t* base = static_cast<uint8_t*>(args.out.data) + 2 * token_offset(args.out, batch, head, 0);
 #pragma unroll
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       const uint32_t row = pass * kRowsPerPass + lane / kChunks, chunk = lane % kChunks;
@@ -107,7 +95,6 @@ struct Epilogue {
   // m, sum: of rows g and g + 8, known to every lane of the quad.
   __device__ void store_statistics(const WorkItem& item, int32_t tokens, const float (&m)[2],
                                    const float (&sum)[2]) const {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = lane / 4 + 8 * half;
@@ -119,7 +106,8 @@ struct Epilogue {
       args.row_max[slot] = padding ? 0.0f : m[half];
       args.row_sum[slot] = padding ? 0.0f : sum[half];
       if (padding) continue;
-      float lse = (m[half] - kProbabilityShift + __log2f(sum[half])) * kLn2;  // sum = 0 of an empty row: -inf
+      float lse = (m[half] - kProbabilityShift + __log2f(sum[half])) *
+                  static_cast<float>(kLn2);  // sum = 0 of an empty row: -inf
       const int64_t index = static_cast<int64_t>(item.batch_head) * args.num_tokens + token;
       if (args.q_k_mean != nullptr) lse += args.softmax_scale * args.q_k_mean[index];
       args.lse[index] = lse;

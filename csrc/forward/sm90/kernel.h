@@ -73,7 +73,7 @@ __device__ __forceinline__ void init_barriers(Storage<C>& shared) {
     shared.v_full[i].init(1);
     shared.v_empty[i].init(C::kConsumerWarps);
   }
-  fence_mbarrier_init();
+  fence_barrier_init();
 }
 
 template <class C>
@@ -84,7 +84,7 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
   Mainloop<C> mainloop(shared, warpgroup);
   const Epilogue<C> epilogue{args, shared};
   RingPosition<C::kItems> item_slot;
-  if (C::kOrdered && warpgroup == 1) named_barrier_arrive(C::order_barrier(0), 2 * 128);  // warpgroup 0 goes first
+  if (C::kOrdered && warpgroup == 1) NamedBarrier::arrive(2 * 128, C::order_barrier(0));  // warpgroup 0 goes first
 
   while (true) {
     const uint32_t s = item_slot.stage;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
       float q_scale[2];
       const int64_t block = static_cast<int64_t>(item.batch_head) * args.num_blocks + item.q_block;
       for (int half = 0; half < 2; ++half) {
-        const uint32_t row = 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * half;
+        const uint32_t row = 64 * warpgroup + accumulator_row(threadIdx.x % 128, 2 * half);
         q_scale[half] = args.q_scale[args.q_scale_per_token ? block * kBlockSlots + row : block];
       }
       RowState<C> state;
@@ -118,21 +118,20 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) forward_kernel(const __grid_constant__ Arguments args) {
   extern __shared__ uint8_t raw_shared[];
-  Storage<C>& shared =
-      *reinterpret_cast<Storage<C>*>(raw_shared + (-shared_address(raw_shared) & (kSharedAlignment - 1)));
+  Storage<C>& shared = aligned_storage<Storage<C>>(raw_shared);
   if (threadIdx.x == 0) {
-    tma_prefetch_descriptor(&args.q_map);
-    tma_prefetch_descriptor(&args.k_map);
-    tma_prefetch_descriptor(&args.v_map);
+    prefetch_tma_descriptor(&args.q_map);
+    prefetch_tma_descriptor(&args.k_map);
+    prefetch_tma_descriptor(&args.v_map);
     init_barriers(shared);
   }
   __syncthreads();
 
   if (threadIdx.x < 128) {
-    release_registers<C::kProducerRegisters>();
+    warpgroup_reg_dealloc<C::kProducerRegisters>();
     if (threadIdx.x < 32) Producer<C>{args, shared}.run();
   } else {
-    acquire_registers<C::kConsumerRegisters>();
+    warpgroup_reg_alloc<C::kConsumerRegisters>();
     consume(args, shared);
   }
 }

@@ -14,17 +14,6 @@ struct RowState {
   float sum[2];  // row sums in lanes q = 0; other lanes of the quad hold 0
 };
 
-// The same value, of which ptxas now knows that the warp agrees on it, and no longer how it was computed: it keeps it in a
-// uniform register and adds to it with 64-bit adds, instead of deriving every descriptor anew in the loop.
-__device__ __forceinline__ uint64_t uniform(uint64_t value) {
-  asm volatile(
-      "{\n.reg .b32 low, high;\nmov.b64 {low, high}, %0;\n"
-      "shfl.sync.idx.b32 low, low, 0, 31, -1;\nshfl.sync.idx.b32 high, high, 0, 31, -1;\n"
-      "mov.b64 %0, {low, high};\n}"
-      : "+l"(value));
-  return value;
-}
-
 template <class C>
 struct Mainloop {
   Storage<C>& shared;
@@ -37,10 +26,9 @@ struct Mainloop {
   // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e).
   __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2,
                                       RowState<C>& state) {
-    const uint64_t q_tiles =
-        uniform(matrix_descriptor<C::kQkSwizzle>(shared.q[0] + warpgroup * 64 * C::kHeadDim, 8 * C::kHeadDim));
-    const uint64_t k_tiles = uniform(matrix_descriptor<C::kQkSwizzle>(shared.k[0], 8 * C::kHeadDim));
-    const uint64_t v_tiles = uniform(matrix_descriptor<Swizzle::k128B>(shared.v[0], 8 * kBlockSlots));
+    const uint64_t q_tiles = warp_uniform(C::QTile::descriptor(shared.q[0]) + warpgroup * C::QTile::step(64, 0));
+    const uint64_t k_tiles = warp_uniform(C::KTile::descriptor(shared.k[0]));
+    const uint64_t v_tiles = warp_uniform(C::VTile::descriptor(shared.v[0]));
     const uint32_t own_turn = C::order_barrier(warpgroup);
     const uint32_t other_turn = C::order_barrier(0) + C::order_barrier(1) - own_turn;  // of warpgroup ^ 1
     float score[C::kScoreRegisters];
@@ -74,19 +62,19 @@ struct Mainloop {
     auto issue_qk = [&] {
       asm volatile(""
                    : "+r"(item_slot));  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
-      const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::kQBytes / 16);
-      const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::kKBytes / 16);
+      const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::QTile::kBytes / 16);
+      const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::KTile::kBytes / 16);
 #pragma unroll
       for (int step = 0; step < C::kHeadDim / 32; ++step)
-        C::QkMma::ss(score, q_tile + 2 * step, k_tile + 2 * step, step > 0);
-      wgmma_commit();
+        C::QkMma::ss(score, q_tile + C::QTile::step(0, 32 * step), k_tile + C::KTile::step(0, 32 * step), step > 0);
+      warpgroup_commit_batch();
     };
     auto issue_pv = [&](uint32_t v_stage, bool accumulate) {
-      const uint64_t v_tile = v_tiles + static_cast<uint64_t>(v_stage) * (C::kVBytes / 16);
+      const uint64_t v_tile = v_tiles + static_cast<uint64_t>(v_stage) * (C::VTile::kBytes / 16);
 #pragma unroll
       for (int step = 0; step < kBlockSlots / 32; ++step) {
-        C::PvMma::rs(work, p + 4 * step, v_tile + 2 * step, step > 0 || accumulate);
-        if (step % 2 == 1) wgmma_commit();  // two groups: each frees half of P
+        C::PvMma::rs(work, p + 4 * step, v_tile + C::VTile::step(0, 32 * step), step > 0 || accumulate);
+        if (step % 2 == 1) warpgroup_commit_batch();  // two groups: each frees half of P
       }
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
@@ -115,9 +103,9 @@ struct Mainloop {
     };
 
     await_k();
-    wgmma_fence();
+    warpgroup_arrive();
     issue_qk();
-    wgmma_wait<0>();
+    warpgroup_wait<0>();
     keep_registers(score);
     release_k();
     raise_max(score, factor, state.m);
@@ -134,20 +122,20 @@ struct Mainloop {
       await_k();
 #pragma unroll 1
       do {  // PV of this block, QK and softmax of the next
-        if constexpr (C::kOrdered) named_barrier_sync(own_turn, 256);
-        wgmma_fence();
+        if constexpr (C::kOrdered) NamedBarrier::sync(256, own_turn);
+        warpgroup_arrive();
         issue_qk();
         const uint32_t v_stage = v_slot.stage;
         shared.v_full[v_stage].wait(v_slot.parity);
-        wgmma_fence();
+        warpgroup_arrive();
         issue_pv(v_stage, block % C::kPromoteBlocks != 0);
-        if constexpr (C::kOrdered) named_barrier_arrive(other_turn, 256);
-        wgmma_wait<2>();  // QK
+        if constexpr (C::kOrdered) NamedBarrier::arrive(256, other_turn);
+        warpgroup_wait<2>();  // QK
         keep_registers(score);
         release_k();
         const bool moved = raise_max(score, factor, m);
         subtract_max(score, factor, m);
-        wgmma_wait<1>();  // the first half of PV
+        warpgroup_wait<1>();  // the first half of PV
         exponentiate<0, 2>(score, p);
         v_slot = k_slot;
         another = block < last;
@@ -158,7 +146,7 @@ struct Mainloop {
           k_slot.advance();
           await_k();
         }
-        wgmma_wait<0>();
+        warpgroup_wait<0>();
         keep_registers(work);
         shared.v_empty[v_stage].arrive_if(threadIdx.x % 32 == 0);
         exponentiate<2, 2>(score, p);
@@ -171,9 +159,9 @@ struct Mainloop {
     }
 
     shared.v_full[k_slot.stage].wait(k_slot.parity);
-    wgmma_fence();
+    warpgroup_arrive();
     issue_pv(k_slot.stage, block % C::kPromoteBlocks != 0);
-    wgmma_wait<0>();
+    warpgroup_wait<0>();
     keep_registers(work);
     shared.v_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
     k_slot.advance();

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/device_check.h"
-#include "common/tma.h"
+#include "common/sm90/tma.h"
 #include "forward/sm90/arguments.h"
 #include "forward/sm90/storage.h"
 
@@ -82,33 +82,35 @@ struct Producer {
       shared.item_full[s].arrive();
       return;
     }
-    shared.item_full[s].arrive_expect_bytes(C::kQBytes + sizeof(shared.v_scale[s]));
-    tma_load_2d(shared.q[s], &args.q_map, &shared.item_full[s], 0, (first_block + item.q_block) * kBlockSlots,
-                CacheHint::kEvictFirst);
+    shared.item_full[s].arrive_and_expect_tx(C::QTile::kBytes + sizeof(shared.v_scale[s]));
+    load_tile<typename C::QTile>(shared.q[s], args.q_map, shared.item_full[s], (first_block + item.q_block) * C::kRows,
+                                 CacheHint::EVICT_FIRST);
     bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * C::kHeadDim,
-              sizeof(shared.v_scale[s]), &shared.item_full[s]);
+              sizeof(shared.v_scale[s]), shared.item_full[s]);
   }
 
   __device__ void load_k(int32_t block, float scale) {
     const uint32_t s = k_slot.stage;
     shared.k_empty[s].wait(k_slot.parity ^ 1);
     if constexpr (C::kKScalePerToken) {
-      shared.k_full[s].arrive_expect_bytes(C::kKBytes + sizeof(shared.k_scale[s]));
+      shared.k_full[s].arrive_and_expect_tx(C::KTile::kBytes + sizeof(shared.k_scale[s]));
       bulk_load(shared.k_scale[s], args.k_scale + static_cast<int64_t>(block) * kBlockSlots, sizeof(shared.k_scale[s]),
-                &shared.k_full[s]);
+                shared.k_full[s]);
     } else {
       shared.k_scale[s][0] = scale;
-      shared.k_full[s].arrive_expect_bytes(C::kKBytes);
+      shared.k_full[s].arrive_and_expect_tx(C::KTile::kBytes);
     }
-    tma_load_2d(shared.k[s], &args.k_map, &shared.k_full[s], 0, block * kBlockSlots, CacheHint::kEvictLast);
+    load_tile<typename C::KTile>(shared.k[s], args.k_map, shared.k_full[s], block * C::KTile::kRows,
+                                 CacheHint::EVICT_LAST);
     k_slot.advance();
   }
 
   __device__ void load_v(int32_t block) {
     const uint32_t s = v_slot.stage;
     shared.v_empty[s].wait(v_slot.parity ^ 1);
-    shared.v_full[s].arrive_expect_bytes(C::kVBytes);
-    tma_load_2d(shared.v[s], &args.v_map, &shared.v_full[s], 0, block * C::kVRows, CacheHint::kEvictLast);
+    shared.v_full[s].arrive_and_expect_tx(C::VTile::kBytes);
+    load_tile<typename C::VTile>(shared.v[s], args.v_map, shared.v_full[s], block * C::VTile::kRows,
+                                 CacheHint::EVICT_LAST);
     v_slot.advance();
   }
 };

@@ -5,7 +5,7 @@
 // equal lists it is the natural order, which keeps neighbours, whose lists overlap, and heads together in L2. Query blocks
 // are sorted by counting, in O(num_blocks); heads are ranked in O((B H)^2 / 1024) per thread, of which there are B H.
 #include "common/device_check.h"
-#include "forward/sm90/launch.h"
+#include "forward/sm90/instances.h"
 #include "fpsattn/status.h"
 
 namespace fpsattn::sm90::forward {

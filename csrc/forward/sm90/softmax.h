@@ -4,15 +4,11 @@
 
 #include <cstdint>
 
+#include "common/sm90/fragments.h"
+#include "common/sm90/ptx.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::sm90::forward {
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a
 // quad agree.
@@ -77,10 +73,9 @@ __device__ __forceinline__ bool raise_max(const float (&score)[64], const float 
 
 // score <- score * scale of its column (scales in shared memory): per-token scales of K.
 __device__ __forceinline__ void scale_columns(float (&score)[64], const float* column_scale) {
-  const uint32_t q = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float2 scale = *reinterpret_cast<const float2*>(column_scale + 8 * i + 2 * q);
+    const float2 scale = *reinterpret_cast<const float2*>(column_scale + accumulator_column(threadIdx.x % 128, 4 * i));
     score[4 * i] *= scale.x;
     score[4 * i + 1] *= scale.y;
     score[4 * i + 2] *= scale.x;
@@ -95,21 +90,14 @@ __device__ __forceinline__ void subtract_max(float (&score)[64], const float (&f
   for (int i = 0; i < 64; ++i) score[i] = __fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]);
 }
 
-// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand. Byte b of lane
-// q in k step s, register 2 high + half, is column 32 s + 16 high + {2q, 2q + 1, 8 + 2q, 9 + 2q}[b]: the slots that v8t
-// holds at positions 4q + b (kVSlotOrder), so nothing is shuffled.
+// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds its slots in
+// the order in which the bytes come to lie (kVSlotOrder), so nothing is shuffled.
 template <int kFirst, int kSteps>
 __device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32_t (&p)[16]) {
 #pragma unroll
   for (int i = 4 * kFirst; i < 4 * (kFirst + kSteps); ++i) {
-    const float* e = exponent + 8 * (i / 2) + 2 * (i % 2);
-    asm volatile(
-        "{\n.reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(p[i])
-        : "f"(exp2_approx(e[0])), "f"(exp2_approx(e[1])), "f"(exp2_approx(e[4])), "f"(exp2_approx(e[5])));
+    const auto p_of = [&](int byte) { return exp2_approx(exponent[accumulator_of_byte(i, byte)]); };
+    p[i] = to_e4m3x4_in_place(p_of(0), p_of(1), p_of(2), p_of(3));
   }
 }
 

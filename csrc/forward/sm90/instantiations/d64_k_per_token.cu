@@ -1,4 +1,4 @@
-#include "forward/sm90/launch.cuh"
+#include "forward/sm90/launch_kernel.h"
 
 namespace fpsattn::sm90::forward {
 void launch_d64_k_per_token(const Arguments& args, int num_sms, cudaStream_t stream) {

@@ -3,15 +3,15 @@
 
 #include <algorithm>
 
+#include "forward/sm90/instances.h"
 #include "forward/sm90/kernel.h"
-#include "forward/sm90/launch.h"
 #include "fpsattn/status.h"
 
 namespace fpsattn::sm90::forward {
 
 template <class C>
 void launch(const Arguments& args, int num_sms, cudaStream_t stream) {
-  constexpr int kBytes = shared_bytes<C>();
+  constexpr int kBytes = shared_bytes<Storage<C>>();
   FPSATTN_CUDA_CHECK("forward: shared memory",
                      cudaFuncSetAttribute(forward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   forward_kernel<C><<<std::min(num_sms, args.num_items), C::kThreads, kBytes, stream>>>(args);

@@ -1,4 +1,4 @@
-// Block lists where kernels and launchers read them: broadcasting over batch and heads.
+// Where kernels and launchers find a list of a block mask, and a row of a (B, H, S, D) tensor.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,11 @@ FPSATTN_HOST_DEVICE inline int64_t list_head(const BlockLists& lists, int32_t ba
 // The row of num_blocks, and of indices, that `row` of (batch, head) is.
 FPSATTN_HOST_DEVICE inline int64_t list_row(const BlockLists& lists, int32_t batch, int32_t head, int32_t row) {
   return list_head(lists, batch, head) * lists.rows + row;
+}
+
+// Elements from the first of a tensor to the row of a token.
+FPSATTN_HOST_DEVICE inline int64_t token_offset(const TokenTensor& tensor, int32_t batch, int32_t head, int32_t token) {
+  return batch * tensor.stride_batch + head * tensor.stride_head + token * tensor.stride_token;
 }
 
 }  // namespace fpsattn

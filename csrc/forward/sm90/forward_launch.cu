@@ -1,0 +1,74 @@
+// Tensor maps, schedule, kernel.
+#include "common/numeric.h"
+#include "common/sm90/tensor_map.h"
+#include "forward/sm90/config.h"
+#include "forward/sm90/instances.h"
+#include "forward/sm90/launch.h"
+
+namespace fpsattn::sm90::forward {
+namespace {
+
+constexpr const char* kOp = "forward";
+
+template <int kHeadDim>
+void encode_maps(const ForwardParams& params, Arguments& args) {
+  using C = Config<kHeadDim, false>;  // scales do not change tiles
+  const int64_t blocks = args.num_items;
+  args.q_map = tile_map<typename C::QTile>("forward: q8", params.q8, blocks * C::QTile::kRows);
+  args.k_map = tile_map<typename C::KTile>("forward: k8", params.k8, blocks * C::KTile::kRows);
+  args.v_map = tile_map<typename C::VTile>("forward: v8t", params.v8t, blocks * C::VTile::kRows);
+}
+
+Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) {
+  const ProblemSize& size = params.size;
+  Arguments args{};
+  args.heads = size.heads;
+  args.num_tokens = size.num_tokens;
+  args.num_blocks = size.num_blocks;
+  args.num_items = size.batch * size.heads * size.num_blocks;
+  args.scale_log2 = scale_in_log2_units(params.softmax_scale);
+  args.softmax_scale = params.softmax_scale;
+  args.q_scale_per_token = params.q_scale_per_token;
+  args.fp16_out = params.out_dtype == DType::kFloat16;
+  args.q_scale = params.q_scale;
+  args.k_scale = params.k_scale;
+  args.v_scale = params.v_scale;
+  args.q_k_mean = params.q_k_mean;
+  args.token_of_slot = params.token_of_slot;
+  args.tile_of_block = params.tile_of_block;
+  args.kv = params.kv;
+  args.out = params.out;
+  args.lse = params.lse;
+  args.row_max = params.row_max;
+  args.row_sum = params.row_sum;
+  args.next_item = workspace.next_item;
+  args.head_order = workspace.head_order;
+  args.block_order = workspace.block_order;
+  if (size.head_dim == 64) {
+    encode_maps<64>(params, args);
+  } else {
+    encode_maps<128>(params, args);
+  }
+  return args;
+}
+
+Launcher launcher_of(const ForwardParams& params) {
+  if (params.size.head_dim == 64) return params.k_scale_per_token ? launch_d64_k_per_token : launch_d64;
+  return params.k_scale_per_token ? launch_d128_k_per_token : launch_d128;
+}
+
+}  // namespace
+
+size_t workspace_bytes(const ForwardParams& params) { return Workspace::at(nullptr, params).bytes; }
+
+void launch(const ForwardParams& params, cudaStream_t stream) {
+  int device = 0, num_sms = 0;
+  FPSATTN_CUDA_CHECK(kOp, cudaGetDevice(&device));
+  FPSATTN_CUDA_CHECK(kOp, cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  const Workspace workspace = Workspace::at(params.workspace, params);
+  const Arguments args = arguments_of(params, workspace);
+  launch_schedule(args, workspace, params.size.batch, stream);
+  launcher_of(params)(args, num_sms, stream);
+}
+
+}  // namespace fpsattn::sm90::forward
