@@ -125,3 +125,31 @@ def test_empty_rows_and_per_head_lists():
     torch.testing.assert_close(got[0], want.out, rtol=1e-3, atol=2e-3)
     assert (got[0][:, 1] == 0).all() and (got[1][:, 1] == -torch.inf).all()
     assert torch.equal(got[0] == 0, want.out == 0) and torch.equal(got[1].isinf(), want.lse.isinf())
+
+
+@pytest.mark.parametrize("granularity", [0, 2])
+@pytest.mark.parametrize("magnitude", [1e3, 1e4, 1e6])
+def test_huge_scores_are_attention_and_not_nan(magnitude, granularity):
+    """Scores of 1e6 to 1e13: FP32 rounds them by more than P spans. The winner takes all, as in dense attention."""
+    case = CASES[3]
+    layout, mask = case.layout(), case.mask()
+    q, k, v = (x.transpose(1, 2) for x in case.inputs())
+    z = reference.quantize(
+        q * magnitude, k * magnitude, v, layout.token_of_slot, layout.tile_block_offsets,
+        granularity=granularity, smooth_k=False, pow2_scales=True,
+    )  # fmt: skip
+    lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
+    options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": torch.float32}
+    want = reference.forward(*z[:6], *lists, **options)
+    slots = layout.slot_of_token.long()
+    q8, k8 = (
+        (x.float() * reference._per_slot(s).unsqueeze(-1)).flatten(2, 3)[:, :, slots]
+        for x, s in ((z.q8, z.q_scale), (z.k8, z.k_scale))
+    )
+    v8 = (reference._dequantized_v(z.v8t)[0] * z.v_scale[:, :, None, None]).flatten(2, 3)[:, :, slots]
+    exact = reference.attention_fp64(q8, k8, v8, mask.to_token_mask())
+    for out, lse, row_max, row_sum in (want, cpu.forward(*z[:6], *lists, **options)):
+        assert (out - exact).abs().max() <= 2.0**-4 * v.abs().max()
+        assert not lse.isnan().any() and row_sum.max() <= 512
+        grads = cpu.backward(out, out, *z[:6], row_max, row_sum, *lists, softmax_scale=case.dim**-0.5)
+        assert all(bool(g.isfinite().all()) for g in grads)

@@ -7,8 +7,7 @@
 // Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts
 // Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
 //            registers
-// Layouts    e4m3: one panel of D bytes. BF16: panels of 64 columns, 128-byte swizzle, read K-major (dP) and MN-major
-//            (dV, dK) alike. The scales are folded into dS before it is rounded to BF16: the e4m3 values stay exact.
+// Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
 //            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           they drift apart and fill each other's gaps
@@ -35,34 +34,35 @@
 
 #include "backward/sm90/config.h"
 #include "backward/sm90/elementwise.h"
-#include "backward/sm90/lists.h"
-#include "backward/sm90/mma.h"
+#include "backward/sm90/products.h"
 #include "common/device_check.h"
-#include "common/tma.h"
+#include "common/indexing.h"
+#include "common/sm90/tma.h"
 
-namespace fpsattn::sm90::bwd {
+namespace fpsattn::sm90::backward {
 
 struct DkdvArgs {
-  CUtensorMap k8, v;         // boxes of 128 rows
-  CUtensorMap q8, q, d_out;  // boxes of 64 rows
-  CUtensorMap k;             // fast mode: boxes of 128 rows, panels of D / 2 columns
+  CUtensorMap k8, v;         // of Fp8Block, Block
+  CUtensorMap q8, q, d_out;  // of Fp8Half, Half, Half
+  CUtensorMap k;             // of KeyPanels; fast mode
   const float* row_facts;
   const float* k_scale;
   const int32_t* token_of_slot;
-  DeviceLists queries;  // rows = KV blocks, entries = query blocks
+  BlockLists queries;  // rows = KV blocks, entries = query blocks
   int heads, num_blocks;
-  float softmax_scale, scale_log2e;
-  GradientTensor dk, dv;
+  float softmax_scale, scale_log2;
+  TokenTensor dk, dv;
+  bool fp16;
   float* dq_sum;  // fast mode
 };
 
 template <int D, int kStages>
 struct DkdvRing {
-  alignas(1024) uint8_t q8[kStages][kQueryRows * D];
-  alignas(1024) uint16_t q[kStages][kQueryRows * D];
-  alignas(1024) uint16_t d_out[kStages][kQueryRows * D];
+  alignas(kSharedAlignment) E4m3 q8[kStages][Fp8Half<D>::kElements];
+  alignas(kSharedAlignment) Bf16 q[kStages][Half<D>::kElements];
+  alignas(kSharedAlignment) Bf16 d_out[kStages][Half<D>::kElements];
   alignas(128) float facts[kStages][kNumRowFacts * kQueryRows];
-  static constexpr int kStageBytes = kQueryRows * D * 5 + kRowFactsBytes;
+  static constexpr uint32_t kStageBytes = Fp8Half<D>::kBytes + 2 * Half<D>::kBytes + kRowFactsBytes;
 };
 
 // Policy: dQ is left to its own kernel (dq_kernel.h), nothing is reduced across CTAs: same bits on every run.
@@ -78,20 +78,23 @@ template <int D>
 struct ReducedDq {
   static constexpr int kStages = 2;
   static constexpr bool kReducesDq = true;
+  using KeyPanels = Tile<Bf16, kBlockSlots, D, D / 2>;  // panel w: the columns of warpgroup w
+  using KeyPanel = Tile<Bf16, kBlockSlots, D / 2>;
+  using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;  // [key][query]
   struct Storage {
-    alignas(1024) uint16_t k[kBlockSlots * D];  // panel w: columns of warpgroup w
-    // [key][query], 128-byte swizzle, one per parity of the step: a warpgroup may be a step ahead of the other's reads.
-    alignas(1024) uint16_t ds[2][kBlockSlots * kQueryRows];
+    alignas(kSharedAlignment) Bf16 k[kConsumerWarpgroups][KeyPanel::kElements];
+    alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may be a step behind
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
 };
 
 template <int D, template <int> class DqPolicy>
 struct DkdvStorage {
-  alignas(1024) uint8_t k8[kBlockSlots * D];
-  alignas(1024) uint16_t v[kBlockSlots * D];
+  alignas(kSharedAlignment) E4m3 k8[Fp8Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 v[Block<D>::kElements];
   DkdvRing<D, DqPolicy<D>::kStages> ring;
   typename DqPolicy<D>::Storage dq;
+  int query_half[DqPolicy<D>::kStages];  // whose queries are in the ring: index of the half block among all
   Mbarrier keys_loaded;
   Mbarrier full[DqPolicy<D>::kStages];
   Mbarrier empty[DqPolicy<D>::kStages];
@@ -104,11 +107,11 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
   using Policy = DqPolicy<D>;
   using Ring = DkdvRing<D, Policy::kStages>;
   const int key_row = (head * args.num_blocks + block) * kBlockSlots;
-  smem.keys_loaded.arrive_expect_bytes(kBlockSlots * D * (Policy::kReducesDq ? 5 : 3));
-  tma_load_2d(smem.k8, &args.k8, &smem.keys_loaded, 0, key_row);
-  tma_load_3d(smem.v, &args.v, &smem.keys_loaded, 0, key_row, 0);
+  smem.keys_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + (Policy::kReducesDq ? 2 : 1) * Block<D>::kBytes);
+  load_tile<Fp8Block<D>>(smem.k8, args.k8, smem.keys_loaded, key_row);
+  load_tile<Block<D>>(smem.v, args.v, smem.keys_loaded, key_row);
   if constexpr (Policy::kReducesDq) {
-    tma_load_3d(smem.dq.k, &args.k, &smem.keys_loaded, 0, key_row, 0);
+    load_tile<typename Policy::KeyPanels>(smem.dq.k[0], args.k, smem.keys_loaded, key_row);
   }
   RingPosition<Policy::kStages> at;
   for (int i = 0; i < count; ++i) {
@@ -117,12 +120,15 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
     for (int half = 0; half < kHalves; ++half) {
       const int row = (head * args.num_blocks + query_block) * kBlockSlots + half * kQueryRows;
       smem.empty[at.stage].wait(at.parity ^ 1);
-      Mbarrier* full = &smem.full[at.stage];
-      full->arrive_expect_bytes(Ring::kStageBytes);
-      tma_load_2d(smem.ring.q8[at.stage], &args.q8, full, 0, row);
+      if constexpr (Policy::kReducesDq) {
+        smem.query_half[at.stage] = row / kQueryRows;
+      }
+      Mbarrier& full = smem.full[at.stage];
+      full.arrive_and_expect_tx(Ring::kStageBytes);
+      load_tile<Fp8Half<D>>(smem.ring.q8[at.stage], args.q8, full, row);
       bulk_load(smem.ring.facts[at.stage], args.row_facts + int64_t(row) * kNumRowFacts, kRowFactsBytes, full);
-      tma_load_3d(smem.ring.d_out[at.stage], &args.d_out, full, 0, row, 0);
-      tma_load_3d(smem.ring.q[at.stage], &args.q, full, 0, row, 0);
+      load_tile<Half<D>>(smem.ring.d_out[at.stage], args.d_out, full, row);
+      load_tile<Half<D>>(smem.ring.q[at.stage], args.q, full, row);
       at.advance();
     }
   }
@@ -130,7 +136,7 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
 
 // s: S^T in, p out (FP32); packed: p as the A operand of dV. sk: scales of this thread's two keys.
 __device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)[16], const float* facts,
-                                              const float (&sk)[2], float scale_log2e) {
+                                              const float (&sk)[2], float scale_log2) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < kQueryRows / 8; ++j) {
@@ -141,8 +147,8 @@ __device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float* pair = s + 4 * j + 2 * r;
-      const float2 p = quantized_probabilities(fmaf(pair[0], sq.x * sk[r] * scale_log2e, shift.x),
-                                               fmaf(pair[1], sq.y * sk[r] * scale_log2e, shift.y));
+      const float2 p = quantized_probabilities(fmaf(pair[0], sq.x * sk[r] * scale_log2, shift.x),
+                                               fmaf(pair[1], sq.y * sk[r] * scale_log2, shift.y));
       pair[0] = p.x * inverse.x;
       pair[1] = p.y * inverse.y;
       packed[2 * j + r] = pack_bf16(pair[0], pair[1]);
@@ -161,37 +167,38 @@ struct DkdvConsumer {
   float dk[D / 2];
   float dv[D / 2];
 
-  // dS^T * s_k of this thread to shared memory, for dQ: pairs of queries in row `key`.
-  __device__ __forceinline__ void write_ds(int buffer, int key, int group, uint32_t pair) const {
-    char* row = reinterpret_cast<char*>(smem.dq.ds[buffer]) + key * 128;
-    *reinterpret_cast<uint32_t*>(row + ((group ^ (key & 7)) << 4) + threadIdx.x % 4 * 4) = pair;
+  // Columns 8 group + 2 q, + 1 of dS^T * s_k, key first_key + 8 * half, to shared memory, for dQ.
+  __device__ __forceinline__ void write_ds(int buffer, int first_key, int group, int half, uint32_t pair) const {
+    using Ds = typename Policy::Ds;  // a swizzle is linear in the bits of an index, and these have none in common
+    const int own_index = Ds::index(first_key, threadIdx.x % 4 * 2);
+    const int index = (own_index ^ Ds::index(0, 8 * group)) + Ds::index(8 * half, 0);
+    *reinterpret_cast<uint32_t*>(smem.dq.ds[buffer] + index) = pair;
   }
 
-  __device__ __forceinline__ void step(int stage, int buffer, int first_key, int64_t query_half) {
+  __device__ __forceinline__ void step(int stage, int buffer, int first_key) {
     float s[32], dp[32];
     const float* facts = smem.ring.facts[stage];
-    const uint64_t d_out = tile_descriptor<128>(smem.ring.d_out[stage], kQueryRows * 128);
-    const uint64_t q_columns = tile_descriptor<128>(smem.ring.q[stage], kQueryRows * 128);
 
     keep_registers(s);
     keep_registers(dp);
-    wgmma_fence();
-    multiply_fp8<D>(s, tile_descriptor<D>(smem.k8 + warpgroup * 64 * D), tile_descriptor<D>(smem.ring.q8[stage]));
-    wgmma_commit();
-    multiply_rows<D>(dp, tile_descriptor<128>(smem.v + warpgroup * 64 * kPanelColumns), kBlockSlots * 128, d_out,
-                     kQueryRows * 128);
-    wgmma_commit();
-    wgmma_wait<1>();  // S
+    warpgroup_arrive();
+    multiply_rows<Fp8Block<D>, Fp8Half<D>>(
+        s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0), Fp8Half<D>::descriptor(smem.ring.q8[stage]));
+    warpgroup_commit_batch();
+    multiply_rows<Block<D>, Half<D>>(dp, Block<D>::descriptor(smem.v) + warpgroup * Block<D>::step(64, 0),
+                                     Half<D>::descriptor(smem.ring.d_out[stage]));
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();  // S
     keep_registers(s);
 
     uint32_t p_packed[16];
-    probabilities(s, p_packed, facts, sk, args.scale_log2e);
+    probabilities(s, p_packed, facts, sk, args.scale_log2);
     keep_registers(p_packed);
     keep_registers(dv);
-    wgmma_fence();
-    accumulate_registers<kQueryRows>(dv, p_packed, d_out);
-    wgmma_commit();
-    wgmma_wait<1>();  // dP
+    warpgroup_arrive();
+    accumulate_registers<Half<D>>(dv, p_packed, Half<D>::template descriptor<Major::MN>(smem.ring.d_out[stage]));
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();  // dP
     keep_registers(dp);
 
     uint32_t ds_packed[16];
@@ -208,19 +215,19 @@ struct DkdvConsumer {
         const float ds1 = s[i + 1] * (dp[i + 1] - delta.y);
         ds_packed[2 * j + r] = pack_bf16(ds0 * sq.x, ds1 * sq.y);
         if constexpr (Policy::kReducesDq) {
-          write_ds(buffer, first_key + 8 * r, j, pack_bf16(ds0 * sk[r], ds1 * sk[r]));
+          write_ds(buffer, first_key, j, r, pack_bf16(ds0 * sk[r], ds1 * sk[r]));
         }
       }
     }
     keep_registers(ds_packed);
     keep_registers(dk);
-    wgmma_fence();
-    accumulate_registers<kQueryRows>(dk, ds_packed, q_columns);
-    wgmma_commit();
+    warpgroup_arrive();
+    accumulate_registers<Half<D>>(dk, ds_packed, Half<D>::template descriptor<Major::MN>(smem.ring.q[stage]));
+    warpgroup_commit_batch();
     if constexpr (Policy::kReducesDq) {
-      add_to_dq(buffer, stage, query_half);
+      add_to_dq(buffer, stage);
     } else {
-      wgmma_wait<0>();
+      warpgroup_wait<0>();
       keep_registers(dv);
       keep_registers(dk);
       release(stage);
@@ -234,16 +241,19 @@ struct DkdvConsumer {
   }
 
   // dQ[64 queries, columns of this warpgroup] += (dS s_k) K8 over all 128 keys.
-  __device__ __forceinline__ void add_to_dq(int buffer, int stage, int64_t query_half) {
+  __device__ __forceinline__ void add_to_dq(int buffer, int stage) {
     fence_async_shared();
-    named_barrier_sync(kDsWritten, kConsumerWarpgroups * kWarpgroupThreads);
+    NamedBarrier::sync(kConsumerWarpgroups * kWarpgroupThreads, kDsWritten);
+    using Ds = typename Policy::Ds;
+    using KeyPanel = typename Policy::KeyPanel;
+    const int query_half = smem.query_half[stage];
     float dq[D / 4];
     keep_registers(dq);
-    wgmma_fence();
-    multiply_columns<kBlockSlots, D>(dq, tile_descriptor<128>(smem.dq.ds[buffer]),
-                                     tile_descriptor<D>(smem.dq.k + warpgroup * kBlockSlots * D / 2));
-    wgmma_commit();
-    wgmma_wait<0>();
+    warpgroup_arrive();
+    multiply_columns<Ds, KeyPanel>(dq, Ds::template descriptor<Major::MN>(smem.dq.ds[buffer]),
+                                   KeyPanel::template descriptor<Major::MN>(smem.dq.k[warpgroup]));
+    warpgroup_commit_batch();
+    warpgroup_wait<0>();
     keep_registers(dv);
     keep_registers(dk);
     keep_registers(dq);
@@ -254,31 +264,31 @@ struct DkdvConsumer {
     if (thread == 0) {
       bulk_wait_read<0>();  // of the previous step
     }
-    named_barrier_sync(kSumStaged + warpgroup, kWarpgroupThreads);
+    NamedBarrier::sync(kWarpgroupThreads, kSumStaged + warpgroup);
 #pragma unroll
     for (int j = 0; j < D / 16; ++j) {
       reinterpret_cast<float4*>(sum)[j * kWarpgroupThreads + thread] =
           make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
     }
     fence_async_shared();
-    named_barrier_sync(kSumStaged + warpgroup, kWarpgroupThreads);
+    NamedBarrier::sync(kWarpgroupThreads, kSumStaged + warpgroup);
     if (thread == 0) {
       constexpr int kFloats = kQueryRows * D / 2;
-      bulk_reduce_add(args.dq_sum + (query_half * kConsumerWarpgroups + warpgroup) * kFloats, sum,
+      bulk_reduce_add(args.dq_sum + (int64_t{query_half} * kConsumerWarpgroups + warpgroup) * kFloats, sum,
                       kFloats * int(sizeof(float)));
       bulk_commit();
     }
   }
 
-  enum NamedBarrier { kDsWritten = 1, kSumStaged = 2 };
+  enum BarrierId : uint32_t { kDsWritten = 1, kSumStaged = 2 };  // and 3
 };
 
 // Grid: x = KV block, last first (text tiles have the longest lists and come last in slot order), y = head, z = batch.
 template <int D, template <int> class DqPolicy>
 __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant__ DkdvArgs args) {
   using Policy = DqPolicy<D>;
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  auto& smem = *reinterpret_cast<DkdvStorage<D, DqPolicy>*>(shared_bytes);
+  extern __shared__ __align__(kSharedAlignment) uint8_t dynamic_shared[];
+  auto& smem = declared_storage<DkdvStorage<D, DqPolicy>>(dynamic_shared);
   const int block = args.num_blocks - 1 - static_cast<int>(blockIdx.x);
   const int h = blockIdx.y, b = blockIdx.z;
   const int head = b * args.heads + h;
@@ -289,24 +299,24 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
       smem.full[stage].init(1);
       smem.empty[stage].init(kConsumerWarps);
     }
-    fence_mbarrier_init();
+    fence_barrier_init();
   }
   __syncthreads();
 
-  const int64_t list_row = args.queries.row(b, h, block);
-  const int count = args.queries.num_blocks[list_row];
-  const int32_t* list = args.queries.indices + list_row * args.queries.max_blocks;
+  const int64_t row = list_row(args.queries, b, h, block);
+  const int count = args.queries.num_blocks[row];
+  const int32_t* list = args.queries.indices + row * args.queries.max_blocks;
   trap_if(count < 0 || count > args.queries.max_blocks);
 
   if (threadIdx.x < kWarpgroupThreads) {
-    release_registers<kProducerRegisters>();
+    warpgroup_reg_dealloc<kProducerRegisters>();
     if (threadIdx.x == 0) {
       produce_queries<D, DqPolicy>(args, smem, head, block, list, count);
     }
     return;
   }
 
-  acquire_registers<kConsumerRegisters>();
+  warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int first_key = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;  // and first_key + 8
@@ -317,12 +327,8 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   smem.keys_loaded.wait(0);
   RingPosition<Policy::kStages> at;
   for (int i = 0; i < count * kHalves; ++i) {
-    int64_t query_half = 0;
-    if constexpr (Policy::kReducesDq) {
-      query_half = (int64_t(head) * args.num_blocks + list[i / kHalves]) * kHalves + i % kHalves;
-    }
     smem.full[at.stage].wait(at.parity);
-    consumer.step(at.stage, i & 1, first_key, query_half);
+    consumer.step(at.stage, i & 1, first_key);
     at.advance();
   }
 
@@ -332,8 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
     }
   }
   const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(consumer.dv, 1.0f, args.dv, b, h, tokens);
-  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, b, h, tokens);
+  store_rows<D>(consumer.dv, 1.0f, args.dv, args.fp16, b, h, tokens);
+  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.fp16, b, h, tokens);
 }
 
-}  // namespace fpsattn::sm90::bwd
+}  // namespace fpsattn::sm90::backward

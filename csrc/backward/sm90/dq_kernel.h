@@ -29,34 +29,35 @@
 
 #include "backward/sm90/config.h"
 #include "backward/sm90/elementwise.h"
-#include "backward/sm90/lists.h"
-#include "backward/sm90/mma.h"
+#include "backward/sm90/products.h"
 #include "common/device_check.h"
-#include "common/tma.h"
+#include "common/indexing.h"
+#include "common/sm90/tma.h"
 
-namespace fpsattn::sm90::bwd {
+namespace fpsattn::sm90::backward {
 
 struct DqArgs {
-  CUtensorMap q8, d_out, k8, k, v;  // boxes of 128 rows
+  CUtensorMap q8, k8, d_out, k, v;  // of Fp8Block, Block
   const float* row_facts;
   const float* k_scale;
   const int32_t* token_of_slot;
   const int32_t* tile_of_block;
-  DeviceLists keys;  // rows = query tiles, entries = KV blocks
+  BlockLists keys;  // rows = query tiles, entries = KV blocks
   int heads, num_blocks;
-  float softmax_scale, scale_log2e;
-  GradientTensor dq;
+  float softmax_scale, scale_log2;
+  TokenTensor dq;
+  bool fp16;
 };
 
 inline constexpr int kDqStages = 2;
 
 template <int D>
 struct DqStorage {
-  alignas(1024) uint8_t q8[kBlockSlots * D];
-  alignas(1024) uint16_t d_out[kBlockSlots * D];
-  alignas(1024) uint8_t k8[kDqStages][kBlockSlots * D];
-  alignas(1024) uint16_t v[kDqStages][kBlockSlots * D];
-  alignas(1024) uint16_t k[kDqStages][kBlockSlots * D];
+  alignas(kSharedAlignment) E4m3 q8[Fp8Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 d_out[Block<D>::kElements];
+  alignas(kSharedAlignment) E4m3 k8[kDqStages][Fp8Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 v[kDqStages][Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 k[kDqStages][Block<D>::kElements];
   alignas(128) float k_scale[kDqStages][kBlockSlots];
   Mbarrier queries_loaded;
   Mbarrier full[kDqStages];
@@ -68,21 +69,21 @@ template <int D>
 __device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& smem, int head, int block,
                                              const int32_t* list, int count) {
   const int query_row = (head * args.num_blocks + block) * kBlockSlots;
-  smem.queries_loaded.arrive_expect_bytes(kBlockSlots * D * 3);
-  tma_load_2d(smem.q8, &args.q8, &smem.queries_loaded, 0, query_row);
-  tma_load_3d(smem.d_out, &args.d_out, &smem.queries_loaded, 0, query_row, 0);
+  smem.queries_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes);
+  load_tile<Fp8Block<D>>(smem.q8, args.q8, smem.queries_loaded, query_row);
+  load_tile<Block<D>>(smem.d_out, args.d_out, smem.queries_loaded, query_row);
   RingPosition<kDqStages> at;
   for (int i = 0; i < count; ++i) {
     const int key_block = list[i];
     trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(args.num_blocks));
     const int row = (head * args.num_blocks + key_block) * kBlockSlots;
     smem.empty[at.stage].wait(at.parity ^ 1);
-    Mbarrier* full = &smem.full[at.stage];
-    full->arrive_expect_bytes(kBlockSlots * (D * 5 + int(sizeof(float))));
-    tma_load_2d(smem.k8[at.stage], &args.k8, full, 0, row);
-    bulk_load(smem.k_scale[at.stage], args.k_scale + row, kBlockSlots * int(sizeof(float)), full);
-    tma_load_3d(smem.v[at.stage], &args.v, full, 0, row, 0);
-    tma_load_3d(smem.k[at.stage], &args.k, full, 0, row, 0);
+    Mbarrier& full = smem.full[at.stage];
+    full.arrive_and_expect_tx(Fp8Block<D>::kBytes + 2 * Block<D>::kBytes + sizeof(smem.k_scale[0]));
+    load_tile<Fp8Block<D>>(smem.k8[at.stage], args.k8, full, row);
+    bulk_load(smem.k_scale[at.stage], args.k_scale + row, sizeof(smem.k_scale[0]), full);
+    load_tile<Block<D>>(smem.v[at.stage], args.v, full, row);
+    load_tile<Block<D>>(smem.k[at.stage], args.k, full, row);
     at.advance();
   }
 }
@@ -107,17 +108,19 @@ struct QueryRows {
 // The consumers: one warpgroup, one KV block.
 template <int D>
 __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& smem, int stage, int warpgroup,
-                                        const QueryRows& q, float scale_log2e) {
+                                        const QueryRows& q, float scale_log2) {
   float s[64], dp[64];
   keep_registers(s);
   keep_registers(dp);
-  wgmma_fence();
-  multiply_fp8<D>(s, tile_descriptor<D>(smem.q8 + warpgroup * 64 * D), tile_descriptor<D>(smem.k8[stage]));
-  wgmma_commit();
-  multiply_rows<D>(dp, tile_descriptor<128>(smem.d_out + warpgroup * 64 * kPanelColumns), kBlockSlots * 128,
-                   tile_descriptor<128>(smem.v[stage]), kBlockSlots * 128);
-  wgmma_commit();
-  wgmma_wait<1>();  // S
+  using Fp8 = Fp8Block<D>;
+  using Wide = Block<D>;
+  warpgroup_arrive();
+  multiply_rows<Fp8, Fp8>(s, Fp8::descriptor(smem.q8) + warpgroup * Fp8::step(64, 0), Fp8::descriptor(smem.k8[stage]));
+  warpgroup_commit_batch();
+  multiply_rows<Wide, Wide>(dp, Wide::descriptor(smem.d_out) + warpgroup * Wide::step(64, 0),
+                            Wide::descriptor(smem.v[stage]));
+  warpgroup_commit_batch();
+  warpgroup_wait<1>();  // S
   keep_registers(s);
 
   const float* k_scale = smem.k_scale[stage];
@@ -128,13 +131,13 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float* pair = s + 4 * j + 2 * r;
-      const float2 p = quantized_probabilities(fmaf(pair[0], q.scale[r] * sk.x * scale_log2e, q.shift[r]),
-                                               fmaf(pair[1], q.scale[r] * sk.y * scale_log2e, q.shift[r]));
+      const float2 p = quantized_probabilities(fmaf(pair[0], q.scale[r] * sk.x * scale_log2, q.shift[r]),
+                                               fmaf(pair[1], q.scale[r] * sk.y * scale_log2, q.shift[r]));
       pair[0] = p.x * q.inverse_sum[r];
       pair[1] = p.y * q.inverse_sum[r];
     }
   }
-  wgmma_wait<0>();  // dP
+  warpgroup_wait<0>();  // dP
   keep_registers(dp);
 
   uint32_t ds_packed[32];
@@ -149,18 +152,18 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
   }
   keep_registers(ds_packed);
   keep_registers(dq);
-  wgmma_fence();
-  accumulate_registers<kBlockSlots>(dq, ds_packed, tile_descriptor<128>(smem.k[stage], kBlockSlots * 128));
-  wgmma_commit();
-  wgmma_wait<0>();
+  warpgroup_arrive();
+  accumulate_registers<Wide>(dq, ds_packed, Wide::template descriptor<Major::MN>(smem.k[stage]));
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
   keep_registers(dq);
 }
 
 // Grid: x = query block, last first (text tiles, the longest lists, come last in slot order), y = head, z = batch.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ DqArgs args) {
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  auto& smem = *reinterpret_cast<DqStorage<D>*>(shared_bytes);
+  extern __shared__ __align__(kSharedAlignment) uint8_t dynamic_shared[];
+  auto& smem = declared_storage<DqStorage<D>>(dynamic_shared);
   const int block = args.num_blocks - 1 - static_cast<int>(blockIdx.x);
   const int h = blockIdx.y, b = blockIdx.z;
   const int head = b * args.heads + h;
@@ -171,26 +174,26 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
       smem.full[stage].init(1);
       smem.empty[stage].init(kConsumerWarps);
     }
-    fence_mbarrier_init();
+    fence_barrier_init();
   }
   __syncthreads();
 
   const int tile = args.tile_of_block[block];
   trap_if(static_cast<unsigned>(tile) >= static_cast<unsigned>(args.keys.rows));
-  const int64_t list_row = args.keys.row(b, h, tile);
-  const int count = args.keys.num_blocks[list_row];
-  const int32_t* list = args.keys.indices + list_row * args.keys.max_blocks;
+  const int64_t first = list_row(args.keys, b, h, tile);
+  const int count = args.keys.num_blocks[first];
+  const int32_t* list = args.keys.indices + first * args.keys.max_blocks;
   trap_if(count < 0 || count > args.keys.max_blocks);
 
   if (threadIdx.x < kWarpgroupThreads) {
-    release_registers<kProducerRegisters>();
+    warpgroup_reg_dealloc<kProducerRegisters>();
     if (threadIdx.x == 0) {
       produce_keys<D>(args, smem, head, block, list, count);
     }
     return;
   }
 
-  acquire_registers<kConsumerRegisters>();
+  warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int row = thread / 32 * 16 + thread % 32 / 4;  // of this warpgroup's half block, and row + 8
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   RingPosition<kDqStages> at;
   for (int i = 0; i < count; ++i) {
     smem.full[at.stage].wait(at.parity);
-    dq_step<D>(dq, smem, at.stage, warpgroup, queries, args.scale_log2e);
+    dq_step<D>(dq, smem, at.stage, warpgroup, queries, args.scale_log2);
     if (thread % 32 == 0) {
       smem.empty[at.stage].arrive();
     }
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
 
   const int slot = block * kBlockSlots + warpgroup * 64 + row;
   const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(dq, args.softmax_scale, args.dq, b, h, tokens);
+  store_rows<D>(dq, args.softmax_scale, args.dq, args.fp16, b, h, tokens);
 }
 
-}  // namespace fpsattn::sm90::bwd
+}  // namespace fpsattn::sm90::backward

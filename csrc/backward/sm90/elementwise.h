@@ -1,28 +1,19 @@
 // The scalar part that both main kernels share: quantized probabilities, and rows of a gradient from accumulators.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "backward/sm90/config.h"
 #include "common/fp8.h"
+#include "common/indexing.h"
+#include "common/numeric.h"
+#include "common/sm90/ptx.h"
 
-namespace fpsattn::sm90::bwd {
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+namespace fpsattn::sm90::backward {
 
 // P = e4m3(2^y) of two exponents, as FP32: the bits that the forward multiplied with V.
 __device__ __forceinline__ float2 quantized_probabilities(float y0, float y1) {
-  const uint16_t bytes = static_cast<uint16_t>(to_e4m3x2(exp2_approx(y0), exp2_approx(y1)));
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(bytes));
-  return __half22float2(*reinterpret_cast<__half2*>(&halves));
+  return e4m3x2_to_float2(to_e4m3x2(exp2_approx(y0), exp2_approx(y1)));
 }
 
 // The four lanes of a quad hold words w[i] of column group i; then lane q holds the words of group q, in lane order.
@@ -42,35 +33,16 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-__device__ __forceinline__ uint32_t pack_16bit(float low, float high, bool half) {
-  if (half) {
-    const __half2 packed = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&packed);
-  }
-  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&packed);
-}
-
-// 8 elements to columns column..column+7 of a token's row.
-__device__ __forceinline__ void store_8(const GradientTensor& out, int64_t row_offset, int column,
-                                        const uint32_t (&w)[4]) {
-  char* target = out.data + (row_offset + column) * 2;
-  if (out.aligned) {
-    *reinterpret_cast<uint4*>(target) = make_uint4(w[0], w[1], w[2], w[3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(w[i / 2] >> (16 * (i % 2)));
-    }
-  }
+// 8 elements to columns column .. column + 7 of a token's row.
+__device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offset, int column, const uint32_t (&w)[4]) {
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + row_offset + column) = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1: not stored.
 template <int D>
-__device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const GradientTensor& out,
-                                           int b, int h, const int (&tokens)[2]) {
+__device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const TokenTensor& out,
+                                           bool fp16, int b, int h, const int (&tokens)[2]) {
   const int quad_lane = threadIdx.x % 4;
-  const int64_t base = b * out.stride_batch + h * out.stride_head;
 #pragma unroll
   for (int columns = 0; columns < D; columns += 32) {
 #pragma unroll
@@ -79,14 +51,14 @@ __device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], fl
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = accumulator + 4 * (columns / 8 + i) + 2 * r;
-        w[i] = pack_16bit(factor * pair[0], factor * pair[1], out.half);
+        w[i] = pack_16bit(factor * pair[0], factor * pair[1], fp16);
       }
       transpose_quad(w);
       if (tokens[r] >= 0) {
-        store_8(out, base + tokens[r] * out.stride_token, columns + 8 * quad_lane, w);
+        store_8(out, token_offset(out, b, h, tokens[r]), columns + 8 * quad_lane, w);
       }
     }
   }
 }
 
-}  // namespace fpsattn::sm90::bwd
+}  // namespace fpsattn::sm90::backward

@@ -1,7 +1,7 @@
 // Backward, fast mode, after the main kernel: dQ from FP32 sums to token order and the gradients' dtype. Memory-bound.
 //
 // dq_sum holds, per half block (64 queries) and warpgroup w of the main kernel (columns w D/2 ..), float4
-// [D / 16][128 threads] in accumulator order (common/wgmma.h): entry j of thread 32w + 4g + q is row 16w + g, columns
+// [D / 16][128 threads] in accumulator order (common/sm90/mma.h): entry j of thread 32w + 4g + q is row 16w + g, columns
 // 8j + 2q, +1, then row 16w + g + 8, same columns.
 // One CTA of 256 threads per half block; a thread stores 8 columns of a row.
 #pragma once
@@ -9,14 +9,15 @@
 #include "backward/sm90/config.h"
 #include "backward/sm90/elementwise.h"
 
-namespace fpsattn::sm90::bwd {
+namespace fpsattn::sm90::backward {
 
 inline constexpr int kFinishThreads = 256;
 
 struct FinishArgs {
   const float* dq_sum;
   const int32_t* token_of_slot;
-  GradientTensor dq;
+  TokenTensor dq;
+  bool fp16;
   float softmax_scale;
   int heads, num_blocks;
 };
@@ -40,10 +41,10 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
     uint32_t w[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      w[q] = pack_16bit(args.softmax_scale * quad[4 * q], args.softmax_scale * quad[4 * q + 1], args.dq.half);
+      w[q] = pack_16bit(args.softmax_scale * quad[4 * q], args.softmax_scale * quad[4 * q + 1], args.fp16);
     }
-    store_8(args.dq, b * args.dq.stride_batch + h * args.dq.stride_head + token * args.dq.stride_token, group * 8, w);
+    store_8(args.dq, token_offset(args.dq, b, h, token), group * 8, w);
   }
 }
 
-}  // namespace fpsattn::sm90::bwd
+}  // namespace fpsattn::sm90::backward

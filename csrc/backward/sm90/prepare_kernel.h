@@ -12,52 +12,32 @@
 
 #include "backward/sm90/config.h"
 #include "backward/sm90/elementwise.h"
-#include "backward/sm90/mma.h"
 #include "common/device_check.h"
+#include "common/element.h"
 
-namespace fpsattn::sm90::bwd {
+namespace fpsattn::sm90::backward {
 
 inline constexpr int kPrepareThreads = 256;
-
-struct InputTensor {
-  const char* data;
-  int64_t stride_batch, stride_head, stride_token;  // elements
-  bool aligned;                                     // 16-byte loads are legal
-};
 
 struct PrepareArgs {
   const uint8_t *q8, *k8, *v8t;
   const float *q_scale, *k_scale, *v_scale, *row_max, *row_sum;
-  bool q_scale_per_token, k_scale_per_token, half;
+  bool q_scale_per_token, k_scale_per_token, fp16;
   const int32_t* token_of_slot;
-  InputTensor out, grad_out;
+  TokenTensor out, grad_out;
   uint16_t *q, *k, *v, *d_out;  // workspace, BF16
   float *row_facts, *k_scale_of_slot;
   int heads, num_blocks, num_tokens;
 };
 
-// Eight elements of a row as FP32.
-__device__ __forceinline__ void load_8(float (&x)[8], const InputTensor& in, int64_t offset, bool half) {
-  const char* source = in.data + offset * 2;
-  uint16_t bits[8];
-  if (in.aligned) {
-    *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(source);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      bits[i] = reinterpret_cast<const uint16_t*>(source)[i];
-    }
-  }
+// Eight elements of a token's row as FP32.
+__device__ __forceinline__ void load_8(float (&x)[8], const TokenTensor& in, int64_t offset, bool fp16) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in.data) + offset);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    x[i] = half ? __half2float(__ushort_as_half(bits[i])) : __uint_as_float(uint32_t(bits[i]) << 16);
+    x[i] = fp16 ? Float16::to_float(words[i / 2], i % 2) : BFloat16::to_float(words[i / 2], i % 2);
   }
-}
-
-__device__ __forceinline__ float2 e4m3x2_to_float2(uint32_t pair) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
-  return __half22float2(*reinterpret_cast<__half2*>(&halves));
 }
 
 // Eight e4m3 bytes to eight BF16.
@@ -86,13 +66,8 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
     float delta = 0.0f;
     if (token >= 0) {
       float o[8], g[8];
-      load_8(o, args.out,
-             b * args.out.stride_batch + h * args.out.stride_head + token * args.out.stride_token + part * 8,
-             args.half);
-      load_8(g, args.grad_out,
-             b * args.grad_out.stride_batch + h * args.grad_out.stride_head + token * args.grad_out.stride_token +
-                 part * 8,
-             args.half);
+      load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
+      load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
       uint32_t w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -167,4 +142,4 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareA
   prepare_v<D>(args, blockIdx.z, blockIdx.y, blockIdx.x);
 }
 
-}  // namespace fpsattn::sm90::bwd
+}  // namespace fpsattn::sm90::backward

@@ -49,7 +49,12 @@ __device__ __forceinline__ void row_top(const float (&score)[64], float (&top)[2
   }
 }
 
-// m = max(m, ceil(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first. Returns whether
+// The integer to subtract from a row whose greatest score is x: ceil(x), or, where that takes all 24 bits of a float, an ulp
+// or two less. subtract_max rounds score * factor - m once, x is rounded before: there the greatest exponent may lie an ulp
+// below 8, which beyond 2^27 is a row of zeros. It lies above this way, and P saturates: the winner still takes all.
+__device__ __forceinline__ float integer_bound(float x) { return ceilf(__fmaf_rn(-fabsf(x), 0x1p-23f, x)); }
+
+// m = max(m, integer_bound(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first. Returns whether
 // a row of the warp may have moved: where none has, m is right as it is, and that is all that most blocks need to know.
 // Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. NaNs reach the output through the probabilities,
 // whatever m is.
@@ -60,8 +65,8 @@ __device__ __forceinline__ bool raise_max(const float (&score)[64], const float 
   const bool moved = __any_sync(~0u, exceeds);
   if (moved) {
     row_top(score, top);
-    m.row[0] = fmaxf(m.row[0], ceilf(top[0] * factor[0]));
-    m.row[1] = fmaxf(m.row[1], ceilf(top[1] * factor[1]));
+    m.row[0] = fmaxf(m.row[0], integer_bound(top[0] * factor[0]));
+    m.row[1] = fmaxf(m.row[1], integer_bound(top[1] * factor[1]));
   }
   return moved;
 }
@@ -78,7 +83,7 @@ __device__ __forceinline__ void scale_columns(float (&score)[64], const float* c
   }
 }
 
-// score <- factor * score - m + 8, the exponents of P: at most 8, as m is an integer bound of the row.
+// score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of the row.
 __device__ __forceinline__ void subtract_max(float (&score)[64], const float (&factor)[2], const RowMax& m) {
   const float shift[2] = {kProbabilityShift - m.row[0], kProbabilityShift - m.row[1]};
 #pragma unroll

@@ -9,7 +9,7 @@
 #include "quantize/sm90/patch.h"
 #include "quantize/sm90/work.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 inline constexpr uint32_t kE4m3One = 0x38;
 
@@ -63,4 +63,4 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
   }
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

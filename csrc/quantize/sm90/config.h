@@ -6,11 +6,12 @@
 // memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "fpsattn/params.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 inline constexpr int kPatchSlots = 16;
 inline constexpr int kPatchChannels = 8;                              // 16 bytes of a 16-bit format
@@ -45,7 +46,7 @@ struct Config : RowConfig<kHeadDim, Element> {
   static_assert(kPatchRowsPerBlock * kChunks == kThreads, "one patch per thread");
 };
 
-// What the launcher decides, beside the caller's parameters.
+// What the launcher decides, beside the caller's parameters; and the caller's workspace, cut into pieces.
 struct Plan {
   int64_t k_rows = 0;          // tokens of K that enter the mean
   int k_parts = 0;             // partial sums per (batch, head); 0: the mean is given or not wanted
@@ -53,6 +54,9 @@ struct Plan {
   float* k_partial = nullptr;  // [B, H, k_parts, D], workspace
   float* v_partial = nullptr;  // [B, H, v_parts, D], workspace
   int cluster_size = 1;        // CTAs that share a tile
+  size_t workspace_bytes = 0;
+
+  static Plan of(const QuantizeParams& params, void* workspace);
 };
 
 // Position p of 16 in v8t holds this slot: kVSlotOrder as a formula, so that device code can unroll it.
@@ -68,4 +72,4 @@ constexpr bool slot_order_agrees() {
 }
 static_assert(slot_order_agrees(), "slot_at_position must equal kVSlotOrder");
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

@@ -40,7 +40,7 @@
 #include "quantize/sm90/columns.h"
 #include "quantize/sm90/rows.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 template <class Config, bool kIsQuery>
 __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work) {
@@ -50,7 +50,8 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
     rows.store_per_token(work.first_block);
   } else {
     __shared__ float warp_maximum[Config::kThreads / 32];
-    __shared__ ClusterMaximum exchange;
+    __shared__ __align__(8) uint8_t exchange_bytes[sizeof(ClusterMaximum)];  // CUTLASS's barriers have no constructor
+    auto& exchange = reinterpret_cast<ClusterMaximum&>(exchange_bytes);
     if (work.step > 1) {
       open_exchange(exchange, work.active_ctas);
     }
@@ -108,4 +109,4 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
   }
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

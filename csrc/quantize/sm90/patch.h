@@ -4,9 +4,10 @@
 #include <cstdint>
 
 #include "common/device_check.h"
+#include "common/indexing.h"
 #include "quantize/sm90/config.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 struct Patch {
   uint4 row[kPatchSlots];  // 8 channels each, two to a register
@@ -47,8 +48,8 @@ struct TokenRows {
 };
 
 __device__ __forceinline__ TokenRows token_rows(const TokenTensor& tensor, int batch, int head, int chunk) {
-  const uint16_t* data = static_cast<const uint16_t*>(tensor.data);
-  data += batch * tensor.stride_batch + head * tensor.stride_head + chunk * kPatchChannels;
+  const uint16_t* data =
+      static_cast<const uint16_t*>(tensor.data) + token_offset(tensor, batch, head, 0) + chunk * kPatchChannels;
   return {reinterpret_cast<const char*>(data), static_cast<int32_t>(2 * tensor.stride_token)};
 }
 
@@ -81,4 +82,4 @@ __device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, 
   __syncwarp();                    // after a trap ptxas takes no warp for converged, and doubles every shuffle
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

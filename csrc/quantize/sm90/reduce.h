@@ -4,10 +4,10 @@
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "common/fp8.h"
-#include "common/mbarrier.h"
+#include "common/sm90/mbarrier.h"
 #include "quantize/sm90/config.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 // Reduces 16 values at once over the kLanes = D/8 lanes that share 16 rows: `values[i]` is this lane's part of row i;
 // afterwards lane l of the group owns the totals of rows l * kRowsPerLane + j in values[j]. A step exchanges half of
@@ -57,8 +57,8 @@ struct ClusterMaximum {
 __device__ __forceinline__ void open_exchange(ClusterMaximum& exchange, int ctas) {
   if (threadIdx.x == 0) {
     exchange.received.init(1);
-    fence_mbarrier_init();
-    exchange.received.arrive_expect_bytes(ctas * static_cast<int>(sizeof(float)));
+    fence_barrier_init();
+    exchange.received.arrive_and_expect_tx(ctas * sizeof(float));
   }
   __syncwarp();
   cute::cluster_arrive_relaxed();  // exchange_open
@@ -82,4 +82,4 @@ __device__ __forceinline__ float cluster_absmax(float value, ClusterMaximum& exc
   return value;
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

@@ -11,7 +11,7 @@
 #include "quantize/sm90/reduce.h"
 #include "quantize/sm90/work.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 template <class Config, bool kIsQuery>
 class RowQuantizer {
@@ -154,4 +154,4 @@ class RowQuantizer {
   Patch patch_;
 };
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

@@ -15,7 +15,7 @@
 #include "common/fp8.h"
 #include "quantize/sm90/patch.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 struct SumOp {
   __device__ __forceinline__ float operator()(float a, float x) const { return a + x; }
@@ -140,4 +140,4 @@ __global__ void __launch_bounds__(Config::kHeadDim* kFinishGroups)
   }
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

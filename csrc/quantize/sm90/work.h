@@ -6,7 +6,7 @@
 #include "common/device_check.h"
 #include "quantize/sm90/config.h"
 
-namespace fpsattn::sm90::quantization {
+namespace fpsattn::sm90::quantize {
 
 // blockIdx = (index of group and head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D)
 // memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. Groups and batches go from last to
@@ -46,4 +46,4 @@ __device__ __forceinline__ WorkItem work_item(const QuantizeParams& params, cons
   return work;
 }
 
-}  // namespace fpsattn::sm90::quantization
+}  // namespace fpsattn::sm90::quantize

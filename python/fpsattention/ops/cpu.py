@@ -23,6 +23,7 @@ CHUNK_SCORES = 1 << 21  # scores computed together: 8 MiB, what a few cores keep
 SEGMENT_BLOCKS = 16  # KV blocks between two updates of the running maximum and of the output
 EXPONENT_BITS = 0x7F800000
 E4M3_MIN_NORMAL = 2.0**-6
+EXACT_SHIFT = 2.0**22  # beyond it 8 - m and scores, as FP32 has them, are off by more than P can bear
 E4M3_ULP_SHIFT = 2.0**20  # adding 2^(e + 20) to x in [2^e, 2^(e+1)) rounds x to 3 mantissa bits, nearest even
 CPU = torch.device("cpu")  # said everywhere, like dtypes: torch's defaults are the user's
 
@@ -204,7 +205,11 @@ class _Operands:
 def _exp2_shifted(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
     """``2^(x - m + 8)`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
     shift = (P_SHIFT - row_max).unsqueeze(-1)
-    if multiplier is None:
+    if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
+        # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
+        raw = raw if multiplier is None else raw.mul_(multiplier)
+        raw.sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
+    elif multiplier is None:
         raw.add_(shift)
     else:
         torch.addcmul(shift, raw, multiplier, out=raw)

@@ -1,0 +1,60 @@
+// fpsattn::backward: checks its parameters and picks the kernels of the device.
+#include "backward/sm90/launch.h"
+#include "common/check_params.h"
+#include "fpsattn/launch.h"
+
+namespace fpsattn {
+namespace {
+
+constexpr const char* kOp = "backward";
+
+void check_sizes(const BackwardParams& params) {
+  const ProblemSize& size = params.size;
+  check_size(kOp, size);
+  check_lists(kOp, "kv", params.kv, size, size.num_tiles, "num_tiles", "query tile");
+  check_lists(kOp, "q", params.q, size, size.num_blocks, "num_blocks", "KV block");
+  const int64_t rows = int64_t{size.batch} * size.heads * size.num_blocks * kBlockSlots;
+  FPSATTN_CHECK(rows <= INT32_MAX, kOp, ": batch * heads * num_blocks * 128 is ", rows, ", expected at most ",
+                INT32_MAX, " (32-bit TMA coordinates): split the batch or the heads");
+}
+
+void check(const BackwardParams& params) {
+  check_sizes(params);
+  check_softmax_scale(kOp, params.softmax_scale);
+  check_dtype(kOp, "dtype", params.dtype);
+  check_pointer(kOp, "q8", params.q8);
+  check_pointer(kOp, "k8", params.k8);
+  check_pointer(kOp, "v8t", params.v8t);
+  check_pointer(kOp, "q_scale", params.q_scale, 4);
+  check_pointer(kOp, "k_scale", params.k_scale, 4);
+  check_pointer(kOp, "v_scale", params.v_scale, 4);
+  check_pointer(kOp, "row_max", params.row_max, 4);
+  check_pointer(kOp, "row_sum", params.row_sum, 4);
+  check_pointer(kOp, "token_of_slot", params.token_of_slot, 4);
+  check_pointer(kOp, "tile_of_block", params.tile_of_block, 4);
+  check_list_pointers(kOp, "kv", params.kv);
+  check_list_pointers(kOp, "q", params.q);
+  check_tensor(kOp, "out", params.out, true);
+  check_tensor(kOp, "grad_out", params.grad_out, true);
+  check_tensor(kOp, "dq", params.dq, true);
+  check_tensor(kOp, "dk", params.dk, true);
+  check_tensor(kOp, "dv", params.dv, true);
+  check_workspace(kOp, params.workspace, params.workspace_bytes, backward_workspace_bytes(params));
+}
+
+}  // namespace
+
+size_t backward_workspace_bytes(const BackwardParams& params) {
+  check_sizes(params);
+  return sm90::backward::workspace_bytes(params);
+}
+
+void backward(const BackwardParams& params, cudaStream_t stream) {
+  check(params);
+  switch (device_architecture(kOp)) {
+    case Architecture::kSm90:
+      return sm90::backward::launch(params, stream);
+  }
+}
+
+}  // namespace fpsattn

@@ -1,0 +1,13 @@
+// The backward on Hopper, of checked parameters.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "fpsattn/params.h"
+
+namespace fpsattn::sm90::backward {
+
+size_t workspace_bytes(const BackwardParams& params);
+void launch(const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace fpsattn::sm90::backward
