@@ -28,14 +28,15 @@ mkdir -p build "${FPSATTN_TEST_BUILD:-build/tests}"
 build=$(cd "${FPSATTN_TEST_BUILD:-build/tests}" && pwd)
 results=$build/results
 rm -rf "$results" && mkdir -p "$results"
+suites=0
 step() { printf '\n==== %s\n' "$*"; }
 # suite NAME REPORT COMMAND...: runs it; tests/summary.py reads name, exit status, seconds and report later.
 suite() {
   local name=$1 report=$2 begin=$SECONDS status
   shift 2
   step "$name"
-  "$@"
-  status=$?
+  "$@" 2>&1 | tee "$results/$(printf %02d $((++suites)))-${name//[^A-Za-z0-9+]/_}.log"
+  status=${PIPESTATUS[0]}
   printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - begin)) "$report" >>"$results/suites.tsv"
   return $status
 }

@@ -1,6 +1,7 @@
 """Thin: CMake and ninja build the compiled parts into the package. Everything else is in pyproject.toml.
 
-Environment: FPSATTN_BUILD_CUDA=AUTO|ON|OFF, FPSATTN_CUTLASS_DIR, FPSATTN_TORCH_DIR, FPSATTN_PTX_ONLY=1, CUDA_HOME,
+Environment: FPSATTN_BUILD_CUDA=AUTO|ON|OFF, FPSATTN_CUTLASS_DIR, FPSATTN_TORCH_DIR, FPSATTN_PTX_ONLY=1,
+FPSATTN_CUDA_WHEELS=AUTO|ON|OFF (nvcc from the package index), CUDA_HOME,
 MAX_JOBS (default: min(cores, free GiB / 5)), CMAKE_ARGS (extra arguments).
 """
 

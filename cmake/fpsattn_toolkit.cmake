@@ -1,6 +1,7 @@
 # Finds nvcc: a toolkit on the machine (CUDA_HOME, PATH, /usr/local/cuda), else, where kernels are wanted (FPSATTN_BUILD_CUDA=ON, or
 # a Hopper GPU is present), the pinned wheels of cuda_wheels.py, fetched once. Sets CMAKE_CUDA_COMPILER, or FPSATTN_CUDA_REASON.
-set(FPSATTN_CUDA_WHEELS AUTO CACHE STRING "nvcc from the package index. AUTO: where the machine has none; ON: always; OFF: never")
+set(FPSATTN_CUDA_WHEELS "$ENV{FPSATTN_CUDA_WHEELS}" CACHE STRING
+  "nvcc from the package index. Empty or AUTO: where the machine has none; ON: always; OFF: never")
 set(FPSATTN_CUDA_WHEELS_DIR "${CMAKE_BINARY_DIR}/cuda_wheels" CACHE PATH "Where those wheels are kept")
 
 # Whether an sm_90 GPU is present: fpsattn_find_hopper(variable).
