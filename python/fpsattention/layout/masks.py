@@ -6,6 +6,7 @@ a new function that returns one. Lists of the builders start with the query's ow
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from . import flex
 from .plain import Cache, constant, on_default_stream, plain_tensors
-from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, cached_plan, core, int3
+from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, core, int3
 
 _MASK_CACHE_SIZE = 64
 
@@ -358,16 +359,27 @@ def dense_mask(layout: TileLayout) -> BlockMask:
 def _windowed(layout: TileLayout, window: Int3) -> BlockMask:
     if not torch.compiler.is_compiling():
         return cached_mask(layout, window)
-    # Tables of the same tiles: whatever order the tokens have inside of them.
-    fields = _window_fields(layout.grid, layout.tile, layout.text_len, layout.text_position, window)
+    fields = _window_fields(layout.tile_sizes, layout.num_tiles, layout.num_blocks, layout.text_len, window)
     kv_num_blocks, kv_indices, *transposed = (x.to(layout.device) for x in fields)
     return _trusted(layout, kv_num_blocks, kv_indices, (transposed[0], transposed[1]), None)
 
 
 @constant
-def _window_fields(grid: Int3, tile: Int3, text_len: int, text_position: str, window: Int3) -> tuple[Tensor, ...]:
-    mask = cached_mask(cached_plan(grid, tile, text_len, text_position), window)
-    return (mask.kv_num_blocks, mask.kv_indices, *mask.transpose())
+def _window_fields(
+    tile_sizes: Sequence[Sequence[int]], num_tiles: int, num_blocks: int, text_len: int, window: Int3
+) -> tuple[Tensor, ...]:
+    """The lists of a window from the sizes of tiles, which a trace knows: the tables themselves it does not read."""
+    tokens = [t * h * w for t, h, w in itertools.product(*tile_sizes)]
+    tokens += [min(TEXT_TILE, text_len - start) for start in range(0, text_len, TEXT_TILE)]
+    offsets = np.cumsum([0, *(-(-n // BLOCK) for n in tokens)], dtype=np.int32)
+    if (len(tokens), offsets[-1]) != (num_tiles, num_blocks):
+        raise UnsupportedError(
+            f"fpsattention.sliding_tile_mask: a layout of {num_tiles} tiles and {num_blocks} blocks whose tile sizes make {len(tokens)} "
+            f"and {offsets[-1]}, expected one of fpsattention.plan: make its mask outside of torch.compile"
+        )
+    with plain_tensors():
+        lists = core().sliding_tile_lists(tuple(len(sizes) for sizes in tile_sizes), offsets, window)
+        return tuple(torch.from_numpy(x) for x in (*lists, *core().transpose_lists(*lists, offsets)))
 
 
 @lru_cache(maxsize=_MASK_CACHE_SIZE)

@@ -19,6 +19,7 @@ from ..errors import BuildError, ConfigError
 from .plain import Cache, constant, on_default_stream, plain_tensors
 
 BLOCK = 128  # slots of a block
+TEXT_TILE = 512  # tokens of a text tile, the last one may have fewer
 TEXT_POSITIONS = ("suffix", "prefix", "none")
 _PLAN_CACHE_SIZE = 64
 
