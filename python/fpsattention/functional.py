@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .layout import masks, tiles
+from .layout import masks
+from .layout.masks import Lists
 from .ops.attend import attend
 from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS
+from .ops.lists import planned_lists, traced
 
 LAYOUTS = ("NHD", "HND")
 
@@ -77,8 +79,7 @@ def attention(
     num_tokens, heads = (q.shape[1], q.shape[2]) if tensor_layout == "NHD" else (q.shape[2], q.shape[1])
     if granularity not in GRANULARITIES:
         raise _fail(f"granularity {granularity!r}, expected one of {', '.join(map(repr, GRANULARITIES))}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise _fail(f"scale {scale}, expected a finite number > 0")
     extra = [_statistic(name, x, q, heads) for name, x in (("k_mean", k_mean), ("v_absmax", v_absmax))]
     if k_mean is not None and not smooth_k:
@@ -149,13 +150,14 @@ def _resolve_lists(
     text_position: str,
     sizes: tuple[int, int, int],
     device: torch.device,
-) -> masks.BlockMask | masks.Lists:
+) -> masks.BlockMask | Lists:
     """The mask of the call on ``device``. ``sizes``: batch, heads, tokens of q."""
     batch, heads, num_tokens = sizes
     grid = _constants(grid)
     _check_tokens(grid, text_len, num_tokens)
     if block_mask is None:
-        return _planned_lists(grid, _constants(tile), _constants(window), text_len, text_position, device)
+        lists = (grid, _constants(tile), _constants(window), text_len, text_position, device)
+        return Lists(*torch.ops.fpsattn.lists(*lists)) if traced(device) else planned_lists(*lists)
     if window is not None:
         raise _fail(f"window {tuple(window)} and block_mask are both given: pass one of them")
     if not isinstance(block_mask, masks.BlockMask):
@@ -195,13 +197,3 @@ def _check_tokens(grid: Sequence[int] | None, text_len: int, num_tokens: int) ->
 def _constants(sizes: Any) -> Any:
     """Three sizes as a tuple where they are a sequence; anything else is left to the planner's error."""
     return tuple(sizes) if isinstance(sizes, (tuple, list, torch.Size)) else sizes
-
-
-@torch.compiler.assume_constant_result
-def _planned_lists(
-    grid: Any, tile: Any, window: Any, text_len: int, text_position: str, device: torch.device
-) -> masks.Lists:
-    layout = tiles.plan(grid, tile, text_len, text_position)
-    mask = masks.dense_mask(layout) if window is None else masks.sliding_tile_mask(layout, window)
-    mask.transpose()  # on the CPU, once: the copy on the device takes it along
-    return mask.to(device).lists(transposed=True)

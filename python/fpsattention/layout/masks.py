@@ -6,7 +6,8 @@ a new function that returns one. Lists of the builders start with the query's ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from . import flex
-from .tiles import _CLEAR_WITH_PLANS, BLOCK, Int3, TileLayout, core, int3
+from .plain import Cache, constant, on_default_stream, plain_tensors
+from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, core, int3
 
 _MASK_CACHE_SIZE = 64
 
@@ -39,9 +41,9 @@ class Lists(NamedTuple):
         return Lists(*moved)  # type: ignore[arg-type]  # None stays where None was
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
-    """Lists of KV blocks, one per query tile. The tensors are shared: do not write to them.
+    """Lists of KV blocks, one per query tile. Immutable; the tensors are shared, so do not write to them.
 
     Args:
         layout: the tiles and slots.
@@ -58,13 +60,32 @@ class BlockMask:
     layout: TileLayout
     kv_num_blocks: Tensor
     kv_indices: Tensor
-    _transposed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # empty until it is wanted
-    _on: dict[torch.device, BlockMask] = field(default_factory=dict, repr=False)  # by device, shared by the copies
+    _transposed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _copies: Cache | None = field(
+        default=None, repr=False
+    )  # by device, shared by the copies; None: made anew when asked for
+    _trusted: bool = field(default=False, repr=False)  # lists of a builder or of another mask: nothing to check
 
     def __post_init__(self) -> None:
+        if self._trusted:
+            return
         _check_structure(self.layout, self.kv_num_blocks, self.kv_indices)
-        if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
+        if torch.compiler.is_compiling() or _is_fake(self.kv_indices):
+            return
+        values: dict[str, Any] = {"_copies": Cache()}
+        for name in ("kv_num_blocks", "kv_indices"):
+            if getattr(self, name).is_inference():
+                with plain_tensors():
+                    values[name] = getattr(self, name).clone()
+        if self.device.type == "cpu":
             self.validate()
+            values["_transposed"] = _transpose_on_cpu(self.layout, self.kv_num_blocks, self.kv_indices)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def __repr__(self) -> str:
+        lists = "x".join(map(str, self.kv_num_blocks.shape))
+        return f"BlockMask({lists} lists of up to {self.kv_indices.shape[-1]} KV blocks, {self.layout!r})"
 
     @classmethod
     def from_tiles(cls, layout: TileLayout, tiles: Tensor | np.ndarray | Sequence[Any]) -> BlockMask:
@@ -88,8 +109,10 @@ class BlockMask:
         if 0 in shown:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected no empty size")
         matrix = matrix.reshape((1,) * (4 - matrix.ndim) + shown)
-        lists = core().lists_from_matrix(layout.cpu().tile_block_offsets.numpy(), matrix.cpu().contiguous().numpy())
-        return _from_numpy(layout.cpu(), lists).to(layout.device)
+        with plain_tensors():
+            offsets = layout.cpu().tile_block_offsets.numpy()
+            mask = _from_numpy(layout.cpu(), core().lists_from_matrix(offsets, matrix.cpu().contiguous().numpy()))
+        return mask.to(layout.device)
 
     @classmethod
     def from_keep(cls, layout: TileLayout, keep: Tensor, max_kv: int | None = None) -> BlockMask:
@@ -160,21 +183,21 @@ class BlockMask:
                 raise ConfigError(
                     f"fpsattention.BlockMask.stack: masks[{i}] is on {mask.device}, masks[0] on {first.device}, expected one device"
                 )
-        counts = torch.cat([mask.kv_num_blocks.expand(-1, heads, -1) for mask in masks])
-        indices = [torch.nn.functional.pad(m.kv_indices, (0, width - m.kv_indices.shape[-1])) for m in masks]
-        return cls(first.layout, counts, torch.cat([i.expand(-1, heads, -1, -1) for i in indices]))
+        return cls(first.layout, *_stacked(masks, heads, width))
 
     def select(self, index: Tensor) -> BlockMask:
         """The batch entries ``index`` (integer ``[B]``, on the mask's device) as a new mask: one gather, no synchronization.
 
-        The transpose is gathered, too, if it was computed before.
+        The transpose is gathered, too, where the mask has it.
         """
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != self.device:
             raise ConfigError(
                 f"fpsattention.BlockMask.select: index is {index.dtype} {tuple(index.shape)} on {index.device}, expected int32 or "
                 f"int64 [B] on {self.device}"
             )
-        transposed = [(n.index_select(0, index), i.index_select(0, index)) for n, i in self._transposed]
+        transposed = None
+        if self._transposed is not None:
+            transposed = (self._transposed[0].index_select(0, index), self._transposed[1].index_select(0, index))
         return _trusted(
             self.layout, self.kv_num_blocks.index_select(0, index), self.kv_indices.index_select(0, index), transposed
         )
@@ -200,25 +223,30 @@ class BlockMask:
         return self.transpose()[1]
 
     def transpose(self) -> tuple[Tensor, Tensor]:
-        """``(q_num_blocks, q_indices)``: per KV block the query blocks that visit it, ascending. Computed once and kept.
+        """``(q_num_blocks, q_indices)``: per KV block the query blocks that visit it, ascending.
 
-        On the CPU the lists are as wide as the longest; elsewhere as wide as there are blocks, so that nothing waits.
+        Masks made on the CPU have it from the start, with lists as wide as the longest, and take it along to other devices. For a mask
+        made elsewhere it is computed at every call, with lists as wide as there are blocks, so that nothing waits: keep it with
+        :meth:`with_transpose` where the mask serves more than one call.
         """
-        if not self._transposed:
-            if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
-                offsets = self.layout.cpu().tile_block_offsets.numpy()
-                lists = core().transpose_lists(self.kv_num_blocks.numpy(), self.kv_indices.numpy(), offsets)
-                self._transposed.append((torch.from_numpy(lists[0]), torch.from_numpy(lists[1])))
-            else:
-                self._transposed.append(_transpose_on_device(self))
-        return self._transposed[0]
+        return self.with_transpose()._transposed  # type: ignore[return-value]  # it has one
+
+    def with_transpose(self) -> BlockMask:
+        """The same mask, holding its transpose."""
+        if self._transposed is not None:
+            return self
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
+            transposed = _transpose_on_cpu(self.layout, self.kv_num_blocks, self.kv_indices)
+        else:
+            transposed = _transpose_on_device(self)
+        return _trusted(self.layout, self.kv_num_blocks, self.kv_indices, transposed)
 
     def lists(self, transposed: bool) -> Lists:
-        """The tables of the ops; ``transposed``: with the lists that a backward walks."""
+        """The tables of the ops; ``transposed``: in any case with the lists that a backward walks, else where the mask has them."""
         layout = self.layout
         return Lists(
             layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, self.kv_num_blocks, self.kv_indices,
-            *(self.transpose() if transposed else (None, None)),
+            *(self.transpose() if transposed else self._transposed or (None, None)),
         )  # fmt: skip
 
     @property
@@ -234,33 +262,38 @@ class BlockMask:
     def densities(self) -> Tensor:
         """Density of every batch entry and head, float64 ``[Bm, Hm]`` on the CPU."""
         layout = self.layout.cpu()
-        keys = layout.block_tokens.long()[self.kv_indices.cpu().long().clamp(0, layout.num_blocks - 1)]
-        listed = torch.arange(keys.shape[-1]) < self.kv_num_blocks.cpu().unsqueeze(-1)
-        pairs = ((keys * listed).sum(-1) * layout.tile_tokens.long()).sum(-1)
-        return pairs.double() / float(layout.num_tokens) ** 2
+        with plain_tensors():
+            keys = layout.block_tokens.long()[self.kv_indices.cpu().long().clamp(0, layout.num_blocks - 1)]
+            listed = torch.arange(keys.shape[-1], device="cpu") < self.kv_num_blocks.cpu().unsqueeze(-1)
+            pairs = ((keys * listed).sum(-1) * layout.tile_tokens.long()).sum(-1)
+            return pairs.double() / float(layout.num_tokens) ** 2
 
     def validate(self) -> BlockMask:
         """Check every value (range, duplicates), copying to the CPU where needed; returns the mask itself."""
-        core().validate_lists(self.kv_num_blocks.cpu().numpy(), self.kv_indices.cpu().numpy(), self.layout.num_blocks)
+        with plain_tensors():
+            self._validate()
         return self
 
+    def _validate(self) -> None:
+        core().validate_lists(self.kv_num_blocks.cpu().numpy(), self.kv_indices.cpu().numpy(), self.layout.num_blocks)
+
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask, its layout included, on ``device``; the transpose goes along if it was computed. Kept, like the layout's."""
+        """The same mask, its layout and its transpose included, on ``device``. The copy is made once and kept, like the layout's."""
         layout = self.layout.to(device)
         if layout.device == self.device:
-            if layout is self.layout:
-                return self
-            return _trusted(layout, self.kv_num_blocks, self.kv_indices, self._transposed)
-        self._on.setdefault(self.device, self)
-        moved = self._on.get(layout.device)
-        if moved is None:
-            moved = _trusted(
-                layout, self.kv_num_blocks.to(layout.device), self.kv_indices.to(layout.device), [], self._on
-            )
-            self._on[layout.device] = moved
-        if self._transposed and not moved._transposed:
-            moved._transposed.append((self.q_num_blocks.to(moved.device), self.q_indices.to(moved.device)))
-        return moved
+            return self if layout is self.layout else self._replaced(layout, lambda x: x)
+        if self._copies is None or torch.compiler.is_compiling():
+            return self._moved(layout)
+        self._copies.get(self.device, lambda: self)
+        return self._copies.get(layout.device, lambda: self._moved(layout))
+
+    def _moved(self, layout: TileLayout) -> BlockMask:
+        with on_default_stream(layout.device):
+            return self._replaced(layout, lambda x: x.to(layout.device))
+
+    def _replaced(self, layout: TileLayout, move: Callable[[Tensor], Tensor]) -> BlockMask:
+        transposed = None if self._transposed is None else (move(self._transposed[0]), move(self._transposed[1]))
+        return _trusted(layout, move(self.kv_num_blocks), move(self.kv_indices), transposed, self._copies)
 
     def to_blocks(self) -> Tensor:
         """Bool ``[Bm, Hm, num_tiles, num_blocks]``: query tile i visits KV block j."""
@@ -315,42 +348,79 @@ def sliding_tile_mask(layout: TileLayout, window: Sequence[int]) -> BlockMask:
     Raises:
         ConfigError: if a size is below 1 or larger than the grid of tiles.
     """
-    return _sliding_tile_mask(layout, int3(window, "sliding_tile_mask: window"))
+    return _windowed(layout, int3(window, "sliding_tile_mask: window"))
 
 
 def dense_mask(layout: TileLayout) -> BlockMask:
     """Every tile attends every tile."""
-    return _sliding_tile_mask(layout, layout.tile_grid)
+    return _windowed(layout, layout.tile_grid)
+
+
+def _windowed(layout: TileLayout, window: Int3) -> BlockMask:
+    if not torch.compiler.is_compiling():
+        return cached_mask(layout, window)
+    fields = _window_fields(layout.tile_sizes, layout.num_tiles, layout.num_blocks, layout.text_len, window)
+    kv_num_blocks, kv_indices, *transposed = (x.to(layout.device) for x in fields)
+    return _trusted(layout, kv_num_blocks, kv_indices, (transposed[0], transposed[1]), None)
+
+
+@constant
+def _window_fields(
+    tile_sizes: Sequence[Sequence[int]], num_tiles: int, num_blocks: int, text_len: int, window: Int3
+) -> tuple[Tensor, ...]:
+    """The lists of a window from the sizes of tiles, which a trace knows: the tables themselves it does not read."""
+    tokens = [t * h * w for t, h, w in itertools.product(*tile_sizes)]
+    tokens += [min(TEXT_TILE, text_len - start) for start in range(0, text_len, TEXT_TILE)]
+    offsets = np.cumsum([0, *(-(-n // BLOCK) for n in tokens)], dtype=np.int32)
+    if (len(tokens), offsets[-1]) != (num_tiles, num_blocks):
+        raise UnsupportedError(
+            f"fpsattention.sliding_tile_mask: a layout of {num_tiles} tiles and {num_blocks} blocks whose tile sizes make {len(tokens)} "
+            f"and {offsets[-1]}, expected one of fpsattention.plan: make its mask outside of torch.compile"
+        )
+    with plain_tensors():
+        lists = core().sliding_tile_lists(tuple(len(sizes) for sizes in tile_sizes), offsets, window)
+        return tuple(torch.from_numpy(x) for x in (*lists, *core().transpose_lists(*lists, offsets)))
 
 
 @lru_cache(maxsize=_MASK_CACHE_SIZE)
-def _sliding_tile_mask(layout: TileLayout, window: Int3) -> BlockMask:
-    offsets = layout.cpu().tile_block_offsets.numpy()
-    mask = _from_numpy(layout.cpu(), core().sliding_tile_lists(layout.tile_grid, offsets, window))
+def cached_mask(layout: TileLayout, window: Int3) -> BlockMask:
+    """:func:`sliding_tile_mask` from the cache, also while a compiler is at work."""
+    with plain_tensors():
+        offsets = layout.cpu().tile_block_offsets.numpy()
+        mask = _from_numpy(layout.cpu(), core().sliding_tile_lists(layout.tile_grid, offsets, window))
     return mask.to(layout.device)
 
 
-_CLEAR_WITH_PLANS.append(_sliding_tile_mask.cache_clear)
+_CLEAR_WITH_PLANS.append(cached_mask.cache_clear)
 
 
 def _from_numpy(layout: TileLayout, lists: tuple[np.ndarray, np.ndarray]) -> BlockMask:
-    return _trusted(layout, torch.from_numpy(lists[0]), torch.from_numpy(lists[1]))
+    kv_num_blocks, kv_indices = torch.from_numpy(lists[0]), torch.from_numpy(lists[1])
+    return _trusted(layout, kv_num_blocks, kv_indices, _transpose_on_cpu(layout, kv_num_blocks, kv_indices), Cache())
 
 
 def _trusted(
     layout: TileLayout,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
-    transposed: list[tuple[Tensor, Tensor]] | None = None,
-    on: dict[torch.device, BlockMask] | None = None,
+    transposed: tuple[Tensor, Tensor] | None = None,
+    copies: Cache | None = None,
 ) -> BlockMask:
     """A mask whose lists come from a builder or from another mask: nothing to check."""
-    mask = object.__new__(BlockMask)
-    values = {"layout": layout, "kv_num_blocks": kv_num_blocks, "kv_indices": kv_indices}
-    values |= {"_transposed": [] if transposed is None else transposed, "_on": {} if on is None else on}
-    for name, value in values.items():
-        object.__setattr__(mask, name, value)  # the dataclass is frozen
-    return mask
+    return BlockMask(layout, kv_num_blocks, kv_indices, transposed, copies, True)
+
+
+def _stacked(masks: Sequence[BlockMask], heads: int, width: int) -> tuple[Tensor, Tensor]:
+    counts = torch.cat([mask.kv_num_blocks.expand(-1, heads, -1) for mask in masks])
+    indices = [torch.nn.functional.pad(mask.kv_indices, (0, width - mask.kv_indices.shape[-1])) for mask in masks]
+    return counts, torch.cat([i.expand(-1, heads, -1, -1) for i in indices])
+
+
+def _transpose_on_cpu(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tensor) -> tuple[Tensor, Tensor]:
+    with plain_tensors():
+        offsets = layout.cpu().tile_block_offsets.numpy()
+        counts, indices = core().transpose_lists(kv_num_blocks.numpy(), kv_indices.numpy(), offsets)
+        return torch.from_numpy(counts), torch.from_numpy(indices)
 
 
 def _lists_of_keep(keep: Tensor, first: Tensor, width: int) -> tuple[Tensor, Tensor]:

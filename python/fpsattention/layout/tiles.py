@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,15 +16,24 @@ import torch
 from torch import Tensor
 
 from ..errors import BuildError, ConfigError
+from .plain import Cache, constant, on_default_stream, plain_tensors
 
 BLOCK = 128  # slots of a block
+TEXT_TILE = 512  # tokens of a text tile, the last one may have fewer
 TEXT_POSITIONS = ("suffix", "prefix", "none")
 _PLAN_CACHE_SIZE = 64
 
 Int3 = tuple[int, int, int]
+TABLES = (
+    "token_of_slot",
+    "slot_of_token",
+    "tile_of_block",
+    "tile_block_offsets",
+    "tile_tokens",
+)  # tensors of a TileLayout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TileLayout:
     """Which token sits in which slot. Made by :func:`plan`; the tensors are shared, so do not write to them.
 
@@ -47,9 +56,14 @@ class TileLayout:
     tile_of_block: Tensor  # int32 [num_blocks]
     tile_block_offsets: Tensor  # int32 [num_tiles + 1], first block of each tile
     tile_tokens: Tensor  # int32 [num_tiles], valid tokens of each tile
-    _on: dict[torch.device, TileLayout] = field(
-        default_factory=dict, repr=False
-    )  # copies by device, shared by the copies
+    _copies: Cache | None = None  # by device, shared by the copies; None: made anew whenever asked for
+
+    def __repr__(self) -> str:
+        text = f", text_len={self.text_len}, text_position={self.text_position!r}" if self.text_len else ""
+        return (
+            f"TileLayout(grid={self.grid}, tile={self.tile}{text}: {self.num_tiles} tiles, {self.num_blocks} blocks, "
+            f"utilization {self.utilization:.3f}, on {self.device})"
+        )
 
     @property
     def utilization(self) -> float:
@@ -78,14 +92,17 @@ class TileLayout:
 
     def to(self, device: torch.device | str) -> TileLayout:
         """The same layout with its tensors on ``device``. The copy is made once and kept."""
-        device = _canonical(torch.device(device))
+        device = _canonical(device)
         if device == self.device:
             return self
-        self._on.setdefault(self.device, self)
-        if device not in self._on:
-            moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-            self._on[device] = replace(self, **moved)
-        return self._on[device]
+        if self._copies is None or torch.compiler.is_compiling():
+            return self._moved(device)
+        self._copies.get(self.device, lambda: self)
+        return self._copies.get(device, lambda: self._moved(device))
+
+    def _moved(self, device: torch.device) -> TileLayout:
+        with on_default_stream(device):
+            return replace(self, **{name: getattr(self, name).to(device) for name in TABLES})
 
     def cpu(self) -> TileLayout:
         """``to("cpu")``."""
@@ -97,19 +114,20 @@ class TileLayout:
         Args:
             token_order: integer ``[num_tokens]``, a permutation of all tokens, in the order of the valid slots.
         """
-        order = token_order.to(self.device, torch.int32)
-        expected = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
-        if order.shape != expected.shape or not torch.equal(order.sort().values, expected):
-            raise ConfigError(
-                f"fpsattention.TileLayout.permuted: token_order {tuple(token_order.shape)} is not a permutation of the "
-                f"{self.num_tokens} tokens, expected every token exactly once"
-            )
-        valid = (self.token_of_slot >= 0).nonzero().squeeze(1)
-        token_of_slot = self.token_of_slot.clone()
-        token_of_slot[valid] = order
-        slot_of_token = torch.empty_like(self.slot_of_token)
-        slot_of_token[order.long()] = valid.to(torch.int32)
-        return replace(self, token_of_slot=token_of_slot, slot_of_token=slot_of_token, _on={})
+        with plain_tensors():
+            order = token_order.to(self.device, torch.int32)
+            expected = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
+            if order.shape != expected.shape or not torch.equal(order.sort().values, expected):
+                raise ConfigError(
+                    f"fpsattention.TileLayout.permuted: token_order {tuple(token_order.shape)} is not a permutation of the "
+                    f"{self.num_tokens} tokens, expected every token exactly once"
+                )
+            valid = (self.token_of_slot >= 0).nonzero().squeeze(1)
+            token_of_slot = self.token_of_slot.clone()
+            token_of_slot[valid] = order
+            slot_of_token = torch.empty_like(self.slot_of_token)
+            slot_of_token[order.long()] = valid.to(torch.int32)
+            return replace(self, token_of_slot=token_of_slot, slot_of_token=slot_of_token, _copies=Cache())
 
     def same_as(self, other: TileLayout) -> bool:
         """True if tokens, slots and tiles are the same (wherever the tensors are)."""
@@ -163,12 +181,34 @@ def plan(
     Raises:
         ConfigError: on sizes below 1, on non-integers, on text without a position, on more than 2^31 - 1 slots.
     """
+    arguments = _checked(grid, tile, text_len, text_position)
+    if not torch.compiler.is_compiling():
+        return _plan(*arguments)
+    sizes, tables = _plan_fields(*arguments)  # a constant of the graph for each grid
+    return TileLayout(*sizes, *tables)
+
+
+def cached_plan(grid: Sequence[int], tile: Sequence[int] | None, text_len: int, text_position: str) -> TileLayout:
+    """:func:`plan` from the cache, also while a compiler is at work."""
+    return _plan(*_checked(grid, tile, text_len, text_position))
+
+
+def _checked(
+    grid: Sequence[int], tile: Sequence[int] | None, text_len: int, text_position: str
+) -> tuple[Int3, Int3 | None, int, str]:
     if not isinstance(text_position, str) or text_position not in TEXT_POSITIONS:
         raise ConfigError(
             f"fpsattention.plan: text_position {text_position!r}, expected one of {', '.join(map(repr, TEXT_POSITIONS))}"
         )
     wanted = None if tile is None else int3(tile, "plan: tile")
-    return _plan(int3(grid, "plan: grid"), wanted, _integer(text_len, "plan: text_len"), text_position)
+    return int3(grid, "plan: grid"), wanted, _integer(text_len, "plan: text_len"), text_position
+
+
+@constant
+def _plan_fields(grid: Int3, tile: Int3 | None, text_len: int, text_position: str) -> tuple[tuple[Any, ...], ...]:
+    layout = _plan(grid, tile, text_len, text_position)
+    names = [f.name for f in fields(TileLayout) if f.name not in (*TABLES, "_copies")]
+    return tuple(getattr(layout, name) for name in names), tuple(getattr(layout, name) for name in TABLES)
 
 
 def clear_plan_cache() -> None:
@@ -183,9 +223,10 @@ _CLEAR_WITH_PLANS: list[Any] = []  # cache_clear functions of modules that cache
 
 @lru_cache(maxsize=_PLAN_CACHE_SIZE)
 def _plan(grid: Int3, tile: Int3 | None, text_len: int, text_position: str) -> TileLayout:
-    tables: dict[str, Any] = dict(core().plan(grid, tile, text_len, text_position))
-    tables |= {f.name: torch.from_numpy(tables[f.name]) for f in fields(TileLayout) if f.type == "Tensor"}
-    return TileLayout(**tables)
+    values: dict[str, Any] = dict(core().plan(grid, tile, text_len, text_position))
+    with plain_tensors():
+        values |= {name: torch.from_numpy(values[name]) for name in TABLES}
+        return TileLayout(**values, _copies=Cache())
 
 
 def core() -> Any:
@@ -230,8 +271,12 @@ def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def _canonical(device: torch.device) -> torch.device:
+def _canonical(device: torch.device | str) -> torch.device:
     """``cuda`` names the current device: tensors there say ``cuda:0``."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"fpsattention: device {device!r}, expected one that torch.device takes ({error})") from None
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

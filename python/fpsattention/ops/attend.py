@@ -54,7 +54,7 @@ def attend(
     lists = mask if isinstance(mask, Lists) else mask.to(q.device).lists(backward)
     options: dict[str, Any] = {
         "granularity": GRANULARITIES[granularity],
-        "softmax_scale": q.shape[3] ** -0.5 if scale is None else scale,
+        "softmax_scale": int(q.shape[3]) ** -0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
         "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),

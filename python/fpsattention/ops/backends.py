@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import Lists
+from ..layout.plain import constant
 from . import core, reference
 from .checks import KERNEL_DTYPES
 
@@ -26,10 +27,12 @@ def resolve_backend(backend: str, q: Tensor) -> str:
         raise _fail(f"backend {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     device = q.device
     if backend == "auto":
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in ("cpu", "cuda", "meta"):
             raise UnsupportedError(
                 f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v"
             )
+        if device.type == "meta":  # shapes only
+            return "cpu"
         backend = "sm90" if device.type == "cuda" or core.sm90_on_host() else "cpu"
     if backend == "cpu":
         if device.type != "cpu":
@@ -50,7 +53,7 @@ def resolve_backend(backend: str, q: Tensor) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant
 def sm90_problem(device: torch.device) -> str:
     """Why the sm_90a kernels cannot run on ``device``; "" where they can."""
     missing = core.sm90_missing()

@@ -26,9 +26,20 @@ def _fail(op: str, argument: str, text: str) -> NoReturn:
     raise ConfigError(f"fpsattention.{op}: {argument} {text}")
 
 
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """A condition on sizes; one that a trace cannot know (sizes that an op computes when the graph runs) counts as true."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(condition)
+
+
 def _shape(op: str, name: str, x: Tensor, want: tuple[Any, ...]) -> None:
     """``want`` holds sizes, or names for free ones."""
-    if x.dim() != len(want) or any(not isinstance(w, str) and s != w for s, w in zip(x.shape, want, strict=True)):
+    if x.dim() != len(want) or not all(
+        isinstance(w, str) or _holds(s == w) for s, w in zip(x.shape, want, strict=True)
+    ):
         text = ", ".join(str(w) for w in want)
         _fail(op, name, f"has shape {tuple(x.shape)}, expected ({text})")
 
@@ -187,7 +198,7 @@ def check_forward(
         kv_indices=kv_indices,
         q_k_mean=q_k_mean,
     )
-    if not 0 < num_tokens <= num_blocks * BLOCK:
+    if num_tokens < 1 or not _holds(num_tokens <= num_blocks * BLOCK):
         _fail(op, "num_tokens", f"is {num_tokens}, expected 1 to {num_blocks * BLOCK}")
     if out_dtype not in _dtypes_of(q8.device):
         _fail(op, "out_dtype", f"is {out_dtype}, expected one of {', '.join(str(d) for d in _dtypes_of(q8.device))}")
@@ -213,7 +224,7 @@ def check_saved(
     _token_tensor(op, "out", out)
     _dtype(op, "out", out, *_dtypes_of(operands.q8.device))
     _shape(op, "out", out, (batch, heads, "S", dim))
-    if not 0 < out.shape[2] <= num_blocks * BLOCK:
+    if out.shape[2] < 1 or not _holds(out.shape[2] <= num_blocks * BLOCK):
         _fail(op, "out", f"has {out.shape[2]} tokens, expected 1 to {num_blocks * BLOCK}")
     for name, x in (("row_max", row_max), ("row_sum", row_sum)):
         _dtype(op, name, x, torch.float32)

@@ -21,6 +21,8 @@ kv_indices, *, softmax_scale) -> out_tangent``
 ``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
 q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
     quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
+``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
+    the tables of a planned grid: see ``lists.py``.
 
 CUDA tensors go to the sm_90a kernels, CPU tensors to ``cpu.py``; with ``FPSATTN_SM90_ON_HOST=1`` at the time of loading (device
 code runs on the host, in an emulator) CPU tensors go to the sm_90a kernels, too. Bad arguments raise
@@ -38,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BuildError, ConfigError, UnsupportedError
-from . import autograd, checks, cpu, fakes, vmap
+from . import autograd, checks, cpu, fakes, lists, vmap
 from .reference import Forward, Quantized
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
@@ -185,6 +187,7 @@ def _register() -> None:
     if _kernels_missing is None:
         for op in KERNEL_OPS:  # BackendSelect comes before the kernels of all devices
             _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
+    lists.register()
     autograd.register(_LIBRARY)
     for op in ("attention", *KERNEL_OPS, "jvp"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import sliding_tile_mask
+from ..layout.plain import Cache, plain_tensors
 from ..layout.tiles import BLOCK, TileLayout, int3, plan
 from .blocks import check_count, check_number, num_video_blocks, tables
 from .pattern import pattern
@@ -145,6 +146,7 @@ def foreground(
 # Parts -------------------------------------------------------------------------------------------------------------------
 
 
+@plain_tensors()
 def part_layout(
     labels: Tensor | Sequence[int], text_len: int = 0, text_position: str = "suffix", max_tile: int = 512
 ) -> TileLayout:
@@ -195,7 +197,7 @@ def part_layout(
         tile_of_block=torch.repeat_interleave(torch.arange(len(tokens), dtype=torch.int32), offsets.diff()),
         tile_block_offsets=offsets,
         tile_tokens=tokens,
-        _on={},
+        _copies=Cache(),
     )
 
 
