@@ -24,7 +24,8 @@ class Forward:
         owner: the installation whose transformer runs.
         tokens: of the self-attention; None: the text length shows at the first attention.
         segments: of every sample, on the host or on the device.
-        calls: what each group of layers does; empty until ``tokens`` is known.
+        calls: what each group of layers does; empty until ``tokens`` is known, and where all layers are compiled.
+        graph_calls: the same for compiled layers; empty where there are none.
         executed: runs of each layer's attention core so far, outside of compiled code.
         before: the forward that runs around this one, of another transformer.
     """
@@ -35,10 +36,10 @@ class Forward:
     device: torch.device
     backward: bool
     calls: tuple[Call, ...] = ()
+    graph_calls: tuple[Call, ...] = ()
     executed: list[int] = field(default_factory=list)
     before: Forward | None = None
     video: Tokens | None = None  # with text_len 0, where the text length was left open
-    finished: bool = False
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""

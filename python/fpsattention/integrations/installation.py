@@ -137,6 +137,8 @@ class Installation:
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
+        elif self._compiled():
+            forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
         CURRENT.forward = forward
@@ -156,7 +158,7 @@ class Installation:
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         calls = self.tables.traced_calls(tokens, device, segments)
-        CURRENT.forward = Forward(self, tokens, segments, device, True, calls, [], CURRENT.forward)
+        CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
 
     def _after_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Counts what ran. Also called after an error."""

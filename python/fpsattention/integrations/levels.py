@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
+from .graph import Packed, flag, pack
 from .ordinary import ordinary_tensors
 
 Grid = tuple[int, int, int]
@@ -71,13 +72,15 @@ class Part:
     Attributes:
         lists: their tables on the device; None: the model's own attention.
         samples: int64 indices into the batch; None: all samples.
-        chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then.
+        chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then ...
+        wanted: ... if any of them wants it: a bool scalar, on the CPU where the host knows.
     """
 
-    lists: Lists | None
+    lists: Lists | Packed | None
     granularity: str = ""
     samples: Tensor | None = None
     chosen: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -232,25 +235,33 @@ class LevelTables:
         return slot_of_token, self._mask(tokens, group, segment, device, backward=True)
 
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
-        """:meth:`calls` inside a graph that is being traced: nothing is read, every kernel class becomes a part with ``chosen``."""
+        """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
         calls = []
         for group, levels in enumerate(self.group_levels):
-            slot_of_token, mask = self._constant(tokens, group, None if len(levels) > 1 else 0, device)
-            if mask is not None and len(levels) > 1:
-                mask = mask.select(segments)
-            lists = None if mask is None else mask.lists(transposed=True)
-            classes = list(dict.fromkeys(level.kernel_class for level in levels))
-            parts = []
-            for kernel_class in classes:
-                chosen = None
-                if len(classes) > 1:
-                    chosen = torch.zeros_like(segments, dtype=torch.bool)
-                    for segment, level in enumerate(levels):
-                        if level.kernel_class == kernel_class:
-                            chosen = chosen | (segments == segment)
-                precision, granularity = kernel_class
-                parts.append(Part(lists if precision == "fp8" else None, granularity, None, chosen))
-            calls.append(Call(slot_of_token, tuple(parts)))
+            switched = len(levels) > 1
+            slot_of_token, mask = self._constant(tokens, group, None if switched else 0, device)
+            lists = None
+            if mask is not None:
+                lists = (mask.select(segments) if switched else mask).lists(transposed=True)
+            calls.append(Call(slot_of_token, _branches(levels, lists, segments, None)))
+        return tuple(calls)
+
+    def graph_calls(
+        self, tokens: Tokens, device: torch.device, segments: Tensor | Sequence[int], backward: bool
+    ) -> tuple[Call, ...]:
+        """:meth:`calls` for compiled layers under hooks that are not: one graph for all levels, and for all grids."""
+        slot_of_token = self.tables(tokens).on(device).slot_of_token
+        index, known = segments, None
+        if not isinstance(index, Tensor):
+            known, index = tuple(segments), _index(tuple(segments), device)
+        calls = []
+        for group, levels in enumerate(self.group_levels):
+            packed = None
+            if any(level.precision == "fp8" for level in levels):
+                switched = len(levels) > 1
+                mask = self._mask(tokens, group, None if switched else 0, device, backward)
+                packed = pack(mask.select(index) if switched else mask, backward, per_sample=switched)
+            calls.append(Call(slot_of_token, _branches(levels, packed, index, known)))
         return tuple(calls)
 
     def calls(
@@ -305,3 +316,21 @@ class LevelTables:
 def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
     with ordinary_tensors():
         return torch.tensor(values).to(device)
+
+
+def _branches(
+    levels: Sequence[Level], lists: Lists | Packed | None, segments: Tensor, known: Sequence[int] | None
+) -> tuple[Part, ...]:
+    """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
+    classes = list(dict.fromkeys(level.kernel_class for level in levels))
+    if len(classes) == 1:
+        return (Part(lists, classes[0][1]),)
+    parts = []
+    for precision, granularity in classes:
+        members = [i for i, level in enumerate(levels) if level.kernel_class == (precision, granularity)]
+        chosen = segments == members[0]
+        for segment in members[1:]:
+            chosen = chosen | (segments == segment)
+        wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
+        parts.append(Part(lists if precision == "fp8" else None, granularity, None, chosen, wanted))
+    return tuple(parts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS
+from .graph import Packed
 from .levels import Call, Part
 from .state import CURRENT
 
@@ -62,7 +63,7 @@ class Site:
         if torch.compiler.is_compiling():
             if forward is None:
                 raise self._no_forward()
-            call = forward.calls[self.group]
+            call = forward.graph_calls[self.group]
         else:
             if forward is None or forward.owner is not self.owner:
                 raise self._no_forward()
@@ -133,17 +134,20 @@ def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     """
     if part.lists is None:
         return core.dense(q, k, v)
+    lists = part.lists
+    if isinstance(lists, Packed):
+        lists = lists.unpack(q.shape[0], q.shape[2])
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), part.lists, granularity=part.granularity, scale=core.scale)[0]
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), lists, granularity=part.granularity, scale=core.scale)[0]
 
 
 def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
     """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
     out: Tensor | None = None
     for part in parts:
-        assert part.chosen is not None
+        assert part.chosen is not None and part.wanted is not None
 
         def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
             return _part(core, part, q, k, v).to(v.dtype).contiguous()
@@ -151,7 +155,7 @@ def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
         def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return torch.zeros_like(v, memory_format=torch.contiguous_format)
 
-        one = torch.cond(part.chosen.any(), run, skip, (core.q, core.k, core.v))
+        one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
         out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
     assert out is not None
     return out

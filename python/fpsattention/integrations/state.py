@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class _Current(threading.local):
-    forward: Forward | None = None
-    site: Site | None = None
+    def __init__(self) -> None:  # runs in every thread; compiled code relies on both being there
+        self.forward: Forward | None = None
+        self.site: Site | None = None
 
 
 CURRENT = _Current()
