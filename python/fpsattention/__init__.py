@@ -1,8 +1,9 @@
 """FP8 + 3D-tile-sparse attention for video diffusion transformers on NVIDIA Hopper GPUs, trainable straight through.
 
 ``import fpsattention as fps``: :func:`attention`, :func:`plan`, :func:`sliding_tile_mask`, :func:`dense_mask`,
-:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule` of :class:`Phase` and :class:`Level`, :func:`apply`. Importing needs no GPU and no compiled part;
-what is missing raises :class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
+:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`. Each is
+imported when first used: importing the package needs no GPU, no compiled part and not even torch. What is missing raises
+:class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
     from .layout.tiles import TileLayout, clear_plan_cache, plan
     from .schedule import Level, Phase, Schedule
+
+    __version__: str
 
 _LAZY = {  # name: the module it is imported from when first used
     "apply": "integrations.diffusers",

@@ -29,11 +29,11 @@ class Cli(TyperGroup):
         except KeyboardInterrupt as error:
             raise _Interrupted from error
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> Any:
         args = list(sys.argv[1:] if args is None else args)
         try:
             extra["standalone_mode"] = False  # exceptions come back, and exit statuses are returned
-            status = super().main(args, prog_name, **extra)
+            status = super().main(args, *others, **extra)
         except (_Interrupted, KeyboardInterrupt, typer.Abort):
             typer.echo("interrupted", err=True)
             status = INTERRUPTED

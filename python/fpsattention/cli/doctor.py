@@ -20,7 +20,7 @@ from .output import JsonOption, print_json, print_table, stdout
 
 Status = Literal["ok", "info", "warn", "fail"]
 STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
-MIN_TORCH = (2, 10)  # torch's stable ABI as used by fpsattn_torch
+MIN_TORCH = "2.10"  # torch's stable ABI as used by fpsattn_torch
 KERNEL_CAPABILITY = (9, 0)  # sm_90a code runs on compute capability 9.0 only
 # Half an e4m3 step is 2^-4 = 0.0625 of a value: what rounding q, k, v and P can cost, with room for a small sample.
 SELF_CHECK_REL_L1 = 0.08
@@ -69,7 +69,9 @@ def command(as_json: JsonOption = False) -> None:
         print_json(report.to_dict())
         raise typer.Exit(report.exit_code)
     console = stdout()
-    rows = [[check.name, Text(check.status, STYLES[check.status]), Text(check.detail)] for check in report.checks]
+    rows: list[list[str | Text]] = [
+        [check.name, Text(check.status, STYLES[check.status]), Text(check.detail)] for check in report.checks
+    ]
     print_table(console, "fpsattn doctor", ("check", "status", "finding"), rows, fold="finding")
     for check in report.checks:
         if check.fix:
@@ -127,9 +129,8 @@ def _torch() -> Iterator[Check]:
 
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
-        wanted = ".".join(map(str, MIN_TORCH))
         yield Check(
-            "torch", "fail", f"{torch.__version__} ({build}), wanted >= {wanted}", "pip install -U 'torch>=2.10'"
+            "torch", "fail", f"{torch.__version__} ({build}), wanted >= {MIN_TORCH}", "pip install -U 'torch>=2.10'"
         )
     else:
         yield Check("torch", "ok", f"{torch.__version__} ({build})")
