@@ -43,6 +43,7 @@ def command(
 ) -> None:
     """Run a Wan pipeline dense and with FPSAttention from one seed; write videos, pictures and a report."""
     from ..demo.demo import DemoConfig, run_demo
+    from ..schedule import Schedule
 
     given = {
         "height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps,
@@ -51,10 +52,16 @@ def command(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changes |= {"out": out, "preset": preset, "seed": seed, "device": device, "control": control}
     config = DemoConfig.small(**changes) if small else DemoConfig(**changes)
+    Schedule.resolve(preset)
     make_folder(out)
     with progress_bars(quiet=as_json) as progress:
         progress("loading", 0, 1)
-        report = run_demo(config, progress)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress("loading", 1, 1)
+            progress(what, done, total)
+
+        report = run_demo(config, show)
     if as_json:
         print_json(report)
         return
@@ -69,7 +76,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
         errors = [f"{level[p]['rel_l1']:.4f}" if p in level else "0" for p in parts]
         cosine = f"{level['total']['cosine']:.5f}" if "total" in level else "1"
         rows.append([level["level"], f"{level['density']:.3f}", *errors, cosine])
-    title = "error of one attention call against dense full precision (relative L1)"
+    title = "one attention call against dense: relative L1, cosine"
     print_table(console, title, ("level", "density", *parts, "total cosine"), rows)
     video, control = report["quality"]["video"], report["control"]
     quality = "identical" if video["identical"] else f"PSNR {video['psnr_db']:.2f} dB, SSIM {video['ssim']:.4f}"

@@ -42,7 +42,7 @@ def print_table(
 
     Where the terminal is narrower still, it breaks the lines: rich would cut the cells.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(columns):
         cells = [str(row[index]) for row in rows]
         number = all(cell.replace(".", "").replace("-", "").isdigit() for cell in cells)
@@ -50,7 +50,9 @@ def print_table(
             table.add_column(name, overflow="fold", min_width=20)
         else:
             width = max(map(len, (*cells, *name.split())))
-            table.add_column(name, justify="right" if number else "left", min_width=width, overflow="fold")
+            table.add_column(
+                "\n".join(name.split()), justify="right" if number else "left", min_width=width, overflow="fold"
+            )
     for row in rows:
         table.add_row(*row)
     natural = console.measure(table).minimum
@@ -97,7 +99,8 @@ def working(what: str, quiet: bool) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def make_folder(path: Path) -> Path:
