@@ -1,6 +1,6 @@
 """Pictures, drawn with matplotlib's Agg canvas: no display, no global state, the same bytes for the same data.
 
-Every function writes one PNG and returns its path. Colours are Okabe and Ito's, which stay apart for colour-blind
+Every function writes one file, in the format of its suffix, and returns its path. Colours are Okabe and Ito's, which stay apart for colour-blind
 readers; what a colour means is always written in the picture.
 """
 
@@ -31,6 +31,14 @@ _PHASE_COLORS = ("#DCE9F5", "#FBE8D3", "#DDF0E4", "#F3DFEC", "#EFEFD0")
 _MASK_COLORS = ("#EBEBEB", "#0072B2", "#E69F00", "#009E73")
 _MASK_LABELS = ("skipped", "attended", "own tile", "text")
 _DPI = 100
+# Formats of pictures, and what matplotlib would write into one without being asked.
+_STAMPS: dict[str, dict[str, None] | None] = {
+    ".png": {"Software": None},
+    ".jpg": None,
+    ".jpeg": None,
+    ".pdf": {"CreationDate": None},
+    ".svg": {"Date": None},
+}
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -40,12 +48,19 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     path = Path(path)
+    suffix = check_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})  # no version stamp: same data, same bytes
+    figure.savefig(path, metadata=_STAMPS[suffix])  # no version or date: same data, same bytes
     return path
+
+
+def check_picture(path: str | Path) -> str:
+    """The suffix of a picture's file, which says its format. ConfigError where there is no such format."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in _STAMPS:
+        raise ConfigError(f"fpsattention.plots: picture '{path}', wanted a name that ends in {', '.join(_STAMPS)}")
+    return suffix
 
 
 def mask_image(mask: Any) -> np.ndarray:

@@ -1,116 +1,104 @@
-"""``fpsattn train``: the trainer on the command line. ``register`` adds it to the application."""
+"""``fpsattn train``: the trainer on the command line. Its options are the fields of :class:`~fpsattention.training.TrainConfig`."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..errors import ConfigError
 from ..training.config import TrainConfig
+from .output import JsonOption, make_folder
 
-DEFAULTS = TrainConfig(data="", output="")
 
-
-def train_command(
-    output: Annotated[Path, typer.Option(help="Folder for weights, checkpoints, loss.csv and the schedule.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of precomputed latents (*.safetensors).")] = None,
-    synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Make and use a small data set of moving shapes.")
-    ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Wan transformer or pipeline, path or hub id. Default: a tiny random one.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(help="Preset or schedule file; 'none' trains dense (the baseline).")
-    ] = "paper",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
-    batch_size: Annotated[int, typer.Option(help="Samples per process and micro-batch.")] = DEFAULTS.batch_size,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Micro-batches per step.")
-    ] = DEFAULTS.gradient_accumulation_steps,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.learning_rate,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear learning-rate warm-up.")] = DEFAULTS.warmup_steps,
-    plateau_patience: Annotated[
-        int, typer.Option(help="Steps without progress before it is halved.")
-    ] = DEFAULTS.plateau_patience,
-    lora_rank: Annotated[int, typer.Option(help="0 trains all weights.")] = DEFAULTS.lora_rank,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = DEFAULTS.mixed_precision,
-    sigma_sampling: Annotated[str, typer.Option(help="uniform or logit_normal.")] = DEFAULTS.sigma_sampling,
-    flow_shift: Annotated[float, typer.Option(help="Flow shift of the sampler trained for.")] = DEFAULTS.flow_shift,
-    sparsity_warmup_steps: Annotated[
-        int, typer.Option(help="Steps until full sparsity.")
-    ] = DEFAULTS.sparsity_warmup_steps,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more compute.")
-    ] = False,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0: never.")] = DEFAULTS.validate_every,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: never.")
-    ] = DEFAULTS.checkpoint_every,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")] = False,
-    seed: Annotated[int, typer.Option()] = DEFAULTS.seed,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Name the layer whose values or gradients are not finite.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
-) -> None:
+def command(synthetic: bool, as_json: bool, **options: Any) -> None:
     """Fine-tune a Wan transformer through the FP8 sparse forward."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..analysis.optional import require
-    from ..errors import BuildError, ConfigError
+    from ..schedule import Schedule
+
+    # Arguments first: nothing is loaded, made or written before they hold.
+    output = Path(options["output"])
+    if (options["data"] is None) != synthetic:
+        raise ConfigError("fpsattention.train: --data and --synthetic: expected exactly one of them")
+    options["data"] = str(output / "synthetic_latents") if synthetic else options["data"]
+    options["schedule"] = None if options["schedule"] == "none" else options["schedule"]
+    config = TrainConfig(**options)
+    if config.schedule is not None:
+        Schedule.resolve(config.schedule)
+    if not synthetic and not Path(config.data).is_dir():
+        raise ConfigError(f"fpsattention.train: data '{config.data}', expected a folder of *.safetensors files")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"fpsattention.train: output '{output}' is a file, expected a folder or a new name")
+    if config.resume and not list(output.glob("checkpoint-*")):
+        raise ConfigError(
+            f"fpsattention.train: resume: no checkpoint-* folder in '{output}': train with --checkpoint-every first"
+        )
+    for package in ("diffusers", "safetensors", *(["peft"] if config.lora_rank else [])):
+        require(package, "train", "train")
+    processes = require("accelerate", "train", "train").PartialState()
+    make_folder(output)
+
     from ..training.data import write_synthetic
     from ..training.trainer import summary, train
 
-    try:
-        processes = require("accelerate", "train", "train").PartialState()
-        for package in ("diffusers", "safetensors", *(["peft"] if lora_rank else [])):
-            require(package, "train", "train")
-    except BuildError as error:
-        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    if synthetic:
+        with processes.main_process_first():
+            if not Path(config.data).exists():
+                write_synthetic(config.data, seed=config.seed)
     console = Console(stderr=True, quiet=as_json or not processes.is_main_process)
-    settings: dict[str, Any] = {k: v for k, v in locals().items() if k in TrainConfig.__dataclass_fields__}
-    try:
-        if (data is None) != synthetic:
-            raise ConfigError("fpsattention.train: --data and --synthetic: expected exactly one of them")
-        if synthetic:
-            data = output / "synthetic_latents"
-            with processes.main_process_first():
-                if not data.exists():
-                    write_synthetic(data, seed=seed)
-        settings |= {"data": str(data), "output": str(output), "schedule": None if schedule == "none" else schedule}
-        config = TrainConfig(**settings)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-        )
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("train", total=config.steps, loss="-")
-            result = train(
-                config, on_step=lambda step, loss: progress.update(task, completed=step + 1, loss=f"{loss:.4f}")
-            )
-    except (ConfigError, FloatingPointError) as error:
-        console.quiet = False
-        console.print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("train", total=config.steps, loss="-")
+        result = train(config, on_step=lambda step, loss: progress.update(task, completed=step + 1, loss=f"{loss:.4f}"))
+    if not processes.is_main_process:
+        return
     text = summary(result)
     if as_json:
-        if processes.is_main_process:
-            print(text)
+        typer.echo(text)
     else:
         tail = json.loads(text)["loss_last_20"]
-        console.print(
-            f"{config.steps} steps, mean loss of the last 20: {tail if tail is None else round(tail, 4)}; all in {output}"
+        shown = tail if tail is None else round(tail, 4)
+        typer.echo(f"{config.steps} steps, mean loss of the last 20: {shown}; all in {output}")
+
+
+def _signature() -> inspect.Signature:
+    """An option per field of TrainConfig, and what only the command line has."""
+
+    def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+    hints = get_type_hints(TrainConfig)
+    parameters = []
+    for setting in dataclasses.fields(TrainConfig):
+        kind, default, names = hints[setting.name], setting.default, []
+        if kind is bool:
+            names = ["--" + setting.name.replace("_", "-")]  # no --no-...: the default is off
+        if setting.name == "data":
+            kind, default = str | None, None
+        if default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        option = typer.Option(
+            *names, help=setting.metadata["help"], show_default=default is not None and default is not False
         )
+        parameters.append(parameter(setting.name, Annotated[kind, option], default))
+    synthetic = typer.Option("--synthetic", help="Make and use a small data set of moving shapes instead of --data.")
+    parameters.insert(1, parameter("synthetic", Annotated[bool, synthetic], False))
+    parameters.append(parameter("as_json", JsonOption, False))
+    return inspect.Signature(parameters)
 
 
-def register(app: typer.Typer) -> None:
-    app.command("train")(train_command)
+command.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it
+command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}  # type: ignore[attr-defined]

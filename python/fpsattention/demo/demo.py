@@ -9,9 +9,11 @@ is split into quantization and sparsity (`evaluation.analysis`).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 #: progress(what, done, total)
 Progress = Callable[[str, int, int], None]
 
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"  # owner/name
 FPS = 16  # frames per second of the videos, as Wan's
 RECORDED_LAYERS = 2  # first and last layer of a model are recorded
 DENSE_PROMPT = "A red fox runs through fresh snow at sunrise, cinematic"
@@ -67,6 +70,8 @@ class DemoConfig:
             raise ConfigError(f"fpsattention.demo: num_inference_steps {self.num_inference_steps}, wanted at least 1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"fpsattention.demo: device {self.device!r}, wanted 'auto', 'cpu' or 'cuda'")
+        if self.model is not None and not Path(self.model).is_dir() and not re.fullmatch(HUB_ID, self.model):
+            raise _no_model(self.model, "is neither a folder here nor the form of a hub id")
 
     @classmethod
     def small(cls, **changes: Any) -> DemoConfig:
@@ -163,6 +168,13 @@ def resolve_device(name: str) -> str:
     return "cuda" if hopper and sm90_missing() is None else "cpu"
 
 
+def _no_model(model: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"fpsattention.demo: model {model!r} {what}, wanted a folder or hub id of a diffusers Wan text-to-video pipeline such as "
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )
+
+
 def load_pipeline(config: DemoConfig, device: str) -> tuple[Any, dict[str, Any]]:
     """The pipeline on its device, and the model's part of its call."""
     import torch
@@ -180,13 +192,16 @@ def load_pipeline(config: DemoConfig, device: str) -> tuple[Any, dict[str, Any]]
             call = {name: x.to(device) for name, x in call.items()}
     else:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        # The argument's name changed with 0.42, which warns of the old one.
+        argument = "dtype" if torch.torch_version.TorchVersion(diffusers.__version__) >= "0.42" else "torch_dtype"
+        verbosity = diffusers.logging.get_verbosity()
+        diffusers.logging.set_verbosity_error()  # what went wrong is in the exception
         try:
-            pipe = diffusers.WanPipeline.from_pretrained(config.model, torch_dtype=dtype)
+            pipe = diffusers.WanPipeline.from_pretrained(config.model, **{argument: dtype})
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"fpsattention.demo: model {config.model!r} cannot be loaded ({str(error).splitlines()[0]}), wanted a folder or "
-                "hub id of a diffusers Wan text-to-video pipeline such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-            ) from error
+            raise _no_model(config.model, f"cannot be loaded ({str(error).splitlines()[0]})") from error
+        finally:
+            diffusers.logging.set_verbosity(verbosity)
         call = {"prompt": config.prompt, "negative_prompt": config.negative_prompt or None}
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -256,7 +271,13 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
     layers = sorted({0, num_layers - 1} if num_layers > RECORDED_LAYERS else range(num_layers))
     folder = Path(tempfile.mkdtemp(prefix="fpsattn_demo_"))
     try:
-        with fps.apply(pipe, schedule) as handle:
+        with warnings.catch_warnings():
+            if (
+                config.model is None
+            ):  # nobody trained these weights: that they were not trained with the preset says nothing
+                warnings.filterwarnings("ignore", r"fpsattention\.apply: the preset 'paper'")
+            handle = fps.apply(pipe, schedule)
+        with handle:
             with handle.record(dir=folder, layers=layers):
                 sparse = run_pipeline(pipe, call, config, device, "FPSAttention", progress)
             ran = handle.report().to_dict()

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BuildError, ConfigError, UnsupportedError
+from ..layout.tiles import core
 from . import autograd, checks, cpu, fakes, lists, vmap
 from .reference import Forward, Quantized
 
@@ -70,10 +71,24 @@ def _load() -> str | None:
         ) from error
     if not kernels.exists():
         return "this installation was built without CUDA kernels (no nvcc was found, or FPSATTN_BUILD_CUDA=OFF)"
+    other = other_cuda(core().build_info().get("cuda_version", ""), torch.version.cuda)
+    if other:
+        return other
     try:
         torch.ops.load_library(str(kernels))
     except OSError as error:
         return f"{kernels.name} does not load ({error.__cause__ or error})"
+    return None
+
+
+def other_cuda(built: str, running: str | None) -> str | None:
+    """Why kernels built with CUDA ``built`` cannot share a process with a torch of CUDA ``running`` (None: a CPU build), or None.
+
+    Kernels and torch must use one CUDA runtime, and a runtime is of one major version.
+    """
+    majors = [version.partition(".")[0] for version in (built, running or "")]
+    if all(majors) and majors[0] != majors[1]:
+        return f"the kernels were built with CUDA {built} but torch runs with CUDA {running}: {REINSTALL} with nvcc of CUDA {majors[1]}"
     return None
 
 

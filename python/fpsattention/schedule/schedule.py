@@ -196,7 +196,7 @@ class Schedule:
         """Read a schedule file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(
                 f"fpsattention.Schedule.load: {path} is not JSON ({error}), wanted an {FORMAT} object"
             ) from error
@@ -207,8 +207,15 @@ class Schedule:
         return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        """Write the schedule file; ``load`` of it equals this schedule."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the schedule file, and the folder it is in where there is none; ``load`` of it equals this schedule."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"fpsattention.Schedule.save: {path} cannot be written ({error.strerror}), wanted the path of a new or old file"
+            ) from error
 
     # Presets and step lists ----------------------------------------------------------------------------------------------
 
