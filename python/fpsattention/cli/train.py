@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, load_recipe
 
 DEFAULTS = TrainConfig(data="", output="")
 
 
 def train_command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for weights, checkpoints, loss.csv and the schedule.")],
     data: Annotated[Path | None, typer.Option(help="Folder of precomputed latents (*.safetensors).")] = None,
     synthetic: Annotated[
@@ -25,6 +26,9 @@ def train_command(
     schedule: Annotated[
         str, typer.Option(help="Preset or schedule file; 'none' trains dense (the baseline).")
     ] = "paper",
+    recipe: Annotated[
+        str | None, typer.Option(help="Settings to start from: 'paper' or a JSON file. Options given here win over it.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Samples per process and micro-batch.")] = DEFAULTS.batch_size,
     gradient_accumulation_steps: Annotated[
@@ -35,6 +39,15 @@ def train_command(
     plateau_patience: Annotated[
         int, typer.Option(help="Steps without progress before it is halved.")
     ] = DEFAULTS.plateau_patience,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = DEFAULTS.weight_decay,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = DEFAULTS.max_grad_norm,
+    adam_eps: Annotated[float, typer.Option(help="Epsilon of AdamW.")] = DEFAULTS.adam_eps,
+    ema_decay: Annotated[
+        float, typer.Option(help="Moving average of the weights, which is what is saved; 0: none.")
+    ] = DEFAULTS.ema_decay,
+    prompt_dropout: Annotated[
+        float, typer.Option(help="Share of samples trained with the empty prompt.")
+    ] = DEFAULTS.prompt_dropout,
     lora_rank: Annotated[int, typer.Option(help="0 trains all weights.")] = DEFAULTS.lora_rank,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = DEFAULTS.mixed_precision,
     sigma_sampling: Annotated[str, typer.Option(help="uniform or logit_normal.")] = DEFAULTS.sigma_sampling,
@@ -83,7 +96,11 @@ def train_command(
             with processes.main_process_first():
                 if not data.exists():
                     write_synthetic(data, seed=seed)
-        settings |= {"data": str(data), "output": str(output), "schedule": None if schedule == "none" else schedule}
+        if recipe is not None:
+            given = {n for n in settings if getattr(context.get_parameter_source(n), "name", "") != "DEFAULT"}
+            settings |= {name: value for name, value in load_recipe(recipe).items() if name not in given}
+        chosen = settings["schedule"]
+        settings |= {"data": str(data), "output": str(output), "schedule": None if chosen == "none" else chosen}
         config = TrainConfig(**settings)
         columns = (
             TextColumn("step"),
