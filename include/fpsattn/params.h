@@ -1,6 +1,6 @@
 // What the kernels are told: plain structs of device pointers, sizes and strides. No torch, no CuTe.
 //
-// Words (docs/design.md has them all): a *slot* is a position in tiled order, slot = block * 128 + i; a *block* is 128 slots; a
+// Words (docs/layout.md has them all): a *slot* is a position in tiled order, slot = block * 128 + i; a *block* is 128 slots; a
 // *tile* owns whole consecutive blocks, valid slots first, so slot 0 of every block is valid.
 // Strides are in elements and 64 bit: B * S * H * D may exceed 2^31.
 #pragma once

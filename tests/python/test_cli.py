@@ -47,6 +47,19 @@ def test_help_is_quick_and_does_without_torch():
     assert float(seconds) < 1 and torch == numpy == "False"
 
 
+def test_import_costs_little_above_torch():
+    code = (
+        "import sys, time, torch\n"
+        "start = time.process_time()\n"
+        "import fpsattention as fps\n"
+        "fps.attention, fps.plan, fps.BlockMask, fps.Schedule\n"
+        "print(time.process_time() - start, [m for m in ('torch._dynamo', 'torch._inductor', 'diffusers', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, _, heavy = done.stdout.splitlines()[-1].partition(" ")
+    assert float(seconds) < 0.3 and heavy == "[]"
+
+
 def test_public_names():
     assert dir(fps) == sorted([*fps.__all__, "__version__"])
     assert all(getattr(fps, name) is not None for name in dir(fps))
