@@ -143,6 +143,11 @@ def test_bad_input(arguments, text, tmp_path, monkeypatch):
     ("error", "status", "text"),
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "error: the package 'torch' is not installed: fpsattn doctor says how to install it\n",
+        ),
         (MemoryError(), 2, "error: out of memory\n"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "error: Permission denied: /a/b\n"),
         (ConfigError("fpsattention.plan: two\nlines"), 2, "error: fpsattention.plan: two lines\n"),
@@ -218,7 +223,8 @@ def test_missing_package_in_demo(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "imageio.v2", None)
-    result = run("demo", "--small", "--out", tmp_path)
+    result = run("demo", "--small", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert (
         result.exit_code == 2 and "'imageio'" in result.stderr and 'pip install "fpsattention[demo]"' in result.stderr
     )
