@@ -31,7 +31,7 @@ def main() -> int:
 
     loaded = stored = 0.0
     for kernel in kernels:
-        if "quantization" not in kernel["kernel"]:
+        if "sm90::quantize::" not in kernel["kernel"]:
             continue  # the benchmark's own fill kernel
         wide = sum(group["opcodes"].get("ld.global.v4", 0) for group in kernel["warpgroups"])
         loaded += wide * WARP_BYTES * (16 / 20 if "quantize_kernel" in kernel["kernel"] else 1)

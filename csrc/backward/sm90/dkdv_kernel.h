@@ -37,6 +37,7 @@
 #include "backward/sm90/products.h"
 #include "common/device_check.h"
 #include "common/indexing.h"
+#include "common/sm90/fragments.h"
 #include "common/sm90/tma.h"
 
 namespace fpsattn::sm90::backward {
@@ -319,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
-  const int first_key = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;  // and first_key + 8
+  const int first_key = warpgroup * 64 + accumulator_row(thread, 0);  // and first_key + 8
   const int slot = block * kBlockSlots + first_key;
   const float* k_scale = args.k_scale + int64_t(head) * args.num_blocks * kBlockSlots + slot;
   DkdvConsumer<D, DqPolicy> consumer{args, smem, warpgroup, {k_scale[0], k_scale[8]}, {}, {}};

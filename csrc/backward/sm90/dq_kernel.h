@@ -32,6 +32,7 @@
 #include "backward/sm90/products.h"
 #include "common/device_check.h"
 #include "common/indexing.h"
+#include "common/sm90/fragments.h"
 #include "common/sm90/tma.h"
 
 namespace fpsattn::sm90::backward {
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
-  const int row = thread / 32 * 16 + thread % 32 / 4;  // of this warpgroup's half block, and row + 8
+  const int row = accumulator_row(thread, 0);  // of this warpgroup's half block, and row + 8
   const int64_t half_block = (int64_t(head) * args.num_blocks + block) * kHalves + warpgroup;
   const QueryRows queries = QueryRows::load(args.row_facts + half_block * kNumRowFacts * kQueryRows, row);
   float dq[D / 2] = {};
