@@ -48,8 +48,9 @@ struct Mainloop {
 #pragma unroll
     for (int i = 0; i < C::kWorkRegisters; ++i) work[i] = 0.0f;
 
-    auto await_k = [&] {
-      shared.k_full[k_slot.stage].wait(k_slot.parity);
+    auto await_k = [&] { shared.k_full[k_slot.stage].wait(k_slot.parity); };
+    auto await_scores = [&](auto pending) {  // at most `pending` groups of PV are then in flight
+      // Scales are read here, under the MMAs, and not in await_k, where their latency would hold up the exponentials.
       if constexpr (C::kKScalePerToken) {
         factor[0] = q_scale[0] * scale_log2;
         factor[1] = q_scale[1] * scale_log2;
@@ -58,6 +59,8 @@ struct Mainloop {
         factor[0] = (q_scale[0] * k_scale) * scale_log2;
         factor[1] = (q_scale[1] * k_scale) * scale_log2;
       }
+      warpgroup_wait<decltype(pending)::value>();
+      keep_registers(score);
     };
     auto issue_qk = [&] {
       asm volatile(""
@@ -105,8 +108,7 @@ struct Mainloop {
     await_k();
     warpgroup_arrive();
     issue_qk();
-    warpgroup_wait<0>();
-    keep_registers(score);
+    await_scores(cute::Int<0>{});
     release_k();
     raise_max(score, factor, state.m);
     m = state.m;
@@ -130,8 +132,7 @@ struct Mainloop {
         warpgroup_arrive();
         issue_pv(v_stage, block % C::kPromoteBlocks != 0);
         if constexpr (C::kOrdered) NamedBarrier::arrive(256, other_turn);
-        warpgroup_wait<2>();  // QK
-        keep_registers(score);
+        await_scores(cute::Int<2>{});
         release_k();
         const bool moved = raise_max(score, factor, m);
         subtract_max(score, factor, m);
