@@ -41,8 +41,8 @@ struct Mainloop {
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
     state.sum[0] = state.sum[1] = 0.0f;
     state.m = RowMax{};
-    // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees registers
-    // that are read without having been written, and serializes every WGMMA (C7515).
+    // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees
+    // registers that are read without having been written, and serializes every WGMMA (C7515).
 #pragma unroll
     for (int i = 0; i < C::kScoreRegisters; ++i) score[i] = 0.0f;
 #pragma unroll
@@ -63,8 +63,7 @@ struct Mainloop {
       keep_registers(score);
     };
     auto issue_qk = [&] {
-      asm volatile(""
-                   : "+r"(item_slot));  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
+      item_slot = opaque(item_slot);  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
       const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::QTile::kBytes / 16);
       const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::KTile::kBytes / 16);
 #pragma unroll
@@ -140,9 +139,9 @@ struct Mainloop {
         exponentiate<0, 2>(score, p);
         v_slot = k_slot;
         another = block < last;
-        // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma
-        // wait below above the exponentials, and nothing overlaps. The other half of them runs after PV: its P registers
-        // are free then, and the tensor cores are the other warpgroup's by that time.
+        // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the
+        // wgmma wait below above the exponentials, and nothing overlaps. The other half of them runs after PV: its P
+        // registers are free then, and the tensor cores are the other warpgroup's by that time.
         if (another) {
           k_slot.advance();
           await_k();
