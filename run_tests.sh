@@ -1,18 +1,45 @@
 #!/usr/bin/env bash
-# Runs every test: Python (pytest), C++ (ctest), and the sm_90a kernels through the torch ops. Needs the package installed in
-# the current Python environment (README's first command). Exit status 0 only if everything passed.
+# Runs every test: Python, the sm_90a kernels through the torch ops and from C++, what is asserted of their machine code, the tools.
 #
-# Device tests run natively on a Hopper GPU; without one, under the emulator named by FPSATTN_EMULATOR (path of its launcher);
-# with neither they are skipped, and say so. FPSATTN_SASSBUDGET names the SASS budget tool for tests/static (optional too).
-# Environment: PYTHON (default: python), FPSATTN_TEST_BUILD (default: build/tests), FPSATTN_TEST_JOBS (default: cores).
+#   ./run_tests.sh                  everything
+#   ./run_tests.sh --quick          no slow test, kernels in one mode of the emulator: minutes
+#   ./run_tests.sh --no-kernels     builds and tests no kernel, fetches no compiler
+#
+# Needs the package installed in the current Python environment (README's first command), a C++ compiler and make or ninja; no GPU
+# and no CUDA toolkit. The kernels are built from this checkout into build/tests, by the machine's nvcc or else by one fetched
+# from the package index (about 300 MB, into build/cuda_wheels). They run natively on a Hopper GPU and else under tools/hopper-emu.
+# Ends with a table; exit status 0 only if nothing failed. docs/testing.md says more.
+# Environment, all optional: PYTHON (default: python), FPSATTN_TEST_BUILD (default: build/tests), FPSATTN_TEST_JOBS (default: cores),
+# MAX_JOBS (compilations at a time), FPSATTN_CUTLASS_DIR.
 set -uo pipefail
 cd "$(dirname "$0")"
+quick=no kernels=yes
+for argument in "$@"; do
+  case $argument in
+    --quick) quick=yes ;;
+    --no-kernels) kernels=no ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    *) echo "run_tests.sh: $argument came, --quick, --no-kernels or --help was wanted" >&2; exit 2 ;;
+  esac
+done
 python=${PYTHON:-python}
-build=${FPSATTN_TEST_BUILD:-build/tests}
 jobs=${FPSATTN_TEST_JOBS:-$(nproc)}
-failed=()
+mkdir -p build "${FPSATTN_TEST_BUILD:-build/tests}"
+build=$(cd "${FPSATTN_TEST_BUILD:-build/tests}" && pwd)
+results=$build/results
+rm -rf "$results" && mkdir -p "$results"
+suites=0
 step() { printf '\n==== %s\n' "$*"; }
-attempt() { local name=$1; shift; "$@" || failed+=("$name"); }
+# suite NAME REPORT COMMAND...: runs it; tests/summary.py reads name, exit status, seconds and report later.
+suite() {
+  local name=$1 report=$2 begin=$SECONDS status
+  shift 2
+  step "$name"
+  "$@" 2>&1 | tee "$results/$(printf %02d $((++suites)))-${name//[^A-Za-z0-9+]/_}.log"
+  status=${PIPESTATUS[0]}
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - begin)) "$report" >>"$results/suites.tsv"
+  return $status
+}
 
 step "test requirements"
 "$python" - <<'PY' | xargs -d '\n' "$python" -m pip install -q --disable-pip-version-check cmake ninja pybind11 || exit 1
@@ -29,34 +56,65 @@ def expand(name):
 print("\n".join(expand("test")))
 PY
 "$python" -c "import fpsattention" || { echo "run_tests.sh: fpsattention is not installed for $python: run README's first command"; exit 1; }
-library=$("$python" -c "import fpsattention, pathlib; print(pathlib.Path(fpsattention.__file__).parent / 'lib')")
-mkdir -p "$(dirname "$build")"
+PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"  # cmake and ninja, just installed
+python=$(command -v "$python")
 
-gpu=no; nvidia-smi -L >/dev/null 2>&1 && gpu=yes
-emulator=""; [ "$gpu" = no ] && emulator=${FPSATTN_EMULATOR:-}
+build_all() {
+  local cuda=ON torch log=$build/configure.log
+  [ $kernels = no ] && cuda=OFF
+  torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+  if ! cmake -S . -B "$build" -G Ninja -DFPSATTN_BUILD_CUDA=$cuda -DFPSATTN_CUDA_WHEELS_DIR="$PWD/build/cuda_wheels" \
+    -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DFPSATTN_TORCH_DIR="$torch" \
+    ${CMAKE_ARGS:-} >"$log" 2>&1; then
+    cat "$log"
+    return 1
+  fi
+  grep -E "fetching|fpsattention [0-9]|device tests|GoogleTest" "$log"
+  # One nvcc takes 3 to 5 GiB.
+  local memory=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 5242880))
+  cmake --build "$build" --parallel "${MAX_JOBS:-$((memory < 1 ? 1 : memory < jobs ? memory : jobs))}" || return 1
+  # The package as it is here, with the libraries just built.
+  rm -rf "$build/package" && mkdir "$build/package" && cp -r python/fpsattention "$build/package/" &&
+    cmake --install "$build" --prefix "$build/package" >/dev/null
+}
+suite "build" - build_all
+built=$?
+
 # One thread per worker: the tests are small, and torch's own threads would only fight each other.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 FPSATTN_BUILD_DIR="$library"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+select=()
+[ $quick = yes ] && select=(-m "not slow")
+tests=("$python" -m pytest -q "${select[@]}")
 
-step "pytest"
-attempt pytest "$python" -m pytest -n "$jobs" -q tests/python tests/static
+suite "Python" python.xml "${tests[@]}" -n "$jobs" --ignore-glob='*/test_sm90_*.py' tests/python --junit-xml="$results/python.xml"
 
-if [ -f "$library/libfpsattn.so" ] && [ -n "$emulator" ]; then
-  step "pytest: the sm_90a kernels through the torch ops, under the emulator"
-  attempt "pytest-sm90" env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="--async=lazy" \
-    "$emulator" run -- "$python" -m pytest -q -p no:xdist tests/python/test_sm90_*.py
+if [ $built = 0 ] && [ $kernels = yes ]; then
+  launcher=$(sed -n 's/^FPSATTN_DEVICE_LAUNCHER:INTERNAL=//p' "$build/CMakeCache.txt")
+  # sm90 NAME REPORT [EMULATOR OPTION...]: the torch ops on these kernels.
+  sm90() {
+    local name=$1 report=$2 command=()
+    shift 2
+    [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --)
+    PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" -p no:xdist tests/python/test_sm90_*.py \
+      --junit-xml="$results/$report"
+  }
+  sm90 "kernels, torch ops" sm90.xml --async=lazy
+  [ -n "$launcher" ] && sm90 "kernels, torch ops, truncated sums" sm90_truncated.xml --async=random --seed=5 --fp8-acc=truncated
+
+  tools=$(dirname "$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")")
+  if ! [ -x "$tools/cuobjdump" ] || ! [ -x "$tools/nvdisasm" ]; then
+    tools=$("$python" cmake/cuda_wheels.py build/disassemblers --disassemblers)/bin
+  fi
+  export FPSATTN_BUILD_DIR="$build/package" FPSATTN_PTXAS_CACHE="${FPSATTN_PTXAS_CACHE:-$PWD/build/ptxas}"
+  PATH="$tools:$PATH" suite "kernels, machine code; tools" static.xml "${tests[@]}" -n "$jobs" tests/static tools \
+    --junit-xml="$results/static.xml"
 fi
 
-step "ctest"
-ptx_only=OFF; [ -n "$emulator" ] && ptx_only=ON  # an emulator runs PTX: ptxas is not needed for these binaries
-attempt cmake cmake -S . -B "$build" -G Ninja -DFPSATTN_BUILD_PYTHON=OFF -DFPSATTN_PTX_ONLY=$ptx_only \
-  -DFPSATTN_EMULATOR="$emulator" -DPython_EXECUTABLE="$(command -v "$python")" >"$build.configure.log" 2>&1 \
-  || true
-tail -n 2 "$build.configure.log"
-attempt build cmake --build "$build" --parallel "${MAX_JOBS:-2}"
-attempt ctest ctest --test-dir "$build" --output-on-failure -LE bench -j "$jobs"
-
-if [ ${#failed[@]} -gt 0 ]; then
-  printf '\nrun_tests.sh: FAILED: %s\n' "${failed[*]}"
-  exit 1
+if [ $built = 0 ]; then
+  only=()
+  [ $quick = yes ] && only=(-E '\.(eager|random|truncated|seed11|fine|racecheck|strict)$|accumulation')
+  suite "C++" ctest.xml ctest --test-dir "$build" --output-on-failure -LE bench -j "$jobs" "${only[@]}" --output-junit "$results/ctest.xml"
 fi
-printf '\nrun_tests.sh: everything passed\n'
+
+step "summary"
+"$python" tests/summary.py "$results"

@@ -1,1 +1,1 @@
-"""Benchmarks: ``benchmarks/run_gpu_suite.sh`` measures, ``python -m benchmarks.report`` reports. See benchmarks/README.md."""
+"""Measurements on a Hopper GPU: parts are pytest files, ``plugin`` keeps the results. ``benchmarks/run_gpu_suite.sh`` is the way in."""

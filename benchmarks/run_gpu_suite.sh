@@ -1,10 +1,16 @@
 #!/bin/sh
-# benchmarks/run_gpu_suite.sh [--quick|--full|--dry-run] [--out DIR] ...: checks and measures everything in one run.
-# --help lists the options, benchmarks/README.md explains them. PYTHON chooses the interpreter.
+# benchmarks/run_gpu_suite.sh [--full|--dry-run] [--out FILE.jsonl [--resume]] [-k EXPRESSION] ...: checks and measures everything
+# in one run. benchmarks/README.md explains the options; all of pytest's work too. PYTHON chooses the interpreter.
 set -eu
-root=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+cd "$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)"
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || { echo "run_gpu_suite.sh: no $python: set PYTHON to an interpreter that has torch" >&2; exit 2; }
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH
-exec "$python" -m benchmarks.suite "$@"
+missing=$("$python" -c "
+from importlib.util import find_spec
+print(*(name for name in ('torch', 'pytest', 'xdist', 'fpsattention') if find_spec(name) is None))")
+case " $missing " in *" torch "* | *" pytest "* | *" xdist "*)
+  echo "run_gpu_suite.sh: $python lacks $missing: pip install torch 'pytest>=9' pytest-xdist, or set PYTHON" >&2; exit 2 ;;
+esac
+# An installed package has the built kernels: the tree's own is used only where there is none.
+case " $missing " in *" fpsattention "*) PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" ;; esac
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+exec "$python" -m pytest -c benchmarks/pytest.ini --rootdir . "$@"

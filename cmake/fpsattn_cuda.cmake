@@ -5,18 +5,10 @@ if(FPSATTN_BUILD_CUDA STREQUAL "OFF")
   return()
 endif()
 
-include(CheckLanguage)
-if(NOT CMAKE_CUDA_COMPILER AND EXISTS "$ENV{CUDA_HOME}/bin/nvcc")
-  set(CMAKE_CUDA_COMPILER "$ENV{CUDA_HOME}/bin/nvcc")
-endif()
-if(NOT CMAKE_CUDA_COMPILER AND EXISTS /usr/local/cuda/bin/nvcc)
-  set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
-endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # the flags below name the architecture
 set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # one runtime in the process, torch's; an emulator can replace it
-check_language(CUDA)
+include(fpsattn_toolkit)  # sets CMAKE_CUDA_COMPILER, or says in FPSATTN_CUDA_REASON why not
 if(NOT CMAKE_CUDA_COMPILER)
-  set(FPSATTN_CUDA_REASON "no nvcc found: install the CUDA toolkit (>= 12.4) and set CUDA_HOME")
   if(FPSATTN_BUILD_CUDA STREQUAL "ON")
     message(FATAL_ERROR "fpsattention: FPSATTN_BUILD_CUDA=ON but ${FPSATTN_CUDA_REASON}")
   endif()

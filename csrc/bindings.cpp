@@ -1,5 +1,5 @@
 // Python module fpsattention._C: planner, block lists, build info. NumPy in, NumPy out; knows nothing of torch.
-// python/fpsattention/_C.pyi has the signatures; tiles.py and masks.py are the public face.
+// python/fpsattention/_C.pyi has the signatures; layout/ is the public face.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,6 +35,13 @@ Int32Array to_numpy(const std::vector<int32_t>& values) {
   return to_numpy(values, {static_cast<py::ssize_t>(values.size())});
 }
 
+// Runs host work on plain data while other Python threads go on.
+template <typename Work>
+auto without_gil(const Work& work) {
+  const py::gil_scoped_release unlocked;
+  return work();
+}
+
 py::tuple to_tuple(const Int3& v) { return py::make_tuple(v[0], v[1], v[2]); }
 
 fpsattn::TextPosition text_position_of(const std::string& name) {
@@ -46,7 +53,8 @@ fpsattn::TextPosition text_position_of(const std::string& name) {
 }
 
 py::dict plan(const Int3& grid, const std::optional<Int3>& tile, int64_t text_len, const std::string& text_position) {
-  const fpsattn::TileLayout layout = fpsattn::plan(grid, tile, text_len, text_position_of(text_position));
+  const fpsattn::TileLayout layout =
+      without_gil([&] { return fpsattn::plan(grid, tile, text_len, text_position_of(text_position)); });
   py::dict result;
   result["grid"] = to_tuple(layout.grid);
   result["tile"] = to_tuple(layout.tile);
@@ -96,7 +104,9 @@ py::tuple sliding_tile_lists(const Int3& tile_grid, const Int32Array& offsets, c
   const int64_t num_tiles = num_tiles_of(offsets);
   FPSATTN_CHECK(int64_t{tile_grid[0]} * tile_grid[1] * tile_grid[2] <= num_tiles,
                 "sliding_tile_mask: more tiles in tile_grid than in tile_block_offsets");
-  return to_numpy(fpsattn::sliding_tile_lists(tile_grid, offsets.data(), num_tiles, window), 1, 1);
+  const int32_t* first_block = offsets.data();
+  return to_numpy(without_gil([&] { return fpsattn::sliding_tile_lists(tile_grid, first_block, num_tiles, window); }),
+                  1, 1);
 }
 
 py::tuple lists_from_matrix(const Int32Array& offsets, const BoolArray& mask) {
@@ -116,8 +126,10 @@ py::tuple transpose_lists(const Int32Array& num_blocks, const Int32Array& indice
   const int64_t num_tiles = num_tiles_of(offsets);
   const fpsattn::BlockListView lists = view_of(num_blocks, indices);
   FPSATTN_CHECK(lists.rows == num_tiles, "BlockMask: kv_num_blocks has ", lists.rows, " rows, expected ", num_tiles);
-  fpsattn::validate_lists(lists, offsets.data()[num_tiles]);
-  return to_numpy(fpsattn::transpose_lists(lists, offsets.data(), num_tiles), lists.batch, lists.heads);
+  const int32_t* first_block = offsets.data();
+  fpsattn::validate_lists(lists, first_block[num_tiles]);
+  return to_numpy(without_gil([&] { return fpsattn::transpose_lists(lists, first_block, num_tiles); }), lists.batch,
+                  lists.heads);
 }
 
 void validate_lists(const Int32Array& num_blocks, const Int32Array& indices, int64_t blocks) {

@@ -20,6 +20,8 @@ import fpsattention as fps
 class Latents(torch.utils.data.Dataset):
     def __init__(self, folder):
         self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise SystemExit(f"error: no *.safetensors files in '{folder}'")
 
     def __len__(self):
         return len(self.files)

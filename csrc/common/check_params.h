@@ -59,8 +59,8 @@ inline void check_workspace(const char* op, const void* workspace, size_t bytes,
   }
 }
 
-// Sizes of a block mask with `rows` rows, which ProblemSize calls `rows_name`; a row stands for a `row_is`. A list may be longer
-// than num_blocks: nothing but its entries is read.
+// Sizes of a block mask with `rows` rows, which ProblemSize calls `rows_name`; a row stands for a `row_is`. A list may
+// be longer than num_blocks: nothing but its entries is read.
 inline void check_lists(const char* op, const char* name, const BlockLists& lists, const ProblemSize& size, int rows,
                         const char* rows_name, const char* row_is) {
   FPSATTN_CHECK(lists.batch == 1 || lists.batch == size.batch, op, ": ", name, ".batch is ", lists.batch,

@@ -6,7 +6,7 @@ namespace fpsattn {
 
 __device__ __forceinline__ void trap_if(bool broken) {
   if (broken) {
-    asm volatile("trap;");
+    __trap();
   }
 }
 

@@ -1,4 +1,4 @@
-// e4m3: conversion, scale rule, division by a scale. Bit for bit what python/fpsattention/reference.py computes.
+// e4m3: conversion, scale rule, division by a scale. Bit for bit what python/fpsattention/ops/reference.py computes.
 #pragma once
 
 #include <cuda_fp8.h>

@@ -1,17 +1,10 @@
-// libfpsattn_torch: the schemas of torch.ops.fpsattn.* and torch.ops.fpsattn_sm90.*, nothing else. Built on every machine,
-// with or without nvcc, and loadable without a CUDA runtime; the kernels are in libfpsattn_torch_cuda (ops_cuda.cpp).
+// libfpsattn_torch: the schemas of torch.ops.fpsattn.*, nothing else. Built on every machine, with or without nvcc, and loadable
+// without a CUDA runtime; the kernels are in libfpsattn_torch_cuda (ops_cuda.cpp).
 #include <torch/csrc/stable/library.h>
 
 #include "torch/schemas.h"
 
 STABLE_TORCH_LIBRARY(fpsattn, m) {
-  m.def(fpsattn::kQuantizeSchema);
-  m.def(fpsattn::kForwardSchema);
-  m.def(fpsattn::kBackwardSchema);
-  m.def(fpsattn::kAttentionSchema);
-}
-
-STABLE_TORCH_LIBRARY(fpsattn_sm90, m) {
   m.def(fpsattn::kQuantizeSchema);
   m.def(fpsattn::kForwardSchema);
   m.def(fpsattn::kBackwardSchema);

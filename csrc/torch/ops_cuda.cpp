@@ -1,6 +1,7 @@
 // The sm_90a kernels as torch ops, on torch's stable ABI: check, allocate with torch's allocator, fill plain Params, launch on the
-// current stream. fpsattn.* serves CUDA tensors; fpsattn_sm90.* the same and, where FPSATTN_SM90_ON_HOST=1 says that device
-// code runs on the host (an emulator), CPU tensors. Nothing synchronizes, so the ops can be captured in CUDA graphs.
+// current stream. They serve CUDA tensors and, where FPSATTN_SM90_ON_HOST=1 says at load time that device code runs on the host (an
+// emulator), CPU tensors. `attention` is composed of quantize and forward in Python (ops/core.py). Nothing synchronizes, so the
+// ops can be captured in CUDA graphs.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,14 +36,7 @@ CurrentStream find_current_stream() {
 class Launch {
  public:
   Launch(const char* op, const Tensor& first) {
-    if (!first.is_cuda()) {
-      const char* on_host = std::getenv("FPSATTN_SM90_ON_HOST");
-      FPSATTN_CHECK(
-          on_host != nullptr && std::strcmp(on_host, "1") == 0, op,
-          ": the first tensor is on the CPU, the sm_90a kernels need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for "
-          "running them under an emulator)");
-      return;
-    }
+    if (!first.is_cuda()) return;  // registered only where device code runs on the host
     const int device = first.get_device_index();
     int major = 0, minor = 0;
     FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
@@ -311,32 +305,21 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
   return {dq, dk, dv};
 }
 
-using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-AttentionResult attention_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block,
-                             Tensor tile_block_offsets, Tensor kv_num_blocks, Tensor kv_indices,
-                             OptionalTensor q_num_blocks, OptionalTensor q_indices, OptionalTensor k_mean,
-                             OptionalTensor v_absmax, int64_t granularity, double softmax_scale, bool smooth_k,
-                             bool pow2_scales, int64_t k_mean_stride, bool deterministic) {
-  (void)q_num_blocks, (void)q_indices, (void)deterministic;  // for the backward, which autograd.py calls
-  auto [q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean] = quantize_op(
-      q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales, k_mean_stride);
-  auto [out, lse, row_max, row_sum] =
-      forward_op(q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
-                 q_k_mean, q.size(2), softmax_scale, q.scalar_type());
-  return {out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum};
+bool device_code_runs_on_host() {
+  const char* on_host = std::getenv("FPSATTN_SM90_ON_HOST");
+  return on_host != nullptr && std::strcmp(on_host, "1") == 0;
 }
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
-  m.impl("attention", TORCH_BOX(&attention_op));
 }
 
 }  // namespace
 }  // namespace fpsattn
 
 STABLE_TORCH_LIBRARY_IMPL(fpsattn, CUDA, m) { fpsattn::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(fpsattn_sm90, CUDA, m) { fpsattn::register_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(fpsattn_sm90, CPU, m) { fpsattn::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(fpsattn, CPU, m) {
+  if (fpsattn::device_code_runs_on_host()) fpsattn::register_ops(m);  // else Python registers the CPU kernels
+}

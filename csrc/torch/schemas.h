@@ -1,8 +1,8 @@
-// The op schemas, shared by the namespaces fpsattn (the kernel follows the device of the tensors) and fpsattn_sm90 (always the
-// sm_90a kernels: CUDA tensors, or CPU tensors where FPSATTN_SM90_ON_HOST=1 says that device code runs on the host).
+// The op schemas of torch.ops.fpsattn: the kernel follows the device of the tensors.
 //
 // All token tensors are (B, H, S, D) with unit stride in D and any other strides. Outputs that are token tensors have
-// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_autograd forbids it. python/fpsattention/ops.py documents every argument.
+// (B, S, H, D) memory. Tensor arguments are never keyword-only: torch.library.register_vmap forbids it.
+// python/fpsattention/ops/core.py documents every argument.
 #pragma once
 
 namespace fpsattn {
@@ -10,12 +10,12 @@ namespace fpsattn {
 inline constexpr const char* kQuantizeSchema =
     "quantize(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, "
     "Tensor? k_mean=None, Tensor? v_absmax=None, *, int granularity, bool smooth_k, bool pow2_scales, "
-    "int k_mean_stride=1) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor k_mean_used, "
+    "SymInt k_mean_stride=1) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor k_mean_used, "
     "Tensor q_k_mean)";
 
 inline constexpr const char* kForwardSchema =
     "forward(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor token_of_slot, "
-    "Tensor tile_of_block, Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_k_mean=None, *, int num_tokens, "
+    "Tensor tile_of_block, Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_k_mean=None, *, SymInt num_tokens, "
     "float softmax_scale, ScalarType out_dtype) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)";
 
 inline constexpr const char* kBackwardSchema =
@@ -28,7 +28,7 @@ inline constexpr const char* kAttentionSchema =
     "attention(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, "
     "Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_num_blocks=None, Tensor? q_indices=None, Tensor? k_mean=None, "
     "Tensor? v_absmax=None, *, int granularity, float softmax_scale, bool smooth_k, bool pow2_scales, "
-    "int k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
+    "SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
     "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)";
 
 }  // namespace fpsattn

@@ -1,45 +1,48 @@
 """FP8 + 3D-tile-sparse attention for video diffusion transformers on NVIDIA Hopper GPUs, trainable straight through.
 
 ``import fpsattention as fps``: :func:`attention`, :func:`plan`, :func:`sliding_tile_mask`, :func:`dense_mask`,
-:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule`, :func:`apply`. Importing needs no GPU and no compiled part;
-what is missing raises :class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
+:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`. Each is
+imported when first used: importing the package needs no GPU, no compiled part and not even torch. What is missing raises
+:class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .attention import attention
 from .errors import BuildError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .integrations.diffusers import apply
-    from .masks import BlockMask, dense_mask, sliding_tile_mask
-    from .schedule import Schedule
-    from .tiles import TileLayout, clear_plan_cache, plan
+    from .functional import attention
+    from .integrations.diffusers import apply, remove, status
+    from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
+    from .layout.tiles import TileLayout, clear_plan_cache, plan
+    from .schedule import Level, Phase, Schedule
 
-try:
-    __version__ = importlib.metadata.version("fpsattention")
-except importlib.metadata.PackageNotFoundError:  # used from a source folder
-    __version__ = "0+source"
+    __version__: str
 
-_LAZY = {
+_LAZY = {  # name: the module it is imported from when first used
     "apply": "integrations.diffusers",
-    "BlockMask": "masks",
-    "dense_mask": "masks",
-    "sliding_tile_mask": "masks",
+    "attention": "functional",
+    "BlockMask": "layout.masks",
+    "dense_mask": "layout.masks",
+    "sliding_tile_mask": "layout.masks",
+    "Level": "schedule",
+    "Phase": "schedule",
     "Schedule": "schedule",
-    "TileLayout": "tiles",
-    "clear_plan_cache": "tiles",
-    "plan": "tiles",
+    "TileLayout": "layout.tiles",
+    "clear_plan_cache": "layout.tiles",
+    "plan": "layout.tiles",
+    "remove": "integrations.diffusers",
+    "status": "integrations.diffusers",
 }
 
 __all__ = [
     "BlockMask",
     "BuildError",
     "ConfigError",
+    "Level",
+    "Phase",
     "Schedule",
     "TileLayout",
     "UnsupportedError",
@@ -48,17 +51,33 @@ __all__ = [
     "clear_plan_cache",
     "dense_mask",
     "plan",
+    "remove",
     "sliding_tile_mask",
+    "status",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "__version__":
+        value: object = _version()
+    elif name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fpsattention")
+    except PackageNotFoundError:  # used from a source folder
+        return "0+source"
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*__all__, "__version__"])

@@ -1,6 +1,6 @@
 // The forward on the host, from its definition (docs/numerics.md): FP8-simulated, with a rigorous allowance for what
-// FP32 rounding and the bits that FP8 tensor cores drop (support/fp8_accumulator.h) may change, and exact attention of the
-// unquantized inputs. Plain loops.
+// FP32 rounding and the bits that FP8 tensor cores drop (support/fp8_accumulator.h) may change, and exact attention of
+// the unquantized inputs. Plain loops.
 #pragma once
 
 #include <algorithm>

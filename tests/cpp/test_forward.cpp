@@ -91,8 +91,8 @@ std::vector<ForwardCase> cases() {
   return list;
 }
 
-// What the comparison allows for lost bits and roundings must not hide a fault: each of these is found, however the device
-// adds.
+// What the comparison allows for lost bits and roundings must not hide a fault: each of these is found, however the
+// device adds.
 class ForwardPlanted : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(HeadDims, ForwardPlanted, testing::Values(64, 128));
 

@@ -1,5 +1,5 @@
-// The FP8 tensor cores keep few mantissa bits. Run with the emulator's --fp8-acc=truncated, or on a GPU: neither the row sum
-// nor O may be biased by it by more than 0.1 %, and by 0.25 % where scores are peaked or V is mostly its mean.
+// The FP8 tensor cores keep few mantissa bits. Run with the emulator's --fp8-acc=truncated, or on a GPU: neither the
+// row sum nor O may be biased by it by more than 0.1 %, and by 0.25 % where scores are peaked or V is mostly its mean.
 #include "forward_case.h"
 #include "support/device.h"
 

@@ -1,5 +1,5 @@
-// Device tables with an entry that is out of range: the launch reports an error instead of reading somewhere else. Its own
-// executable, one case a process (ctest -R), as the error stays in the context on a GPU.
+// Device tables with an entry that is out of range: the launch reports an error instead of reading somewhere else. Its
+// own executable, one case a process (ctest -R), as the error stays in the context on a GPU.
 #include "forward_case.h"
 #include "support/device.h"
 

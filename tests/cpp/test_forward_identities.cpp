@@ -173,8 +173,8 @@ TEST_P(ForwardIdentity, NanReachesWhatAttendsItAndNothingElse) {
   EXPECT_EQ(nan_rows(q), (std::vector<int>{0, 1, 0})) << "one NaN byte of Q";
 }
 
-// The accuracy that docs/numerics.md promises, at 1024 keys (the bounds hold for any length), against exact attention of the
-// unquantized inputs; and no more than 1.05 x the error of the same arithmetic on the host.
+// The accuracy that docs/numerics.md promises, at 1024 keys (the bounds hold for any length), against exact attention
+// of the unquantized inputs; and no more than 1.05 x the error of the same arithmetic on the host.
 TEST_P(ForwardIdentity, AccuracyTable) {
   struct Row {
     const char* name;

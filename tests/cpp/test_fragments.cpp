@@ -1,5 +1,5 @@
-// Who holds what: the claims of common/sm90/fragments.h, and the slot order of V that follows from them, against the layouts that
-// CuTe gives for the same instructions.
+// Who holds what: the claims of common/sm90/fragments.h, and the slot order of V that follows from them, against the
+// layouts that CuTe gives for the same instructions.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -33,7 +33,8 @@ void expect_accumulator() {
   for (int thread = 0; thread < kThreads; ++thread) {
     for (int i = 0; i < N / 2; ++i) {
       const Element element{accumulator_row(thread, i), accumulator_column(thread, i)};
-      ASSERT_TRUE(element == element_of(gmma::CLayout_64xN<N>{}, thread, i)) << "N " << N << " thread " << thread << " " << i;
+      ASSERT_TRUE(element == element_of(gmma::CLayout_64xN<N>{}, thread, i))
+          << "N " << N << " thread " << thread << " " << i;
     }
   }
 }
@@ -46,8 +47,8 @@ TEST(Fragments, AccumulatorOwner) {
   expect_accumulator<136>();
 }
 
-// Whether scores packed to bytes are the A operand of P V when V has its slots in `order`: everything a thread puts into the
-// instruction's row and position must be the score of that row and of the slot that V has at that position.
+// Whether scores packed to bytes are the A operand of P V when V has its slots in `order`: everything a thread puts
+// into the instruction's row and position must be the score of that row and of the slot that V has at that position.
 bool feeds_pv(const std::vector<int>& order) {
   for (int thread = 0; thread < kThreads; ++thread) {
     for (int i = 0; i < kBlockSlots / 8; ++i) {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fpsattention import masks, tiles
+from fpsattention.layout import masks, tiles
 
 
 @dataclass(frozen=True)

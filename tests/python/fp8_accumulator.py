@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpsattention.reference import BLOCK, LOG2E, P_SHIFT, Quantized, _dequantized_v, _per_slot, to_e4m3
+from fpsattention.ops.reference import BLOCK, LOG2E, P_SHIFT, Quantized, _dequantized_v, _per_slot, to_e4m3
 
 STEP = 32  # products of an instruction
 FRACTION_BITS = 13

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fpsattention as fps
-from fpsattention import reference
 from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.ops import reference
 
 
 def exact(case, q, k, v):
@@ -242,17 +242,17 @@ def test_sm90_backend_on_a_cpu_tensor_says_why(monkeypatch):
 
 
 def test_a_gpu_that_is_not_hopper_is_refused_with_the_reason(monkeypatch):
-    function = importlib.import_module("fpsattention.attention")
-    monkeypatch.setattr(function.ops, "sm90_missing", lambda: None)
+    function = importlib.import_module("fpsattention.ops.backends")
+    monkeypatch.setattr(function.core, "sm90_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "NVIDIA A100 has compute capability 8.0, they are built for 9.0" in function._sm90_problem(
+    assert "NVIDIA A100 has compute capability 8.0, they are built for 9.0" in function.sm90_problem(
         torch.device("cuda")
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert function._sm90_problem(torch.device("cuda")) == ""
-    monkeypatch.setattr(function.ops, "sm90_missing", lambda: "built without CUDA kernels")
-    assert function._sm90_problem(torch.device("cuda")) == "built without CUDA kernels"
+    assert function.sm90_problem(torch.device("cuda")) == ""
+    monkeypatch.setattr(function.core, "sm90_missing", lambda: "built without CUDA kernels")
+    assert function.sm90_problem(torch.device("cuda")) == "built without CUDA kernels"
 
 
 @pytest.mark.parametrize("kind", ["huge", "constant", "one_key"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES, IDS, Case
 
-from fpsattention import cpu, reference
+from fpsattention.ops import cpu, reference
 
 GRANULARITIES = [0, 1, 2]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fpsattention.demo import DemoConfig, load_pipeline, run_demo, run_pipeline
+from fpsattention.demo.demo import DemoConfig, load_pipeline, run_demo, run_pipeline
 from fpsattention.errors import ConfigError
 
 

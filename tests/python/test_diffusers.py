@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fpsattention as fps
 from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.integrations import diffusers as integration
+from fpsattention.integrations.cores import is_swapped
 from fpsattention.integrations.levels import resolve_window
-from fpsattention.integrations.wan import FPSWanAttnProcessor, project
-from fpsattention.tiles import plan
+from fpsattention.layout.tiles import plan
 
 SWITCHED = {  # one kernel class: levels switch on the device
     "format": "fpsattn-schedule/1",
@@ -64,8 +64,8 @@ def test_dense_is_bit_identical_and_remove_restores(model):
         assert not torch.equal(tiny_wan.run(model, [700.0]), plain)
     handle.remove()  # a second time, after another handle came and went
     assert torch.equal(tiny_wan.run(model, [700.0]), plain)
-    assert not model._forward_pre_hooks
-    assert not any(isinstance(block.attn1.processor, FPSWanAttnProcessor) for block in model.blocks)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not any(is_swapped(block.attn1.processor) for block in model.blocks)
 
 
 @torch.no_grad()
@@ -80,24 +80,28 @@ def test_full_window_is_near_dense_and_a_small_one_is_not(model):
 
 
 @torch.no_grad()
-def test_processor_runs_the_public_op(model):
-    """q, k, v by ``project``, then ``fps.attention``, then the output projection: the same bits."""
+def test_the_core_is_the_public_op_and_the_dense_core_is_sdpa(model):
+    """What the swapped core sees are q, k, v after RoPE; FP8 levels give fps.attention of them, bf16 levels SDPA, the same bits."""
+    schedule = {
+        **SWITCHED,
+        "levels": {
+            "it": {"precision": "fp8", "granularity": "block", "window": [1, 2, 2]},
+            "dense": {"precision": "bf16"},
+        },
+        "phases": [{"sigma": [1, 0], "level": "it"}],
+        "layers": {"1": "dense"},
+    }
     seen: dict[str, Any] = {}
-    attn = model.blocks[0].attn1
-    with fps.apply(model, single({"precision": "fp8", "granularity": "block", "window": [1, 2, 2]})) as handle:
-        processor = handle.installations[0].processors[0]
-        processor.observers.append(lambda name, q, k, v, out: seen.update(q=q, k=k, v=v, out=out))
+    with fps.apply(model, schedule) as handle:
+        for site in handle.installations[0].sites:
+            site.observers.append(lambda name, q, k, v, out: seen.update({name: (q, k, v, out)}))
         tiny_wan.run(model, [300.0, 900.0])
-    wanted = fps.attention(
-        seen["q"], seen["k"], seen["v"], tiny_wan.GRID, tile=tiny_wan.TILE, window=(1, 2, 2), granularity="block"
-    )
-    assert torch.equal(seen["out"].reshape_as(wanted), wanted)
-    # ... and project is what diffusers does: its own processor on the same input agrees with SDPA on q, k, v.
-    x = torch.randn(1, 288, 128)
-    rope = model.rope(tiny_wan.inputs([1.0])["hidden_states"])
-    q, k, v = (t.transpose(1, 2) for t in project(attn, x, rope))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attn.to_out[0](out), attn(x, None, None, rope), rtol=1e-5, atol=1e-5)
+    assert list(seen) == ["transformer.blocks.0.attn1", "transformer.blocks.1.attn1"]
+    q, k, v, out = seen["transformer.blocks.0.attn1"]
+    wanted = fps.attention(q, k, v, tiny_wan.GRID, tile=tiny_wan.TILE, window=(1, 2, 2), granularity="block")
+    assert torch.equal(out, wanted)
+    q, k, v, out = (x.transpose(1, 2) for x in seen["transformer.blocks.1.attn1"])
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("schedule", [SWITCHED, MIXED], ids=["device", "host"])
@@ -280,7 +284,7 @@ def test_record(model, tmp_path):
 def test_unsupported_raises_or_runs_dense(model):
     wan_46 = tiny_wan.transformer(head_dim=32)
     for other, message in (
-        (torch.nn.Linear(2, 2), "Linear is not supported, wanted WanTransformer3DModel"),
+        (torch.nn.Linear(2, 2), "Linear is not supported, wanted one of WanTransformer3DModel"),
         (wan_46, "head dimension 32, wanted 64 or 128"),
     ):
         with pytest.raises(UnsupportedError, match=message):
@@ -295,13 +299,19 @@ def test_unsupported_raises_or_runs_dense(model):
     with pytest.raises(ConfigError, match="a schedule is applied already"):
         fps.apply(model, "fp8")
     x, mask = torch.randn(1, 288, 128), torch.ones(1, 1, 288, 288, dtype=torch.bool)
-    with pytest.raises(UnsupportedError, match=r"blocks\.0\.attn1 got an attention_mask"):
+    with pytest.raises(UnsupportedError, match=r"blocks\.0\.attn1 got an attention mask"):
         model.blocks[0].attn1(x, None, mask, None)
-    with pytest.raises(ConfigError, match="ran before its transformer's forward"):
-        model.blocks[0].attn1(x, None, None, None)
-    tiny_wan.run(model, [300.0])
+    for before in (False, True):  # nothing of an earlier forward is left
+        with pytest.raises(ConfigError, match=r"blocks\.0\.attn1 ran outside of a forward of its transformer"):
+            model.blocks[0].attn1(x, None, None, None)
+        with pytest.raises(ConfigError, match="ran outside of a forward"):
+            model.forward(**tiny_wan.inputs([300.0]))
+        if not before:
+            tiny_wan.run(model, [300.0])
+    shorter = model.blocks[0].attn1.register_forward_pre_hook(lambda module, args: (args[0][:, :200], *args[1:3], None))
     with pytest.raises(ConfigError, match="got 200 tokens, wanted 288"):
-        model.blocks[0].attn1(x[:, :200], None, None, None)
+        tiny_wan.run(model, [300.0])
+    shorter.remove()
     model.blocks[1].attn1.processor._parallel_config = object()  # as enable_parallelism does
     with pytest.raises(UnsupportedError, match=r"blocks\.1\.attn1 runs under context parallelism"):
         tiny_wan.run(model, [300.0])
@@ -310,7 +320,7 @@ def test_unsupported_raises_or_runs_dense(model):
     with fps.apply(model, "fp8", on_unsupported="dense") as handle:
         assert torch.equal(
             model.blocks[0].attn1(x, None, mask, None),
-            handle.installations[0].processors[0].original(model.blocks[0].attn1, x, None, mask, None),
+            model.blocks[0].attn1.processor.original(model.blocks[0].attn1, x, None, mask, None),
         )
         assert sum(handle.report().fallbacks.values()) == 1
     with pytest.raises(ConfigError, match="on_unsupported 'ignore'"):

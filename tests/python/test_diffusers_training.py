@@ -41,17 +41,16 @@ def test_checkpointing_with_two_forwards_before_a_backward(schedule, function):
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_without_the_snapshot_the_grid_check_fires():
-    """The planted failure: a checkpoint outside of the transformer's own recomputes with the state of the last forward."""
+def test_blocks_recomputed_behind_our_back_are_refused():
+    """A checkpoint that nothing here wraps recomputes outside of any forward: an error, never another forward's level."""
     model = tiny_wan.transformer().train()
     with fps.apply(model, DEVICE | {"tile": [2, 4, 4]}):
-        model.enable_gradient_checkpointing()
-        tiny_wan.run(model, [900.0])  # wraps
-        wrapped = model._gradient_checkpointing_func
-        bypass = SnapshotCheckpoint(wrapped.function)
-        bypass.__class__ = type("Bypass", (SnapshotCheckpoint,), {"__call__": lambda self, *a: self.function(*a)})
-        model._gradient_checkpointing_func = bypass
-        with pytest.raises(fps.ConfigError, match="runs with the state of another forward"):
+        for block in model.blocks:
+            plain = block.forward
+            block.forward = lambda *args, plain=plain: torch.utils.checkpoint.checkpoint(
+                plain, *args, use_reentrant=False
+            )
+        with pytest.raises(fps.ConfigError, match="ran outside of a forward of its transformer"):
             gradients(model)
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fpsattention.errors import BuildError, ConfigError
-from fpsattention.evaluation import compare, compare_videos, jsonable, plots
-from fpsattention.evaluation.analysis import (
+from fpsattention.analysis import compare, compare_videos, jsonable, plots
+from fpsattention.analysis.captures import (
     analyze_captures,
     choose_tiles,
     find_captures,
@@ -16,10 +15,11 @@ from fpsattention.evaluation.analysis import (
     split_error,
     tile_tokens,
 )
-from fpsattention.masks import dense_mask, sliding_tile_mask
-from fpsattention.reference import attention_fp64
+from fpsattention.errors import BuildError, ConfigError
+from fpsattention.layout.masks import dense_mask, sliding_tile_mask
+from fpsattention.layout.tiles import plan
+from fpsattention.ops.reference import attention_fp64
 from fpsattention.schedule import Level, Phase, Schedule
-from fpsattention.tiles import plan
 
 GRID, TILE = (3, 5, 7), (3, 3, 4)
 
@@ -199,6 +199,7 @@ def read_png(path):
     return imread(path)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_and_deterministic(tmp_path):
     layout = plan((4, 8, 9), (2, 4, 3), text_len=5)
     mask = sliding_tile_mask(layout, (1, 2, 2))

@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import fpsattention.masks as masks
+import fpsattention.layout.masks as masks
 from fpsattention.errors import ConfigError
-from fpsattention.masks import BlockMask, dense_mask, sliding_tile_mask
-from fpsattention.tiles import BLOCK, clear_plan_cache, plan
+from fpsattention.layout.masks import BlockMask, dense_mask, sliding_tile_mask
+from fpsattention.layout.tiles import BLOCK, clear_plan_cache, plan
 
 
 def blocks_of(layout, tile):
@@ -147,6 +147,57 @@ def test_from_tiles(lead, columns):
         )
     assert torch.equal(mask.densities(), mask.to_token_mask().double().mean((-1, -2)))
     assert BlockMask.from_tiles(layout, matrix.numpy()).density == mask.density
+
+
+def test_from_keep_equals_from_tiles_at_any_width():
+    layout = plan((5, 9, 17), (5, 9, 6), text_len=130)
+    keep = random_tiles(layout, 2, 3, columns=layout.num_blocks)
+    keep[0, 1, 3] = False
+    want = BlockMask.from_tiles(layout, keep)
+    longest = int(want.kv_num_blocks.max())
+    for width in (None, layout.num_blocks, longest):
+        mask = BlockMask.from_keep(layout, keep, width)
+        assert mask.kv_indices.shape == (2, 3, layout.num_tiles, width or layout.num_blocks)
+        assert mask.kv_indices.dtype == mask.kv_num_blocks.dtype == torch.int32
+        assert rows_of(mask.kv_num_blocks, mask.kv_indices) == rows_of(want.kv_num_blocks, want.kv_indices)
+        mask.validate()
+
+
+def test_from_keep_has_fixed_shapes():
+    """Compiled without graph breaks, and on a device whose values cannot be read."""
+    keeps = [random_tiles(LAYOUT, 1, 2, columns=LAYOUT.num_blocks) for _ in range(2)]
+
+    def build(keep):
+        mask = BlockMask.from_keep(LAYOUT, keep, max_kv=LAYOUT.num_blocks - 1)
+        return (mask.kv_num_blocks, mask.kv_indices, *mask.transpose())
+
+    keeps[0][..., 0] = keeps[1][..., 0] = False  # so that no list needs the full width
+    compiled = torch.compile(build, fullgraph=True, backend="eager")
+    for keep in keeps:
+        mask = BlockMask.from_tiles(LAYOUT, keep)
+        num, indices, q_num, q_indices = compiled(keep)
+        assert rows_of(num, indices) == rows_of(mask.kv_num_blocks, mask.kv_indices)
+        assert rows_of(q_num, q_indices) == rows_of(*mask.transpose())
+    on_meta = BlockMask.from_keep(LAYOUT, keeps[0].to("meta"), max_kv=3)
+    assert on_meta.kv_indices.shape == (1, 2, LAYOUT.num_tiles, 3)
+
+
+@pytest.mark.parametrize(
+    ("keep", "max_kv", "message"),
+    [
+        (torch.ones(1, 1, 14, 17), None, r"from_keep: keep is torch\.float32, expected a torch\.bool tensor"),
+        ([True], None, r"keep is list"),
+        (torch.ones(14, 14, dtype=torch.bool), None, r"keep has shape \(14, 14\), expected \[Bm, Hm, num_tiles"),
+        (torch.ones(1, 1, 14, 13, dtype=torch.bool), None, r"keep has shape \(1, 1, 14, 13\)"),
+        (torch.ones(1, 1, 14, 17, dtype=torch.bool), 0, r"max_kv 0, expected 1 to num_blocks = 17"),
+        (torch.ones(1, 1, 14, 17, dtype=torch.bool), 18, r"max_kv 18"),
+        (torch.ones(1, 1, 14, 17, dtype=torch.bool), 16, r"max_kv 16, expected at least the longest list, 17 blocks"),
+    ],
+)
+def test_from_keep_errors(keep, max_kv, message):
+    assert (LAYOUT.num_tiles, LAYOUT.num_blocks) == (14, 17)
+    with pytest.raises(ConfigError, match=message):
+        BlockMask.from_keep(LAYOUT, keep, max_kv)
 
 
 @pytest.mark.parametrize(

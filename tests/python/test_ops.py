@@ -6,8 +6,8 @@ import torch.utils.checkpoint
 from cases import CASES, Case
 
 import fpsattention as fps
-from fpsattention import reference
 from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.ops import reference
 
 CASE = CASES[2]
 

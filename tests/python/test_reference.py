@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fpsattention import reference as ref
+from fpsattention.ops import reference as ref
 
 ONE_E4M3_STEP = 2.0**-4  # relative rounding error of a normal e4m3 number
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsattention.errors import ConfigError
-from fpsattention.presets import PRESETS, sigma_at
 from fpsattention.schedule import Level, Schedule
+from fpsattention.schedule.presets import PRESETS, sigma_at
 
 FULL: dict[str, Any] = {
     "format": "fpsattn-schedule/1",

@@ -11,7 +11,9 @@ from cases import CASES, IDS, Case
 from fp8_accumulator import forward_bounds
 
 import fpsattention as fps
-from fpsattention import ops, reference
+from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.ops import core as ops
+from fpsattention.ops import reference
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if ops.sm90_missing():
@@ -19,7 +21,7 @@ if ops.sm90_missing():
 if not (ON_GPU or ops.sm90_on_host()):
     pytest.skip("neither a Hopper GPU nor FPSATTN_SM90_ON_HOST=1 (emulator)", allow_module_level=True)
 DEVICE = "cuda" if ON_GPU else "cpu"
-SM90 = torch.ops.fpsattn_sm90
+SM90 = torch.ops.fpsattn  # on CPU tensors too, where device code runs on the host
 HALVES = [torch.bfloat16, torch.float16]
 # An emulator adds e4m3 products exactly unless told otherwise.
 CUTS = ON_GPU or "fp8-acc=truncated" in os.environ.get("HOPPER_EMU_OPTS", "")
@@ -226,13 +228,13 @@ def test_ops_refuse_bad_tensors():
     q, k, v = on_device(*inputs(case, torch.bfloat16))
     tables = on_device(layout.token_of_slot, layout.tile_block_offsets)
     options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}
-    with pytest.raises(RuntimeError, match="k has dtype Half, expected BFloat16"):
+    with pytest.raises(ConfigError, match="fpsattention.quantize: k has dtype Half, expected BFloat16"):
         SM90.quantize(q, k.half(), v, *tables, **options)
-    with pytest.raises(RuntimeError, match="v has shape"):
+    with pytest.raises(ConfigError, match="v has shape"):
         SM90.quantize(q, k, v[:, :, :-1], *tables, **options)
-    with pytest.raises(RuntimeError, match="granularity is 7"):
+    with pytest.raises(ConfigError, match="granularity is 7"):
         SM90.quantize(q, k, v, *tables, **{**options, "granularity": 7})
-    with pytest.raises(RuntimeError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
+    with pytest.raises(ConfigError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
         SM90.quantize(q.float(), k.float(), v.float(), *tables, **options)
     with pytest.raises(RuntimeError, match="tile_block_offsets has 1 entries, expected num_tiles"):
         SM90.quantize(q, k, v, tables[0], tables[1][:1], **options)
@@ -284,6 +286,17 @@ def test_forward_and_backward_take_lists_that_are_wider_than_there_are_blocks():
         )  # fmt: skip
         results.append([f[0], *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_forward_mode_and_other_backends_are_refused():
+    case = CASES[2]
+    q, k, v = on_device(*case.inputs(torch.bfloat16))
+    with pytest.raises(UnsupportedError, match="a forward-mode derivative .* was asked on the sm_90a kernels"):
+        torch.func.jvp(lambda x: fps.attention(q, k, x, **case.kwargs()), (v,), (v,))
+    with pytest.raises(
+        (ConfigError, UnsupportedError), match="backend 'cpu' but|backend 'cpu', but FPSATTN_SM90_ON_HOST=1"
+    ):
+        fps.attention(q, k, v, backend="cpu", **case.kwargs())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")

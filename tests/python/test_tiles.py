@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import fpsattention.tiles as tiles
+import fpsattention.layout.tiles as tiles
 from fpsattention.errors import BuildError, ConfigError
-from fpsattention.tiles import BLOCK, clear_plan_cache, plan
+from fpsattention.layout.tiles import BLOCK, clear_plan_cache, plan
 
 # The plain-Python planner ------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The trainer: data, objective, learning rate, warm-up, exact resumption, LoRA, errors. Tiny models, a few steps each."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -200,6 +201,10 @@ def test_a_diverging_run_stops_and_says_where(latents, tmp_path):
         ({"sigma_sampling": "cosine"}, "sigma_sampling 'cosine'"),
         ({"schedule": None, "sparsity_warmup_steps": 3}, "sparsity_warmup_steps 3, expected 0 without a schedule"),
         ({"learning_rate": -1.0}, "learning_rate -1.0, expected a positive number"),
+        ({"weight_decay": float("nan")}, "weight_decay nan, expected a finite number"),
+        ({"steps": "4"}, "steps '4', expected int"),
+        ({"steps": True}, "steps True, expected int"),
+        ({"keep_checkpoints": -1}, "keep_checkpoints -1, expected at least 0"),
     ],
 )
 def test_bad_settings(latents, tmp_path, changes, text):
@@ -219,6 +224,7 @@ def test_bad_data(latents, tmp_path):
         train(config(latents, tmp_path / "out", validate_every=1, validation_samples=5))
 
 
+@pytest.mark.slow
 def test_example_trainer_needs_one_line(latents, tmp_path):
     script = ROOT / "examples" / "train_with_accelerate.py"
     lines = [line for line in script.read_text().splitlines() if "fps." in line]
@@ -231,6 +237,8 @@ def test_example_trainer_needs_one_line(latents, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "config.json").exists() and "step 1: loss" in run.stdout
+    empty = subprocess.run([sys.executable, str(script), "/nope", str(tmp_path / "x")], capture_output=True, text=True)
+    assert empty.returncode == 1 and empty.stderr.splitlines()[-1] == "error: no *.safetensors files in '/nope'"
 
 
 def test_command_line_names_the_missing_package(tmp_path, monkeypatch):
@@ -240,7 +248,7 @@ def test_command_line_names_the_missing_package(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     result = CliRunner().invoke(app, ["train", "--synthetic", "--output", str(tmp_path / "run")])
-    assert result.exit_code == 1 and not (tmp_path / "run").exists()
+    assert result.exit_code == 2 and not (tmp_path / "run").exists()
     assert "'accelerate' cannot be imported" in result.stderr and 'pip install "fpsattention[train]"' in result.stderr
 
 
@@ -256,6 +264,25 @@ def test_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 2 and (tmp_path / "run" / "fps_schedule.json").exists()
     result = runner.invoke(app, ["train", "--output", str(tmp_path / "x")])
-    assert result.exit_code == 1 and "expected exactly one of them" in result.output
-    result = runner.invoke(app, [*arguments, "--schedule", "nonsense"])
-    assert result.exit_code == 1 and "'nonsense'" in result.output
+    assert result.exit_code == 2 and "expected exactly one of them" in result.stderr
+    (tmp_path / "data" / "sample_00001.safetensors").write_bytes(b"spoiled")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2 and "not a readable safetensors file" in json.loads(result.stdout)["error"]
+
+
+def test_command_line_has_an_option_for_every_setting():
+    from typer.testing import CliRunner
+
+    from fpsattention.cli import app
+
+    text = CliRunner().invoke(app, ["train", "--help"]).stdout
+    for setting in dataclasses.fields(TrainConfig):
+        assert f"--{setting.name.replace('_', '-')} " in text, setting.name
+
+
+def test_the_newest_checkpoints_stay(latents, tmp_path):
+    (tmp_path / "unfinished-checkpoint").mkdir()  # of a run that was killed while it saved
+    train(config(latents, tmp_path, steps=4, checkpoint_every=1))
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
+    train(config(latents, tmp_path, steps=6, checkpoint_every=1, keep_checkpoints=0, resume=True))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fpsattention.training import write_synthetic
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("distributed_training.py")
 
 

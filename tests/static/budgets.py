@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 
+SASSBUDGET = Path(__file__).parents[2] / "tools/sassbudget"
+
+
 class Unavailable(Exception):
     """Why compiled kernels cannot be looked at here."""
 
@@ -48,14 +51,11 @@ def find_binary() -> Path:
 
 def read_kernels() -> list[dict[str, Any]]:
     """sassbudget's facts of every kernel in the library, each with its SASS under "text"."""
-    tool = os.environ.get("FPSATTN_SASSBUDGET")
-    if not tool:
-        raise Unavailable("FPSATTN_SASSBUDGET is not set: path of the sassbudget tool")
     binary, cuobjdump = find_binary(), find_cuobjdump()
     elfs = subprocess.run([cuobjdump, "-lelf", str(binary)], capture_output=True, text=True).stdout
     if "sm_90a" not in elfs:
         raise Unavailable(f"{binary} holds no sm_90a code (FPSATTN_PTX_ONLY=ON?)")
-    result = subprocess.run([sys.executable, tool, str(binary), "--json"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, str(SASSBUDGET), str(binary), "--json"], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"sassbudget failed on {binary}: {result.stderr}")
     dump = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
 // mbarriers, named barriers and fences: CUTLASS's, as the compiler must see them.
 //
-// An mbarrier in shared memory counts arrivals (and bytes of TMA loads) and flips its phase when none is missing. A waiter names
-// the parity of the phase it waits for the end of: a fresh barrier is in phase 0, so wait(0) waits for the first flip and
-// wait(1) returns at once (what a producer wants of an "empty" barrier in its first lap).
+// An mbarrier in shared memory counts arrivals (and bytes of TMA loads) and flips its phase when none is missing. A
+// waiter names the parity of the phase it waits for the end of: a fresh barrier is in phase 0, so wait(0) waits for
+// the first flip and wait(1) returns at once (what a producer wants of an "empty" barrier in its first lap).
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -47,15 +47,16 @@ __device__ __forceinline__ void fence_barrier_init() {
   compiler_fence();
 }
 
-// Orders generic stores to shared memory before reads of it by WGMMA or TMA. By the writing threads, before the barrier.
+// Orders generic stores to shared memory before reads of it by WGMMA or TMA. By the writing threads, before the
+// barrier.
 __device__ __forceinline__ void fence_async_shared() {
   compiler_fence();
   cutlass::arch::fence_view_async_shared();
   compiler_fence();
 }
 
-// Named barriers of the CTA, 1 to 15 (0 is __syncthreads). `threads` counts those that sync and those that arrive. The ids are
-// the hardware's: CUTLASS's interface for users adds 8 to them, at run time where they are not constants.
+// Named barriers of the CTA, 1 to 15 (0 is __syncthreads). `threads` counts those that sync and those that arrive. The
+// ids are the hardware's: CUTLASS's interface for users adds 8 to them, at run time where they are not constants.
 struct NamedBarrier {
   using Id = cutlass::arch::ReservedNamedBarriers;
   __device__ __forceinline__ static void sync(uint32_t threads, uint32_t id) {

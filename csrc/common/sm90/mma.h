@@ -1,23 +1,25 @@
 // WGMMA: CuTe's instruction atoms on register arrays.
 //
 // D (64 x N, FP32, registers) = A (64 x K) B^T + (accumulate ? D : 0), K = 32 for e4m3 and 16 for BF16. A comes from
-// shared memory (ss) or from registers (rs), B always from shared memory; operands are descriptors of Tile (tile.h). A thread
-// (w = warp of the warpgroup, g = lane / 4, q = lane % 4) owns of D, with register index i = 4 * group + 2 * half + pair:
-//     row 16 w + g + 8 * half,   column 8 * group + 2 q + pair                                  (CuTe: CLayout_64xN)
-// and of an 8-bit A, register r = 2 * high + half, byte b:    row 16 w + g + 8 * half,  k = 16 * high + 4 q + b (ALayout_64x32)
-// and of a 16-bit A, register r = 2 * high + half, half b:    row 16 w + g + 8 * half,  k = 8 * high + 2 q + b (ALayout_64x16)
-// tests/cpp/test_fragments.cpp proves these, and what the kernels build on them, against CuTe's layouts.
+// shared memory (ss) or from registers (rs), B always from shared memory; operands are descriptors of Tile (tile.h). A
+// thread (w = warp of the warpgroup, g = lane / 4, q = lane % 4) owns
+//     of D, register 4 * group + 2 * half + pair:            row 16 w + g + 8 half, column 8 group + 2 q + pair
+//     of an 8-bit A, register 2 * high + half, byte b:       row 16 w + g + 8 half, k = 16 high + 4 q + b
+//     of a 16-bit A, register 2 * high + half, half word b:  row 16 w + g + 8 half, k = 8 high + 2 q + b
+// fragments.h has these as functions; tests/cpp/test_fragments.cpp proves them, and what the kernels build on them,
+// against CuTe's CLayout_64xN, ALayout_64x32 and ALayout_64x16.
 //
 // How to use: write operands; fence_async_shared() if generic stores wrote shared memory; warpgroup_arrive(); issue;
-// warpgroup_commit_batch(); warpgroup_wait<n>() until at most n groups are in flight; keep_registers(d) before D is read and
-// after D is written by hand. ptxas serializes (C7510, C7514, ...; the build then fails) when accumulators are touched
-// between issue and wait, when they may be read before they were ever written (C7515), when a batch sits behind a branch, and
-// (C7513) when the registers of an A operand are written before a wait has retired the group that reads them.
+// warpgroup_commit_batch(); warpgroup_wait<n>() until at most n groups are in flight; keep_registers(d) before D is
+// read and after D is written by hand. ptxas serializes (C7510, C7514, ...; the build then fails) when accumulators
+// are touched between issue and wait, when they may be read before they were ever written (C7515), when a batch sits
+// behind a branch, and (C7513) when the registers of an A operand are written before a wait has retired the group that
+// reads them.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
-// N = 72 and 136. By itself: CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED would add traits and selectors of every N, and 6 s to the
-// compile time of each file.
+// N = 72 and 136. By itself: CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED would add traits and selectors of every N, and 6 s
+// to the compile time of each file.
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <utility>
 
@@ -59,8 +61,8 @@ struct MmaOfAtoms {
 
 }  // namespace detail
 
-// The instructions of the kernels: Mma<Element, N>::ss(d, a, b, accumulate) and ::rs. e4m3 operands are K-major; BF16 ones
-// either way, but A in registers is K-major.
+// The instructions of the kernels: Mma<Element, N>::ss(d, a, b, accumulate) and ::rs. e4m3 operands are K-major; BF16
+// ones either way, but A in registers is K-major.
 template <class Element, int N, Major kMajorA = Major::K, Major kMajorB = Major::K>
 struct Mma;
 

@@ -5,13 +5,20 @@
 
 namespace fpsattn::sm90 {
 
-// Nothing that touches memory moves across, in the compiler's eyes. CUTLASS 4.2's barrier and fence wrappers are volatile but
-// do not say that they touch memory: plain loads could be hoisted above a wait, or sink below the arrival that releases them.
+// Nothing that touches memory moves across, in the compiler's eyes. CUTLASS 4.2's barrier and fence wrappers are
+// volatile but do not say that they touch memory: plain loads could be hoisted above a wait, or sink below the arrival
+// that releases them.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 
-// The same value, of which ptxas now knows that the warp agrees on it, and no longer how it was computed: it keeps it in a
-// uniform register and adds to it with 64-bit adds, instead of deriving every matrix descriptor anew in a loop. CuTe's
-// DescriptorIterator adds to 32 bits of a descriptor: more instructions.
+// The same value, about which the compiler knows nothing from here on: what is computed from it stays where it is written.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// The same value, of which ptxas now knows that the warp agrees on it, and no longer how it was computed: it keeps it
+// in a uniform register and adds to it with 64-bit adds, instead of deriving every matrix descriptor anew in a loop.
+// CuTe's DescriptorIterator adds to 32 bits of a descriptor: more instructions.
 __device__ __forceinline__ uint64_t warp_uniform(uint64_t value) {
   asm volatile(
       "{\n.reg .b32 low, high;\nmov.b64 {low, high}, %0;\n"
@@ -28,7 +35,8 @@ __device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool arrive
                : "memory");
 }
 
-// global[i] += shared[i], FP32, in the current bulk group. CUTLASS has bulk copies, but no bulk reduction without a tensor map.
+// global[i] += shared[i], FP32, in the current bulk group. CUTLASS has bulk copies, but no bulk reduction without a
+// tensor map.
 __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
                    reinterpret_cast<uint64_t>(global)),
@@ -42,8 +50,8 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 2^x, 2 ulp, subnormal results are 0: one MUFU instruction. CUDA's exp2f scales around it unless the whole file is compiled
-// with fast math.
+// 2^x, 2 ulp, subnormal results are 0: one MUFU instruction. CUDA's exp2f scales around it unless the whole file is
+// compiled with fast math.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -57,9 +65,9 @@ __device__ __forceinline__ float fmax_nan(float a, float b) {
   return result;
 }
 
-// Four FP32 values to e4m3, nearest even, saturating at +-448, NaN to 0x7F; the first in the lowest byte. Volatile and in one
-// piece, unlike to_e4m3x4 (fp8.h): ptxas then merges both halves inside the second F2FP, and the conversions stay on their
-// side of a WGMMA wait.
+// Four FP32 values to e4m3, nearest even, saturating at +-448, NaN to 0x7F; the first in the lowest byte. Volatile and
+// in one piece, unlike to_e4m3x4 (fp8.h): ptxas then merges both halves inside the second F2FP, and the conversions
+// stay on their side of a WGMMA wait.
 __device__ __forceinline__ uint32_t to_e4m3x4_in_place(float x0, float x1, float x2, float x3) {
   uint32_t packed;
   asm volatile(

@@ -32,9 +32,10 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A contiguous matrix of `rows` rows of Tile::kColumns elements, in boxes that are Tiles: swizzle, box and panels are those of
-// its layout, so that one load brings a tile as WGMMA reads it. With several panels the map has three dimensions,
-// [panel][row][column in panel]. `what` names the operation and the argument in errors, e.g. "forward: q8".
+// A contiguous matrix of `rows` rows of Tile::kColumns elements, in boxes that are Tiles: swizzle, box and panels are
+// those of its layout, so that one load brings a tile as WGMMA reads it. With several panels the map has three
+// dimensions, [panel][row][column in panel]. `what` names the operation and the argument in errors, e.g. "forward:
+// q8".
 template <class Tile>
 CUtensorMap tile_map(const char* what, const void* data, int64_t rows) {
   using Element = typename Tile::Element;
@@ -46,8 +47,8 @@ CUtensorMap tile_map(const char* what, const void* data, int64_t rows) {
   const CUtensorMapSwizzle swizzle =
       cute::TMA::to_CUtensorMapSwizzle(cute::detail::get_tma_swizzle_bits(typename Tile::Swizzle{}),
                                        cute::detail::get_tma_swizzle_base(typename Tile::Swizzle{}));
-  // Not the returned object itself: the driver wants 64-byte alignment, and GCC 12 does not align the temporary that a caller
-  // receives it in.
+  // Not the returned object itself: the driver wants 64-byte alignment, and GCC 12 does not align the temporary that a
+  // caller receives it in.
   struct {
     CUtensorMap map;
   } local;

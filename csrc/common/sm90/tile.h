@@ -16,9 +16,10 @@ using Major = cute::SM90::GMMA::Major;
 
 inline constexpr int kSwizzleBytes = 128;  // the widest swizzle: 8 rows of 128 bytes
 
-// kRows x kColumns elements, each row contiguous, in panels of kPanelColumns columns: [panel][row][column in panel], swizzled
-// over the width of a panel. A panel is as wide as the widest swizzle allows unless said otherwise. Read by WGMMA as it
-// stands (K-major: columns are summed over) or, 16-bit elements, transposed (MN-major: rows are summed over).
+// kRows x kColumns elements, each row contiguous, in panels of kPanelColumns columns: [panel][row][column in panel],
+// swizzled over the width of a panel. A panel is as wide as the widest swizzle allows unless said otherwise. Read by
+// WGMMA as it stands (K-major: columns are summed over) or, 16-bit elements, transposed (MN-major: rows are summed
+// over).
 template <class Element_, int kRows_, int kColumns_,
           int kPanelColumns_ =
               (kColumns_ * int(sizeof(Element_)) < kSwizzleBytes ? kColumns_ : kSwizzleBytes / int(sizeof(Element_)))>

@@ -13,8 +13,8 @@ namespace fpsattn::sm90 {
 using CacheHint = cute::TMA::CacheHintSm90;  // of L2: EVICT_NORMAL, EVICT_FIRST, EVICT_LAST
 using cute::prefetch_tma_descriptor;
 
-// Rows row .. row + Tile::kRows - 1 of the matrix of `map` (tile_map<Tile>) to shared memory, aligned to Tile::kAlignment.
-// `full` receives Tile::kBytes.
+// Rows row .. row + Tile::kRows - 1 of the matrix of `map` (tile_map<Tile>) to shared memory, aligned to
+// Tile::kAlignment. `full` receives Tile::kBytes.
 template <class Tile>
 __device__ __forceinline__ void load_tile(typename Tile::Element* shared, const CUtensorMap& map, Mbarrier& full,
                                           int32_t row, CacheHint hint = CacheHint::EVICT_NORMAL) {
@@ -30,8 +30,9 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
   cute::SM90_BULK_COPY_G2S::copy(global, full.pointer(), shared, bytes);
 }
 
-// Bulk stores and reductions (bulk_reduce_add in ptx.h) read shared memory that generic stores filled: fence_async_shared() and a
-// barrier come first. Then bulk_commit() closes a group; bulk_wait_read<n>(): at most n groups still read shared memory.
+// Bulk stores and reductions (bulk_reduce_add in ptx.h) read shared memory that generic stores filled:
+// fence_async_shared() and a barrier come first. Then bulk_commit() closes a group; bulk_wait_read<n>(): at most n
+// groups still read shared memory.
 __device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) {
   bulk_reduce_add(global, shared_address(shared), bytes);
 }

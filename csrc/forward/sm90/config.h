@@ -47,11 +47,11 @@ struct Config {
   static constexpr int kWorkRegisters = kVRows / 2;   // of the PV accumulator: O, then the row sum, then zeros
   static constexpr int kProbabilityRegisters = kBlockSlots / 8;
 
-  // O and the row sum are promoted to FP32 every kPromoteBlocks blocks. FP8 WGMMA keeps 13 bits below the largest addend.
-  // Bias under that model (computed: the emulator, --fp8-acc=truncated) at 256 keys, scores of sigma 1 (2.9), V of sigma 1:
-  // row sum -0.02 % (-0.20 %), O -0.00 % (+0.10 %) where V has mean 0.3, -0.16 % (-0.08 %) where it has mean 2. At 128 keys
-  // all are below 0.11 %, for 33 more instructions per thread and block; at 1024 keys O is 0.3 % and the row sum 0.9 %
-  // low with scores of sigma 1.4.
+  // O and the row sum are promoted to FP32 every kPromoteBlocks blocks. FP8 WGMMA keeps 13 bits below the largest
+  // addend. Bias under that model (computed: the emulator, --fp8-acc=truncated) at 256 keys, scores of sigma 1 (2.9),
+  // V of sigma 1: row sum -0.02 % (-0.20 %), O -0.00 % (+0.10 %) where V has mean 0.3, -0.16 % (-0.08 %) where it has
+  // mean 2. At 128 keys all are below 0.11 %, for 33 more instructions per thread and block; at 1024 keys O is 0.3 %
+  // and the row sum 0.9 % low with scores of sigma 1.4.
   static constexpr int kPromoteBlocks = 2;
   static_assert((kPromoteBlocks & (kPromoteBlocks - 1)) == 0 && kPromoteBlocks * kBlockSlots <= 1024);
 

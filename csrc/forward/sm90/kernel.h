@@ -1,14 +1,15 @@
 // FP8 block-sparse attention forward, sm_90a.
 //
-//   x[i, j] = (q8[i] . k8[j]) * ((s_q s_k) * (softmax_scale * log2 e))      over the KV blocks of list(tile of the query block)
-//   P = e4m3(2^(x - m + 8)),  m = ceil(row maximum so far),  l = sum P,  O = (P V8) * s_v / l,  lse = (m - 8 + log2 l) * ln 2
+//   x[i, j] = (q8[i] . k8[j]) * ((s_q s_k) * (softmax_scale * log2 e))    over the KV blocks of the list of i's tile
+//   P = e4m3(2^(x - m + 8)),  m = ceil(row maximum so far),  l = sum P
+//   O = (P V8) * s_v / l,  lse = (m - 8 + log2 l) * ln 2
 //
-// Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3, D = 64 or 128   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1 in
-//            valid slots   s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16 or fp16
-// Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists first
-//            (schedule.cu)
-// Layouts    sQ, sK K-major, D-byte swizzle   sV^T K-major, 128-byte swizzle   P: registers, operand A of PV (kVSlotOrder: no
-//            shuffle)
+// Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3, D = 64 or 128   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1
+//            in valid slots   s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16
+//            or fp16
+// Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists
+//            first (schedule.cu)
+// Layouts    Q, K, V^T: tiles of config.h, K-major, swizzled   P: registers, operand A of PV (kVSlotOrder: no shuffle)
 //
 // Pipeline   producer  Q K0 K1 V0 K2 V1 ...
 //            WG 0      QK0 | sm0 | QK1 PV0 | sm1 (under PV0) | QK2 PV1 | sm2 (under PV1) | ... | PVn | store
@@ -21,38 +22,39 @@
 //            k_empty[4]     mbarrier   each consumer warp (8)     producer    when QK is done
 //            v_full[4]      mbarrier   TMA                        consumers   per lap of the ring
 //            v_empty[4]     mbarrier   each consumer warp (8)     producer    when PV is done
-//            order 1, 2     named      other WG (256 threads)     this WG     per KV block but the first: MMAs of this WG may
-//                                                                             be issued
+//            order 1, 2     named      other WG (256 threads)     this WG     per KV block but the first: MMAs of this
+//                                                                             WG may be issued
 //
-// Budget     D = 128, scales per tile or block; clocks of one SM for one KV block of both warpgroups; static counts of the SASS
+// Budget     D = 128, scales per tile or block; clocks of an SM for one KV block of both warpgroups; counts of the SASS
 //   tensor     2 x (4 x 64 + 4 x 68) = 1056        exponentials  2 x 64 x 8 = 1024
-//   issue      2 x 299 = 598 (57 %): 266 in every block, 66 of promotion in every second one. Of the 266: 64 EX2, 64 FFMA,
-//              32 F2FP, 32 VIMNMX3, 8 QGMMA, 21 uniform (descriptors, addresses), 45 barriers, scales, control
+//   issue      2 x 300 = 600 (57 %): 267 in every block, 66 of promotion in every second one. Of the 267: 64 EX2,
+//              64 FFMA, 32 F2FP, 32 VIMNMX3, 8 QGMMA, 22 uniform (descriptors, addresses), 45 barriers, scales, control
 //   ALU        about 290    smem operands 656
 //   registers  232: S 64, PV accumulator 68, FP32 master of O 64, P 16, sums, maxima, factors; peak live 227; no spill.
 //              Producer 40
 //   shared     Q 2 x 16 K, K 4 x 16 K, V 4 x 17 K, output staging 32 K = 197 K of 227 K
 //
 // Why it is so short (mainloop.h, softmax.h)
-//   * A maximum that stays below the running one need not be known. So each thread only asks whether one of its scores exceeds
-//     it: 3-input integer maxima against 0, no shuffles. Where one does (rare after the first blocks) the warp computes the
-//     exact maximum and rescales.
-//   * PV is committed in two halves. When the first is done, half of the P registers can be written while the other half of PV
-//     runs, and pairs of e4m3 merge in F2FP itself.
+//   * A maximum that stays below the running one need not be known. So each thread only asks whether one of its scores
+//     exceeds it: 3-input integer maxima against 0, no shuffles. Where one does (rare after the first blocks) the warp
+//     computes the exact maximum and rescales.
+//   * PV is committed in two halves. When the first is done, half of the P registers can be written while the other
+//     half of PV runs, and pairs of e4m3 merge in F2FP itself.
 //   * Descriptors are 64-bit uniform values; one multiply-add per tile, one add per step.
 //
-// Schedules  A (built): softmax of block j + 1 under PV of block j, FP32 master of O in registers: 64 + 68 + 64 + 16 = 212
-//            registers of data. Promotion is 64 FADD every 256 keys and touches no shared memory.
-//            B: the same overlap with the master in shared memory (148 registers of data). A promotion then moves 128 KB
-//            through the shared-memory port of the SM, 1024 clocks: at 256 keys half of the port, which the operands already
-//            hold at 62 %; at 1024 keys 12 %, but O is then biased by 0.3 % (config.h). A fits without a spill, so it needs no
-//            compromise between accuracy and the port.
-//            C: plain ping-pong (QK, softmax, PV in sequence, the warpgroups alternate): 152 registers, but each tile waits for
-//            its own MMAs; FlashAttention-3 loses 12-14 % without the overlap inside a warpgroup.
+// Schedules  A (built): softmax of block j + 1 under PV of block j, FP32 master of O in registers: 64 + 68 + 64 + 16 =
+//            212 registers of data. Promotion is 64 FADD every 256 keys and touches no shared memory.
+//            B: the same overlap with the master in shared memory (148 registers of data). A promotion then moves
+//            128 KB through the shared-memory port of the SM, 1024 clocks: at 256 keys half of the port, which the
+//            operands already hold at 62 %; at 1024 keys 12 %, but O is then biased by 0.3 % (config.h). A fits without
+//            a spill, so it needs no compromise between accuracy and the port.
+//            C: plain ping-pong (QK, softmax, PV in sequence, the warpgroups alternate): 152 registers, but each tile
+//            waits for its own MMAs; FlashAttention-3 loses 12-14 % without the overlap inside a warpgroup.
 //            None of the three has been timed by this project yet.
 //
-// Invariants slot 0 of every block is valid and padding keys repeat it, so padding cannot move a maximum; the ones row drops it
-//            from O and l. O of a warp leaves through 16 staging rows of its own; rows with token -1 are never stored.
+// Invariants slot 0 of every block is valid and padding keys repeat it, so padding cannot move a maximum; the ones row
+//            drops it from O and l. O of a warp leaves through 16 staging rows of its own; rows with token -1 are never
+//            stored.
 #pragma once
 
 #include "forward/sm90/epilogue.h"

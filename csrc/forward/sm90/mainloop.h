@@ -41,15 +41,16 @@ struct Mainloop {
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
     state.sum[0] = state.sum[1] = 0.0f;
     state.m = RowMax{};
-    // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees registers
-    // that are read without having been written, and serializes every WGMMA (C7515).
+    // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees
+    // registers that are read without having been written, and serializes every WGMMA (C7515).
 #pragma unroll
     for (int i = 0; i < C::kScoreRegisters; ++i) score[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::kWorkRegisters; ++i) work[i] = 0.0f;
 
-    auto await_k = [&] {
-      shared.k_full[k_slot.stage].wait(k_slot.parity);
+    auto await_k = [&] { shared.k_full[k_slot.stage].wait(k_slot.parity); };
+    auto await_scores = [&](auto pending) {  // at most `pending` groups of PV are then in flight
+      // Scales are read here, under the MMAs, and not in await_k, where their latency would hold up the exponentials.
       if constexpr (C::kKScalePerToken) {
         factor[0] = q_scale[0] * scale_log2;
         factor[1] = q_scale[1] * scale_log2;
@@ -58,10 +59,11 @@ struct Mainloop {
         factor[0] = (q_scale[0] * k_scale) * scale_log2;
         factor[1] = (q_scale[1] * k_scale) * scale_log2;
       }
+      warpgroup_wait<decltype(pending)::value>();
+      keep_registers(score);
     };
     auto issue_qk = [&] {
-      asm volatile(""
-                   : "+r"(item_slot));  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
+      item_slot = opaque(item_slot);  // Q's sum is one instruction here; hoisted out of the loop it costs two moves
       const uint64_t q_tile = q_tiles + static_cast<uint64_t>(item_slot) * (C::QTile::kBytes / 16);
       const uint64_t k_tile = k_tiles + static_cast<uint64_t>(k_slot.stage) * (C::KTile::kBytes / 16);
 #pragma unroll
@@ -105,8 +107,7 @@ struct Mainloop {
     await_k();
     warpgroup_arrive();
     issue_qk();
-    warpgroup_wait<0>();
-    keep_registers(score);
+    await_scores(cute::Int<0>{});
     release_k();
     raise_max(score, factor, state.m);
     m = state.m;
@@ -130,8 +131,7 @@ struct Mainloop {
         warpgroup_arrive();
         issue_pv(v_stage, block % C::kPromoteBlocks != 0);
         if constexpr (C::kOrdered) NamedBarrier::arrive(256, other_turn);
-        warpgroup_wait<2>();  // QK
-        keep_registers(score);
+        await_scores(cute::Int<2>{});
         release_k();
         const bool moved = raise_max(score, factor, m);
         subtract_max(score, factor, m);
@@ -139,9 +139,9 @@ struct Mainloop {
         exponentiate<0, 2>(score, p);
         v_slot = k_slot;
         another = block < last;
-        // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the wgmma
-        // wait below above the exponentials, and nothing overlaps. The other half of them runs after PV: its P registers
-        // are free then, and the tensor cores are the other warpgroup's by that time.
+        // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the
+        // wgmma wait below above the exponentials, and nothing overlaps. The other half of them runs after PV: its P
+        // registers are free then, and the tensor cores are the other warpgroup's by that time.
         if (another) {
           k_slot.advance();
           await_k();

@@ -1,9 +1,10 @@
 // The order of work items: heaviest (batch, head) first, in it the query blocks with the longest lists first, ties in
 // index order.
 //
-// The forward kernel hands items out in this order as CTAs become free, so that the last ones to finish are short. With
-// equal lists it is the natural order, which keeps neighbours, whose lists overlap, and heads together in L2. Query blocks
-// are sorted by counting, in O(num_blocks); heads are ranked in O((B H)^2 / 1024) per thread, of which there are B H.
+// The forward kernel hands items out in this order as CTAs become free, so that the last ones to finish are short.
+// With equal lists it is the natural order, which keeps neighbours, whose lists overlap, and heads together in L2.
+// Query blocks are sorted by counting, in O(num_blocks); heads are ranked in O((B H)^2 / 1024) per thread, of which
+// there are B H.
 #include "common/device_check.h"
 #include "forward/sm90/instances.h"
 #include "fpsattn/status.h"
@@ -65,8 +66,8 @@ __device__ void exclusive_scan(int32_t (&counts)[kClasses]) {
   __syncthreads();
 }
 
-// One CTA per (Bm, Hm): block_order, and the load of its heads. A stable counting sort: all threads count; then chunk after
-// chunk of blocks is placed by one warp, which needs no order among warps to keep ties in index order.
+// One CTA per (Bm, Hm): block_order, and the load of its heads. A stable counting sort: all threads count; then chunk
+// after chunk of blocks is placed by one warp, which needs no order among warps to keep ties in index order.
 __global__ void __launch_bounds__(kThreads) order_blocks(const ScheduleArguments args) {
   __shared__ int32_t place[kClasses];  // counts, then the place of the next block of each class
   __shared__ int32_t chunk[kThreads];  // classes of the blocks at hand

@@ -22,8 +22,8 @@ __device__ __forceinline__ float rescale_factor(float from, float to) {
   return from == to ? 1.0f : __int_as_float((static_cast<int>(exponent) + 127) << 23);
 }
 
-// max(0, greatest score) of the thread's two rows, over its own columns. Floats from 0 on are ordered as integers are, and
-// of those sm_90 compares three at a time: half the instructions of fmaxf. A NaN may win or be passed over.
+// max(0, greatest score) of the thread's two rows, over its own columns. Floats from 0 on are ordered as integers are,
+// and of those sm_90 compares three at a time: half the instructions of fmaxf. A NaN may win or be passed over.
 __device__ __forceinline__ void own_top_or_zero(const float (&score)[64], float (&top)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -49,15 +49,16 @@ __device__ __forceinline__ void row_top(const float (&score)[64], float (&top)[2
   }
 }
 
-// The integer to subtract from a row whose greatest score is x: ceil(x), or, where that takes all 24 bits of a float, an ulp
-// or two less. subtract_max rounds score * factor - m once, x is rounded before: there the greatest exponent may lie an ulp
-// below 8, which beyond 2^27 is a row of zeros. It lies above this way, and P saturates: the winner still takes all.
+// The integer to subtract from a row whose greatest score is x: ceil(x), or, where that takes all 24 bits of a float,
+// an ulp or two less. subtract_max rounds score * factor - m once, x is rounded before: there the greatest exponent
+// may lie an ulp below 8, which beyond 2^27 is a row of zeros. It lies above this way, and P saturates: the winner
+// still takes all.
 __device__ __forceinline__ float integer_bound(float x) { return ceilf(__fmaf_rn(-fabsf(x), 0x1p-23f, x)); }
 
-// m = max(m, integer_bound(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first. Returns whether
-// a row of the warp may have moved: where none has, m is right as it is, and that is all that most blocks need to know.
-// Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. NaNs reach the output through the probabilities,
-// whatever m is.
+// m = max(m, integer_bound(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first.
+// Returns whether a row of the warp may have moved: where none has, m is right as it is, and that is all that most
+// blocks need to know. Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. NaNs reach the output through
+// the probabilities, whatever m is.
 __device__ __forceinline__ bool raise_max(const float (&score)[64], const float (&factor)[2], RowMax& m) {
   float top[2];
   own_top_or_zero(score, top);
@@ -83,15 +84,16 @@ __device__ __forceinline__ void scale_columns(float (&score)[64], const float* c
   }
 }
 
-// score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of the row.
+// score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of
+// the row.
 __device__ __forceinline__ void subtract_max(float (&score)[64], const float (&factor)[2], const RowMax& m) {
   const float shift[2] = {kProbabilityShift - m.row[0], kProbabilityShift - m.row[1]};
 #pragma unroll
   for (int i = 0; i < 64; ++i) score[i] = __fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]);
 }
 
-// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds its slots in
-// the order in which the bytes come to lie (kVSlotOrder), so nothing is shuffled.
+// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds
+// its slots in the order in which the bytes come to lie (kVSlotOrder), so nothing is shuffled.
 template <int kFirst, int kSteps>
 __device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32_t (&p)[16]) {
 #pragma unroll

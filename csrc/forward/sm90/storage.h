@@ -20,7 +20,8 @@ struct Storage {
   alignas(kSharedAlignment) E4m3 v[C::kStages][C::VTile::kElements];
   alignas(128) uint8_t out[C::kConsumerWarps][16 * C::kHeadDim * 2];  // 16-bit rows of a warp on their way out
   alignas(128) float v_scale[C::kItems][C::kHeadDim];
-  // Of the block in k[stage]. One scale stands in [0]; 8 bytes a stage, as the barriers have, so that one address serves both.
+  // Of the block in k[stage]. One scale stands in [0]; 8 bytes a stage, as the barriers have, so that one address
+  // serves both.
   alignas(128) float k_scale[C::kStages][C::kKScalePerToken ? kBlockSlots : 2];
   WorkItem item[C::kItems];
 

@@ -1,30 +1,21 @@
-"""``fpsattention.apply``: FPSAttention as the self-attention of diffusers' Wan transformers. See ``docs/diffusers.md``."""
+"""``fpsattention.apply``, ``remove`` and ``status``: FPSAttention as the self-attention of video transformers. See ``docs/diffusers.md``."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import BuildError, ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..schedule import Schedule
-
-try:
-    from .installation import Installation, check_not_compiled, unsupported
-except ImportError as error:
-    if isinstance(error, BuildError):
-        raise
-    raise BuildError(
-        f'fpsattention.apply: diffusers cannot be imported ({error}): pip install "fpsattention[diffusers]"'
-    ) from error
-from .record import Recorder
-from .report import Report
+from .adapters import Adapter, find
+from .handle import Handle
+from .installation import Installation, installation_of, unsupported
+from .sigmas import SchedulerOf
 
 _warned: set[str] = set()
 
@@ -33,18 +24,23 @@ def apply(
     model: Any,
     schedule: Schedule | str | Path | Mapping[str, Any] = "training_free",
     *,
+    adapter: Adapter | None = None,
+    replace: bool = False,
     on_unsupported: str = "raise",
     num_train_timesteps: int | None = None,
     debug: bool = False,
 ) -> Handle:
-    """Replace the self-attention of a Wan pipeline or transformer by FPSAttention under ``schedule``.
+    """Replace the self-attention of a video pipeline or transformer by FPSAttention under ``schedule``.
 
-    Weights, state dict and cross-attention stay as they are. Per forward, a pre-hook of the transformer reads the token grid and
-    the sigma of every sample; nothing counts forwards.
+    Weights, state dict, projections and cross-attention stay as they are: only the call of the attention itself, inside the model's own
+    processors, is replaced. Per forward, a pre-hook of the transformer reads the token grid and the sigma of every sample.
 
     Args:
-        model: a diffusers pipeline (both experts of Wan2.2) or a ``WanTransformer3DModel``, also inside ``torch.compile``, DDP or PEFT.
+        model: a diffusers pipeline (both experts of Wan2.2) or a transformer, also inside ``torch.compile``, DDP, FSDP or PEFT.
         schedule: a :class:`Schedule`, the name of a preset, a file, or a JSON object.
+        adapter: what is known of a model of another class than those of ``integrations.adapters``.
+        replace: take off a schedule that is applied already. Copies (EMA, a teacher) carry one that nobody has a handle of:
+            it is taken off in any case.
         on_unsupported: ``"raise"``, or ``"dense"``: run the model's own attention where this library cannot, and report it.
         num_train_timesteps: sigma = timestep / this; default: of the pipeline's scheduler, else 1000.
         debug: warn about NaN and Inf in q, k, v, outputs and their gradients, naming the layer. Waits for the device.
@@ -63,156 +59,108 @@ def apply(
         raise ConfigError(
             "fpsattention.apply: on_unsupported 'dense', wanted 'raise': the schedule is required by the weights it was trained with"
         )
-    transformers = _transformers(model)
-    scheduler = partial(_scheduler_of, weakref.ref(model) if hasattr(model, "components") else None)
+    transformers = _transformers(model, "apply")
+    scheduler = SchedulerOf(model if hasattr(model, "components") else None)
     if num_train_timesteps is None:
         num_train_timesteps = getattr(getattr(scheduler(), "config", None), "num_train_timesteps", 1000)
 
-    reasons = {name: unsupported(transformer) for name, transformer in transformers.items()}
-    for name, reason in reasons.items():
-        if reason is not None and on_unsupported == "raise":
-            raise UnsupportedError(f"fpsattention.apply: {name}: {reason}")
+    adapters = {name: adapter or find(transformer) for name, transformer in transformers.items()}
+    skipped = {}
+    for name, transformer in transformers.items():
+        existing = installation_of(transformer)
+        if existing is not None and not replace and not existing.copied:
+            raise ConfigError(
+                f"fpsattention.apply: {name}: a schedule is applied already, wanted none: call remove() on its handle or "
+                "fpsattention.remove(model) first, or apply(..., replace=True)"
+            )
+        reason = unsupported(transformer, adapters[name])
+        if reason is not None:
+            if on_unsupported == "raise":
+                raise UnsupportedError(f"fpsattention.apply: {name}: {reason}")
+            skipped[name] = reason
     _warn_paper(resolved, transformers)
+    for transformer in transformers.values():
+        if (existing := installation_of(transformer)) is not None:
+            existing.remove()
     installations: list[Installation] = []
     try:
         for name, transformer in transformers.items():
-            if reasons[name] is None:
+            known = adapters[name]
+            if name not in skipped and known is not None:
                 arguments = (scheduler, num_train_timesteps, on_unsupported, debug)
-                installations.append(Installation(transformer, resolved, name, *arguments))
+                installations.append(Installation(transformer, known, resolved, name, *arguments))
     except BaseException:
         for installation in installations:
             installation.remove()
         raise
-    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name, reason in skipped.items():
         _warn_once(f"fpsattention.apply: {name} stays dense: {reason}")
     return Handle(resolved, installations, skipped)
 
 
-class Handle:
-    """What ``apply`` returns.
+def remove(model: Any) -> bool:
+    """Restore the original attention of a pipeline or transformer, bit for bit, whoever holds the handle: also on copies.
+
+    Returns:
+        Whether there was a schedule to take off.
+
+    Raises:
+        UnsupportedError: ``model`` is no pipeline or module.
+    """
+    found = [installation_of(transformer) for transformer in _transformers(model, "remove").values()]
+    for installation in found:
+        if installation is not None:
+            installation.remove()
+    return any(installation is not None for installation in found)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``fpsattention.status`` found on one transformer.
 
     Attributes:
-        schedule: the schedule in force.
-        installations: one per transformer.
-        skipped: transformers that stay dense (``on_unsupported="dense"``), and why.
+        adapter: the model family.
+        schedule: in force.
+        layers: names of the attention modules under the schedule.
+        replaced: those whose processor somebody set since, to its class: they run without the schedule.
+        compiled: the transformer or blocks of it are compiled in place.
+        copied: it came along with a copied or unpickled model: no handle controls it.
     """
 
-    def __init__(self, schedule: Schedule, installations: list[Installation], skipped: dict[str, str]):
-        self.schedule = schedule
-        self.installations = installations
-        self.skipped = skipped
-        self._removed = False
+    adapter: str
+    schedule: Schedule
+    layers: tuple[str, ...]
+    replaced: Mapping[str, str]
+    compiled: bool
+    copied: bool
 
-    def remove(self) -> None:
-        """Restore the original attention, bit for bit. Calling it again does nothing."""
-        if not self._removed:
-            for installation in self.installations:
-                installation.remove()
-            self._removed = True
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def report(self) -> Report:
-        """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""
-        rows, executions, fallbacks, grids = [], {}, dict.fromkeys(self._skip_notes(), 0), {}
-        nonfinite: Counter[str] = Counter()
-        for installation in self.installations:
-            rows += installation.rows()
-            executions[installation.name] = installation.executions()
-            nonfinite.update(installation.nonfinite)
-            for processor in installation.processors:
-                fallbacks.update({f"{processor.name}: {reason}": n for reason, n in processor.fallbacks.items()})
-            for grid, _ in installation.counts():
-                layout = installation.tables.tables(grid).layout
-                text = f"tile {'x'.join(map(str, layout.tile))}, {'x'.join(map(str, layout.tile_grid))} tiles, "
-                grids["x".join(map(str, grid))] = text + f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
-        host_reads = sum(installation.reader.host_reads for installation in self.installations)
-        return Report(rows, executions, fallbacks, dict(nonfinite), host_reads, grids)
-
-    def log_dict(self) -> dict[str, float]:
-        """Flat numbers for a tracker: ``fpsattn/density``, ``fpsattn/calls/<level>`` (samples x layers), ``fpsattn/nonfinite``,
-        ``fpsattn/fallbacks``. Waits for the device."""
-        report = self.report()
-        calls: Counter[str] = Counter()
-        for row in report.rows:
-            calls[row.level] += row.calls
-        log = {f"fpsattn/calls/{level}": float(count) for level, count in calls.items()}
-        log["fpsattn/density"] = report.density
-        log["fpsattn/nonfinite"] = float(sum(report.nonfinite.values()))
-        log["fpsattn/fallbacks"] = float(sum(report.fallbacks.values()))
-        return log
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        for installation in self.installations:
-            installation.reset()
-
-    def record(
-        self,
-        *,
-        dir: str | Path,
-        layers: Iterable[int] | None = None,
-        sigmas: Iterable[float] | None = None,
-    ) -> Recorder:
-        """Write q, k, v (after RoPE) of coming forwards to ``dir``, until ``stop()`` on the result (a context manager).
-
-        Args:
-            layers: indices; default all.
-            sigmas: targets, each met by the first forward at or below it; default: the first forward at every sigma.
-
-        Reads sigma on the host at every forward. Works at dense levels, too.
-        """
-        layers = None if layers is None else sorted(set(layers))
-        targets = None if sigmas is None else sorted({float(sigma) for sigma in sigmas})
-        for installation in self.installations:
-            check_not_compiled(installation.transformer)
-            if installation.recorder is not None:
-                raise ConfigError(
-                    "fpsattention.record: a recording is on already, wanted none: call stop() on it first"
-                )
-            count = len(installation.processors)
-            bad = [layer for layer in layers or () if not 0 <= layer < count]
-            if bad:
-                raise ConfigError(f"fpsattention.record: layers {bad}, wanted indices below {count}")
-        if targets and not 0.0 <= targets[0] <= targets[-1] <= 1.0:
-            raise ConfigError(f"fpsattention.record: sigmas {targets}, wanted numbers in [0, 1]")
-        observers = [
-            (processor, partial(_save, weakref.ref(installation), layer))
-            for installation in self.installations
-            for layer, processor in enumerate(installation.processors)
-        ]
-        for processor, observer in observers:
-            processor.observers.append(observer)
-
-        def stop(recorder: Recorder) -> None:
-            for installation in self.installations:
-                if installation.recorder is recorder:
-                    installation.recorder = None
-            for processor, observer in observers:
-                if observer in processor.observers:
-                    processor.observers.remove(observer)
-
-        recorder = Recorder(dir, layers, targets, self.schedule.tile, stop)
-        for installation in self.installations:
-            installation.recorder = recorder
-        return recorder
-
-    def _skip_notes(self) -> list[str]:
-        return [f"{name}: {reason}" for name, reason in self.skipped.items()]
+    def __str__(self) -> str:
+        levels = " > ".join(dict.fromkeys(phase.level for phase in self.schedule.phases))
+        notes = [f"{len(self.replaced)} replaced since"] * bool(self.replaced)
+        notes += ["compiled"] * self.compiled + ["a copy, without a handle"] * self.copied
+        return f"{self.adapter}: {len(self.layers)} attention layers, levels {levels}" + "".join(
+            f", {n}" for n in notes
+        )
 
 
-def _save(installation: weakref.ref[Installation], layer: int, _name: str, q: Any, k: Any, v: Any, _out: Any) -> None:
-    owner = installation()
-    if owner is not None and owner.recorder is not None:
-        owner.recorder.save(owner.name, layer, q, k, v)
+def status(model: Any) -> dict[str, Status]:
+    """The schedules in force on a pipeline or transformer, by the name of the transformer; empty where there are none.
+
+    Raises:
+        UnsupportedError: ``model`` is no pipeline or module.
+    """
+    found = {}
+    for name, transformer in _transformers(model, "status").items():
+        one = installation_of(transformer)
+        if one is not None:
+            replaced = one.replaced()
+            layers = tuple(site.name for site in one.sites if site.name not in replaced)
+            schedule = one.tables.schedule
+            found[name] = Status(one.adapter.name, schedule, layers, replaced, one.compiled_modules(), one.copied)
+    return found
 
 
-def _transformers(model: Any) -> dict[str, Any]:
+def _transformers(model: Any, function: str) -> dict[str, Any]:
     """Name to transformer: of a pipeline, all its components called transformer*; otherwise the module, unwrapped."""
     components = getattr(model, "components", None)
     if isinstance(components, Mapping):
@@ -222,31 +170,28 @@ def _transformers(model: Any) -> dict[str, Any]:
             if name.startswith("transformer") and part is not None
         }
         if found:
-            return found
+            return {name: part for i, (name, part) in enumerate(found.items()) if part not in list(found.values())[:i]}
         raise UnsupportedError(
-            f"fpsattention.apply: {type(model).__name__} has no transformer (components: {', '.join(components)}), "
-            "wanted a pipeline of WanTransformer3DModel"
+            f"fpsattention.{function}: {type(model).__name__} has no transformer (components: {', '.join(components)}), "
+            "wanted a pipeline of a video transformer"
         )
     if isinstance(model, torch.nn.Module):
         return {"transformer": _unwrap(model)}
     raise UnsupportedError(
-        f"fpsattention.apply: {type(model).__name__} is not supported, wanted a diffusers pipeline or a WanTransformer3DModel"
+        f"fpsattention.{function}: {type(model).__name__} is not supported, wanted a diffusers pipeline or a transformer"
     )
 
 
 def _unwrap(module: Any) -> Any:
-    """The model inside torch.compile, DDP or PEFT."""
-    if hasattr(module, "_orig_mod"):
-        return _unwrap(module._orig_mod)
+    """The model inside torch.compile, DDP, FSDP, checkpointing or PEFT."""
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        if isinstance(module, torch.nn.Module) and module._modules.get(name) is not None:
+            return _unwrap(module._modules[name])
     if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         return _unwrap(module.module)
     if type(module).__module__.startswith("peft.") and hasattr(module, "get_base_model"):
         return _unwrap(module.get_base_model())
     return module
-
-
-def _scheduler_of(pipeline: weakref.ref[Any] | None) -> Any:
-    return getattr(pipeline() if pipeline is not None else None, "scheduler", None)
 
 
 def _warn_paper(schedule: Schedule, transformers: dict[str, Any]) -> None:

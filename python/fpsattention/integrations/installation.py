@@ -1,150 +1,269 @@
-"""One transformer under a schedule: its processors, its forward pre-hook, its counters."""
+"""One transformer under a schedule: its swapped processors, its forward hooks, its counters."""
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import UnsupportedError
+from ..ops.checks import HEAD_DIMS
 from ..schedule import Schedule
-from .checkpointing import SnapshotCheckpoint
-from .levels import Grid, LevelTables
+from .adapters import ADAPTERS, Adapter
+from .checkpointing import plain_checkpoints, snapshot_checkpoints
+from .cores import core_of, is_swapped, swap
+from .forward import Forward
+from .levels import LevelTables, Tokens
+from .ordinary import ordinary_tensors
 from .record import Recorder
 from .report import Row
-from .sigmas import SigmaReader
-from .wan import FPSWanAttnProcessor
+from .sigmas import SchedulerOf, SigmaReader
+from .site import Site
+from .state import CURRENT
+
+#: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
+Executed = tuple[int, ...] | None
 
 
 class Installation:
-    """Processors on every ``attn1`` of ``transformer`` and a pre-hook that tells them, once per forward, what to do.
+    """Stand-ins for the processors of a transformer, and hooks that tell them, once per forward, what to do.
 
     Args:
+        adapter: what is known of the model.
         name: of the transformer in its pipeline, for messages and reports.
         scheduler: returns the pipeline's scheduler, or None.
+
+    Attributes:
+        copied: it came along with a copied or unpickled model, and no handle owns it.
     """
 
     def __init__(
         self,
-        transformer: Any,  # WanTransformer3DModel, whose attributes diffusers does not type
+        transformer: Any,
+        adapter: Adapter,
         schedule: Schedule,
         name: str,
-        scheduler: Callable[[], Any],
+        scheduler: SchedulerOf,
         num_train_timesteps: int,
         on_unsupported: str,
         debug: bool,
     ):
-        config = transformer.config
-        # Not type(transformer).__name__: FSDP2 and users subclass it.
-        schedule.check_model(WanTransformer3DModel.__name__, config.num_layers, config.num_attention_heads)
+        attentions = adapter.attentions(transformer)
+        heads = _num_heads(attentions)
+        schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
         self.transformer = transformer
+        self.adapter = adapter
         self.name = name
-        self.tables = LevelTables(schedule, config.num_layers, config.num_attention_heads)
-        self.reader = SigmaReader(scheduler, num_train_timesteps)
+        self.copied = False
+        self.tables = LevelTables(schedule, len(attentions), heads)
+        self.reader = SigmaReader(scheduler, num_train_timesteps, adapter.sigma)
         self.recorder: Recorder | None = None
-        self.nonfinite: Counter[str] = Counter()
-        self._host_counts: Counter[tuple[Grid, int]] = Counter()  # (grid, segment) -> samples
-        self._device_counts: dict[tuple[Grid, torch.device], Tensor] = {}  # int64 [segments]
-        self.processors: list[FPSWanAttnProcessor] = []
-        for i, block in enumerate(transformer.blocks):
-            processor = FPSWanAttnProcessor(block.attn1.processor, f"{name}.blocks.{i}.attn1", on_unsupported)
+        self.sites: list[Site] = []
+        self.modules: list[Any] = []
+        self._stand_ins: list[Any] = []
+        self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._warned_replaced = False
+        self._clear()
+        for layer, (path, module) in enumerate(attentions.items()):
+            core = core_of(module.processor, adapter.core)
+            site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
             if debug:
-                processor.observers.append(self._check_finite)
-            block.attn1.set_processor(processor)
-            self.processors.append(processor)
-        self._hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                site.observers.append(self._check_finite)
+            stand_in = swap(module.processor, core, site)
+            _set_processor(module, stand_in)
+            self.sites.append(site)
+            self.modules.append(module)
+            self._stand_ins.append(stand_in)
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _clear(self) -> None:
+        self._lock = threading.Lock()
+        self.nonfinite: Counter[str] = Counter()
+        self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
+        self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = dict.fromkeys(("recorder", "_lock", "nonfinite", "_host_counts", "_device_counts"))
+        return {**self.__dict__, **dropped, "copied": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._clear()
 
     def remove(self) -> None:
         """Put the original processors back; an attention whose processor somebody else replaced since is left alone."""
-        self._hook.remove()
-        for block, processor in zip(self.transformer.blocks, self.processors, strict=True):
-            if block.attn1.processor is processor:
-                block.attn1.set_processor(processor.original)
-        checkpoint = self.transformer._gradient_checkpointing_func
-        if isinstance(checkpoint, SnapshotCheckpoint):
-            self.transformer._gradient_checkpointing_func = checkpoint.function
+        for hook in self._hooks:
+            hook.remove()
+        for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
+            if module.processor is stand_in:
+                _set_processor(module, stand_in.original)
+        plain_checkpoints(self.transformer)
 
     # Every forward ---------------------------------------------------------------------------------------------------------
 
     def _before_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reads grid and sigma from the arguments of the transformer and leaves every processor its Call."""
-        latents = args[0] if args else kwargs["hidden_states"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        patch = self.transformer.config.patch_size
-        t, h, w = (int(size) // p for size, p in zip(latents.shape[2:], patch, strict=True))
-        grid = (t, h, w)
-        timestep = self.reader.per_sample(timestep, latents.shape[0])
-
-        segments: Tensor | list[int]
+        """Reads grid and sigma from the arguments of the transformer and leaves its layers their calls."""
+        arguments = dict(zip(self._arguments, args, strict=False))
+        arguments.update(kwargs)
+        geometry = self.adapter.geometry(transformer, arguments)
+        timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
+        if torch.compiler.is_compiling():
+            self._trace_forward(geometry, timestep)
+            return
+        t, h, w = geometry.grid
+        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
+        device = geometry.latents.device
+        backward = torch.is_grad_enabled()
+        segments: Tensor | tuple[int, ...]
         if self.tables.needs_host or self.recorder is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
-                self.recorder.begin(self.name, sigmas, grid)
+                self.recorder.begin(self.name, sigmas, tokens.grid)
         if self.tables.needs_host:
-            segments = [self.tables.schedule.segment(sigma) for sigma in sigmas]
-            self._host_counts.update((grid, segment) for segment in segments)
+            segments = tuple(self.tables.schedule.segment(sigma) for sigma in sigmas)
         else:
-            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(latents.device))
-            self._count_on_device(grid, segments)
+            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+        before = CURRENT.forward
+        while before is not None and before.owner is self:  # of a forward that was interrupted
+            before = before.before
+        forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
+        if geometry.text_len is None:
+            forward.tokens, forward.video = None, tokens
+        elif self._compiled():
+            forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
+        else:
+            forward.calls = self.tables.calls(tokens, device, segments, backward)
+        CURRENT.forward = forward
+        if backward:
+            snapshot_checkpoints(transformer, self._paths())
+        self._notice_replaced()
 
-        calls = self.tables.calls(grid, latents.device, segments, backward=torch.is_grad_enabled())
-        for group, processor in zip(self.tables.group_of_layer, self.processors, strict=True):
-            processor.call = calls[group]
-        if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
-            checkpoint = self.transformer._gradient_checkpointing_func
-            if not isinstance(checkpoint, SnapshotCheckpoint):
-                self.transformer._gradient_checkpointing_func = SnapshotCheckpoint(checkpoint)
+    def _trace_forward(self, geometry: Any, timestep: Tensor) -> None:
+        """The pre-hook inside a graph that is being traced: nothing is counted, nothing is read from the device."""
+        if geometry.text_len is None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
+                "arguments: compile the blocks (compile_repeated_blocks), not the whole model"
+            )
+        t, h, w = (_constant(size) for size in geometry.grid)
+        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
+        device = geometry.latents.device
+        segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+        calls = self.tables.traced_calls(tokens, device, segments)
+        CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
 
-    def _count_on_device(self, grid: Grid, segments: Tensor) -> None:
-        counts = self._device_counts.get((grid, segments.device))
-        if counts is None:
-            counts = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64, device=segments.device)
-            self._device_counts[grid, segments.device] = counts
-        counts.index_add_(0, segments, torch.ones_like(segments))
+    def _after_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Counts what ran. Also called after an error."""
+        forward = CURRENT.forward
+        if torch.compiler.is_compiling():
+            if forward is not None:
+                CURRENT.forward = forward.before
+            return
+        if forward is None or forward.owner is not self:  # the pre-hook failed
+            return
+        CURRENT.forward = forward.before
+        if forward.tokens is None:  # no attention ran
+            return
+        executed = None if self._compiled() else tuple(forward.executed)
+        with self._lock:
+            if isinstance(forward.segments, Tensor):
+                self._count_on_device(forward.tokens, forward.segments, executed)
+            else:
+                self._host_counts.update((forward.tokens, segment, executed) for segment in forward.segments)
+
+    def _count_on_device(self, tokens: Tokens, segments: Tensor, executed: Executed) -> None:
+        key = (tokens, segments.device, executed)
+        if key not in self._device_counts:
+            with ordinary_tensors():
+                zeros = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64)
+                self._device_counts[key] = zeros.to(segments.device)
+        self._device_counts[key].index_add_(0, segments, torch.ones_like(segments))
+
+    def _paths(self) -> list[str]:
+        return [site.name.removeprefix(f"{self.name}.") for site in self.sites]
+
+    def _compiled(self) -> bool:
+        """Whether layers run compiled, where Python cannot count."""
+        callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        if callback is not None and callback is not False:  # inside torch.compile(transformer)
+            return True
+        return self.compiled_modules()
+
+    def compiled_modules(self) -> bool:
+        """Whether the transformer or blocks of it have been compiled in place (``compile``, ``compile_repeated_blocks``)."""
+        tops = {id(m): m for m in (self.transformer, *self.modules, *(self._block(path) for path in self._paths()))}
+        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in tops.values())
+
+    def _block(self, path: str) -> Any:
+        module = self.transformer
+        for name in path.split(".")[:-1]:
+            module = getattr(module, name, self.transformer)
+        return module
+
+    def replaced(self) -> dict[str, str]:
+        """Attention modules whose processor somebody replaced after ``apply``: name to the class of what is there now."""
+        pairs = zip(self.sites, self.modules, self._stand_ins, strict=True)
+        return {site.name: type(m.processor).__name__ for site, m, ours in pairs if m.processor is not ours}
+
+    def _notice_replaced(self) -> None:
+        if not self._warned_replaced and any(
+            module.processor is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
+        ):
+            self._warned_replaced = True
+            name, kind = next(iter(self.replaced().items()))
+            warnings.warn(
+                f"fpsattention.apply: {name} has the processor {kind} now, which somebody set after apply: it runs without the "
+                f"schedule, as do {len(self.replaced()) - 1} more (set processors first, then apply)",
+                stacklevel=2,
+            )
 
     # Reports ---------------------------------------------------------------------------------------------------------------
 
-    def counts(self) -> Counter[tuple[Grid, int]]:
-        """Samples by (grid, segment). Reads the device's counters, so it waits for the device."""
-        counts = Counter(self._host_counts)
-        for (grid, _), tensor in self._device_counts.items():
-            counts.update({(grid, segment): n for segment, n in enumerate(tensor.tolist()) if n})
+    def counts(self) -> Counter[tuple[Tokens, int, Executed]]:
+        """Samples by (tokens, segment, executed). Reads the device's counters, so it waits for the device."""
+        with self._lock:
+            counts = Counter(self._host_counts)
+            for (tokens, _, executed), tensor in self._device_counts.items():
+                counts.update({(tokens, segment, executed): n for segment, n in enumerate(tensor.tolist()) if n})
         return counts
 
     def reset(self) -> None:
         """Forget all counts."""
-        self._host_counts.clear()
-        self._device_counts.clear()
-        self.nonfinite.clear()
+        self._clear()
         self.reader.host_reads = 0
-        for processor in self.processors:
-            processor.executions.clear()
-            processor.fallbacks.clear()
+        for site in self.sites:
+            site.fallbacks.clear()
 
     def rows(self) -> list[Row]:
         """Report rows of all layers; segments of one level are put together."""
         counts = self.counts()
-        grids = list(dict.fromkeys(grid for grid, _ in counts))
+        seen = list(dict.fromkeys(tokens for tokens, _, _ in counts))
         rows = []
         for layer, group in enumerate(self.tables.group_of_layer):
+            runs: Counter[tuple[Tokens, int]] = Counter()
+            for (tokens, segment, executed), n in counts.items():
+                runs[tokens, segment] += n * (1 if executed is None else executed[layer])
             levels = self.tables.group_levels[group]
             for level in dict.fromkeys(reversed(levels)):  # falling sigma
                 of_level = [segment for segment, other in enumerate(levels) if other == level]
                 calls, attended = 0, 0.0
-                for grid in grids:
+                for tokens in seen:
                     for segment in of_level:
-                        n = counts[grid, segment]
+                        n = runs[tokens, segment]
                         calls += n
-                        attended += n * self.tables.tables(grid).density(group, segment) if n else 0.0
-                windows: tuple[Grid, ...] = ()
+                        attended += n * self.tables.tables(tokens).density(group, segment) if n else 0.0
+                windows: tuple[tuple[int, int, int], ...] = ()
                 density = 1.0 if level.precision == "bf16" else float("nan")
-                if grids:
-                    table = self.tables.tables(grids[-1])
+                if seen:
+                    table = self.tables.tables(seen[-1])
                     density = attended / calls if calls else table.density(group, of_level[-1])
                     if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
@@ -153,9 +272,18 @@ class Installation:
         return rows
 
     def executions(self) -> list[int] | None:
-        """Eager runs of each layer's processor, in samples; None where blocks or the model are compiled."""
-        compiled = any(m._compiled_call_impl is not None for m in (self.transformer, *self.transformer.blocks))
-        return None if compiled else [sum(processor.executions.values()) for processor in self.processors]
+        """Runs of each layer's core, in samples; None where some ran compiled."""
+        counts = self.counts()
+        if any(executed is None for _, _, executed in counts):
+            return None
+        totals = [0] * len(self.sites)
+        for (_, _, executed), n in counts.items():
+            totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
+        return totals
+
+    def forwards(self) -> int:
+        """Samples of the forwards seen."""
+        return sum(self.counts().values())
 
     # Debugging -------------------------------------------------------------------------------------------------------------
 
@@ -170,45 +298,92 @@ class Installation:
 
     def _report_nonfinite(self, name: str, label: str, tensor: Tensor) -> None:
         if not bool(torch.isfinite(tensor).all()):
-            self.nonfinite[f"{name}: {label}"] += 1
-            if self.nonfinite[f"{name}: {label}"] == 1:
+            with self._lock:
+                self.nonfinite[f"{name}: {label}"] += 1
+                first = self.nonfinite[f"{name}: {label}"] == 1
+            if first:
                 warnings.warn(
                     f"fpsattention.apply(debug=True): {name}: {label} has NaN or Inf, wanted finite values",
                     stacklevel=2,
                 )
 
 
-def unsupported(transformer: Any) -> str | None:
-    """Why a model cannot run under a schedule, or None. Changes nothing."""
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+def _num_heads(attentions: dict[str, Any]) -> int | None:
+    """Heads of all attentions, or None where they are unknown or differ."""
+    heads = {getattr(module, "heads", None) for module in attentions.values()}
+    return heads.pop() if len(heads) == 1 else None
 
-    if not isinstance(transformer, WanTransformer3DModel):
-        return (
-            f"{type(transformer).__name__} is not supported, wanted WanTransformer3DModel (Wan2.1, Wan2.2) or a pipeline of it: "
-            "HunyuanVideo, CogVideoX, LTX and Mochi have no adapter; fpsattention.attention can be called from their processors"
-        )
-    model: Any = transformer
-    head_dim = model.config.attention_head_dim
-    if head_dim not in (64, 128):
-        return f"head dimension {head_dim}, wanted 64 or 128"
-    if getattr(transformer, "_parallel_config", None) is not None:
-        return "enable_parallelism() was called on the transformer, wanted whole sequences and heads on one device"
-    for i, block in enumerate(model.blocks):
-        processor = block.attn1.processor
-        if isinstance(processor, FPSWanAttnProcessor):
-            raise ConfigError(
-                "fpsattention.apply: a schedule is applied already, wanted none: call remove() on its handle first"
-            )
-        if type(processor) is not WanAttnProcessor:
-            return (
-                f"blocks.{i}.attn1 has the processor {type(processor).__name__}, wanted diffusers' own WanAttnProcessor"
-            )
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+def _constant(size: int) -> int:
+    """A plain number, in a traced graph too: the tiles of a grid are planned for its sizes, so a graph serves one grid."""
+    return int(size)
+
+
+def _skip_in_dynamo(*functions: Any) -> None:
+    """Frames that run uncompiled where Dynamo meets them first (``torch.compile(transformer)`` calls hooks on their own), and
+    that are traced like any other code where they are called from code that is being traced."""
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # the hooks are then compiled on their own, as a graph of each
+        return
+    for function in functions:
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+_skip_in_dynamo(Installation._before_forward, Installation._after_forward)
+
+
+def installation_of(transformer: Any) -> Installation | None:
+    """The installation on ``transformer``, found through its hook: it comes along with copies and pickles."""
+    for hook in getattr(transformer, "_forward_pre_hooks", {}).values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Installation):
+            return owner
     return None
 
 
-def check_not_compiled(transformer: Any) -> None:
+def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
+    """Why a model cannot run under a schedule, or None. Changes nothing."""
+    if adapter is None:
+        known = ", ".join(name for adapter in ADAPTERS for name in adapter.classes)
+        return (
+            f"{type(transformer).__name__} is not supported, wanted one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
+            "call fpsattention.attention where the model computes its attention"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        return "enable_parallelism() was called on the transformer, wanted whole sequences and heads on one device"
+    attentions = adapter.attentions(transformer)
+    if not attentions:
+        return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
+    for path, module in attentions.items():
+        processor = getattr(module, "processor", None)
+        if is_swapped(processor):
+            processor = processor.original
+        try:
+            core_of(processor, adapter.core)
+        except UnsupportedError as error:
+            return f"{path} {error}"
+        head_dim = _head_dim(module)
+        if head_dim is not None and head_dim not in HEAD_DIMS:
+            return f"head dimension {head_dim}, wanted {' or '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
+def _head_dim(module: Any) -> int | None:
+    inner, heads = getattr(module, "inner_dim", None), getattr(module, "heads", None)
+    return inner // heads if isinstance(inner, int) and isinstance(heads, int) else None
+
+
+def check_not_compiled(installation: Installation) -> None:
     """Recording reads tensors in Python, which compiled blocks do not run."""
-    if any(m._compiled_call_impl is not None for m in (transformer, *transformer.blocks)):
+    if installation.compiled_modules():
         raise UnsupportedError(
             "fpsattention.record: the transformer is compiled, wanted an eager one: record before compiling"
         )

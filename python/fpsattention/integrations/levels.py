@@ -3,11 +3,13 @@
 Layers that read the schedule alike form a *group*; per token grid a group has one set of block lists per *segment* of sigma
 (the stretch between two phase borders). Where all segments of a group share one kernel class (precision, granularity), the
 lists are stacked and the segment of each sample picks its own by ``index_select`` on the device: the host never learns
-the level. Otherwise the host must know the segments, and every kernel class of a batch is launched once, on its samples.
+the level. Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a
+compiled graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +20,22 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..masks import BlockMask, sliding_tile_mask
+from ..layout.masks import BlockMask, Lists, sliding_tile_mask
+from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
-from ..tiles import TileLayout, plan
+from .graph import Packed, flag, pack
+from .ordinary import ordinary_tensors
 
 Grid = tuple[int, int, int]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB
+
+
+class Tokens(NamedTuple):
+    """The sequence of a self-attention: a video grid, and text tokens after or before it."""
+
+    grid: Grid
+    text_len: int = 0
+    text_position: str = "suffix"
 
 
 def resolve_window(window: Window, layout: TileLayout) -> Grid:
@@ -53,46 +65,51 @@ def resolve_window(window: Window, layout: TileLayout) -> Grid:
         size[min(fits, key=lambda a: (size[a] * tile[a], -a))] += 1
 
 
-class Lists(NamedTuple):
-    """Block lists of a launch; the transposed ones only where a backward may follow. Shapes as in ``masks.BlockMask``."""
-
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    q_num_blocks: Tensor | None
-    q_indices: Tensor | None
-
-
 @dataclass(frozen=True)
 class Part:
-    """One kernel launch: the samples (int64 indices into the batch; None: all) that share a kernel class."""
+    """One kernel launch: the samples that share a kernel class.
 
-    samples: Tensor | None
-    precision: str
-    granularity: str
-    lists: Lists | None  # None: the model's own attention
+    Attributes:
+        lists: their tables on the device; None: the model's own attention.
+        samples: int64 indices into the batch; None: all samples.
+        chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then ...
+        wanted: ... if any of them wants it: a bool scalar, on the CPU where the host knows.
+    """
+
+    lists: Lists | Packed | None
+    granularity: str = ""
+    samples: Tensor | None = None
+    chosen: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one layer does in one forward. ``levels``: the level of each sample, where the host knows it."""
+    """What one layer does in one forward: its launches, and the index that puts their outputs back into batch order."""
 
-    grid: Grid
-    num_tokens: int
-    layout: TileLayout
+    slot_of_token: Tensor  # its length is the number of tokens
     parts: tuple[Part, ...]
-    order: Tensor | None = None  # index that puts concatenated parts back into batch order
-    levels: tuple[str, ...] | None = None
+    order: Tensor | None = None
 
 
-class GridTables:
-    """Everything that depends on the grid: the layout, and the masks of each group and segment. Built when first wanted."""
+class TokenTables:
+    """Everything that depends on the tokens: the layout, and the masks of each group and segment. Built when first wanted."""
 
-    def __init__(self, grid: Grid, schedule: Schedule, windows: Sequence[Sequence[tuple[Window, ...] | None]]):
-        self.layout = plan(grid, tile=schedule.tile)
+    def __init__(self, tokens: Tokens, schedule: Schedule, windows: Sequence[Sequence[tuple[Window, ...] | None]]):
+        position = tokens.text_position if tokens.text_len else "suffix"
+        self.layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
         self._windows = windows  # group -> segment -> window(s) of the heads, None where the level is bf16
         self._masks: dict[tuple[Grid, ...], BlockMask] = {}
         self._stacked: dict[int, BlockMask] = {}
         self._densities: dict[tuple[Grid, ...], float] = {}
+        self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
+
+    def on(self, device: torch.device) -> TileLayout:
+        """The layout on a device."""
+        if device == self.layout.device:
+            return self.layout
+        with ordinary_tensors():
+            return self.layout.to(device)
 
     def windows(self, group: int, segment: int) -> tuple[Grid, ...]:
         """Concrete windows: one for all heads, or one per head."""
@@ -137,7 +154,7 @@ class LevelTables:
         num_layers, num_heads: of the transformer.
     """
 
-    def __init__(self, schedule: Schedule, num_layers: int, num_heads: int):
+    def __init__(self, schedule: Schedule, num_layers: int, num_heads: int | None):
         self.schedule = schedule
         self.edges = schedule.edges
         self.group_of_layer: list[int] = []
@@ -154,58 +171,125 @@ class LevelTables:
                 self._windows.append(windows)
                 known.append((levels, windows))
             self.group_of_layer.append(known.index((levels, windows)))
-        self.host_switched = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
-        self._grids: OrderedDict[Grid, GridTables] = OrderedDict()
-        self._edge_tensors: dict[torch.device, Tensor] = {}
+        self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
+        self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
+        self._edge_tensors: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tables": OrderedDict(), "_edge_tensors": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def needs_host(self) -> bool:
-        """Some layer mixes kernel classes: the host must know the level before it launches."""
-        return any(self.host_switched)
+        """Some layer mixes kernel classes: outside of compiled graphs the host must know the level before it launches."""
+        return any(self.mixed)
 
-    def segments_on_device(self, sigma: Tensor) -> Tensor:
+    def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
-        edges = self._edge_tensors.get(sigma.device)
-        if edges is None:
-            edges = torch.tensor(self.edges, dtype=torch.float64).to(sigma.device)
-            self._edge_tensors[sigma.device] = edges
-        return torch.bucketize(sigma, edges)
+        return torch.bucketize(sigma, self._edges_on(edges, sigma.device))
 
-    def tables(self, grid: Grid) -> GridTables:
-        """Tables of a grid, from a bounded cache."""
-        if grid not in self._grids:
-            self._grids[grid] = GridTables(grid, self.schedule, self._windows)
-            while len(self._grids) > CACHED_GRIDS:
-                self._grids.popitem(last=False)
-        self._grids.move_to_end(grid)
-        return self._grids[grid]
+    @torch.compiler.assume_constant_result
+    def _edges_on(self, edges: tuple[float, ...], device: torch.device) -> Tensor:
+        with self._lock:
+            if (edges, device) not in self._edge_tensors:
+                if len(self._edge_tensors) > 64:  # one per trajectory: a server may see many
+                    self._edge_tensors.clear()
+                with ordinary_tensors():
+                    self._edge_tensors[edges, device] = torch.tensor(edges, dtype=torch.float64).to(device)
+            return self._edge_tensors[edges, device]
 
-    def calls(self, grid: Grid, device: torch.device, segments: Tensor | Sequence[int], backward: bool) -> list[Call]:
+    def tables(self, tokens: Tokens) -> TokenTables:
+        """Tables of a token grid, from a bounded cache."""
+        with self._lock:
+            if tokens not in self._tables:
+                with ordinary_tensors():
+                    self._tables[tokens] = TokenTables(tokens, self.schedule, self._windows)
+                while len(self._tables) > CACHED_GRIDS:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(tokens)
+            return self._tables[tokens]
+
+    def _mask(self, tokens: Tokens, group: int, segment: int | None, device: torch.device, backward: bool) -> BlockMask:
+        """A mask on the device: of one segment, or (None) of all, stacked."""
+        tables = self.tables(tokens)
+        key = (group, segment, device, backward)
+        mask = tables.on_device.get(key)
+        if mask is None:
+            with self._lock, ordinary_tensors():
+                mask = tables.stacked(group) if segment is None else tables.mask(group, segment)
+                if backward:
+                    mask.transpose()  # on the CPU, where it is compact; it travels with the mask
+                mask = tables.on_device[key] = mask.to(device)
+        return mask
+
+    @torch.compiler.assume_constant_result
+    def _constant(
+        self, tokens: Tokens, group: int, segment: int | None, device: torch.device
+    ) -> tuple[Tensor, BlockMask | None]:
+        slot_of_token = self.tables(tokens).on(device).slot_of_token
+        if all(level.precision == "bf16" for level in self.group_levels[group]):
+            return slot_of_token, None
+        return slot_of_token, self._mask(tokens, group, segment, device, backward=True)
+
+    def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
+        """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
+        calls = []
+        for group, levels in enumerate(self.group_levels):
+            switched = len(levels) > 1
+            slot_of_token, mask = self._constant(tokens, group, None if switched else 0, device)
+            lists = None
+            if mask is not None:
+                lists = (mask.select(segments) if switched else mask).lists(transposed=True)
+            calls.append(Call(slot_of_token, _branches(levels, lists, segments, None)))
+        return tuple(calls)
+
+    def graph_calls(
+        self, tokens: Tokens, device: torch.device, segments: Tensor | Sequence[int], backward: bool
+    ) -> tuple[Call, ...]:
+        """:meth:`calls` for compiled layers under hooks that are not: one graph for all levels, and for all grids."""
+        slot_of_token = self.tables(tokens).on(device).slot_of_token
+        index, known = segments, None
+        if not isinstance(index, Tensor):
+            known, index = tuple(segments), _index(tuple(segments), device)
+        calls = []
+        for group, levels in enumerate(self.group_levels):
+            packed = None
+            if any(level.precision == "fp8" for level in levels):
+                switched = len(levels) > 1
+                mask = self._mask(tokens, group, None if switched else 0, device, backward)
+                packed = pack(mask.select(index) if switched else mask, backward, per_sample=switched)
+            calls.append(Call(slot_of_token, _branches(levels, packed, index, known)))
+        return tuple(calls)
+
+    def calls(
+        self, tokens: Tokens, device: torch.device, segments: Tensor | Sequence[int], backward: bool
+    ) -> tuple[Call, ...]:
         """The :class:`Call` of each group.
 
         Args:
-            segments: segment of every sample, ``[B]``: a device tensor (allowed unless ``needs_host``) or, on the host, a sequence.
-            backward: also provide the transposed lists.
+            segments: segment of every sample, ``[B]``: on the device, or on the host where ``needs_host``.
+            backward: a backward may follow; also provide the transposed lists of the masks.
         """
-        tables = self.tables(grid)
-        layout = tables.layout.to(device)
+        slot_of_token = self.tables(tokens).on(device).slot_of_token
         calls = []
         for group, levels in enumerate(self.group_levels):
-            order = names = None
+            order = None
             if not isinstance(segments, Tensor):
-                names = tuple(levels[segment].name for segment in segments)
-                parts, order = self._host_parts(tables, group, segments, device, backward)
+                parts, order = self._host_parts(tokens, group, segments, device, backward)
             elif levels[0].precision == "bf16":  # and so are all: only such groups are switched on the device
-                parts = (Part(None, "bf16", "", None),)
+                parts = (Part(None),)
             else:
-                mask = _on(tables.stacked(group) if len(levels) > 1 else tables.mask(group, 0), device, backward)
-                lists = _lists(mask.select(segments) if len(levels) > 1 else mask, backward)
-                parts = (Part(None, "fp8", levels[0].granularity, lists),)
-            calls.append(Call(grid, layout.num_tokens, layout, parts, order, names))
-        return calls
+                mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
+                mask = mask.select(segments) if len(levels) > 1 else mask
+                parts = (Part(mask.lists(backward), levels[0].granularity),)
+            calls.append(Call(slot_of_token, parts, order))
+        return tuple(calls)
 
     def _host_parts(
-        self, tables: GridTables, group: int, segments: Sequence[int], device: torch.device, backward: bool
+        self, tokens: Tokens, group: int, segments: Sequence[int], device: torch.device, backward: bool
     ) -> tuple[tuple[Part, ...], Tensor | None]:
         levels = self.group_levels[group]
         by_class: dict[tuple[str, str], list[int]] = {}
@@ -217,12 +301,11 @@ class LevelTables:
             if precision == "fp8":
                 wanted = [segments[sample] for sample in samples]
                 if len(set(wanted)) == 1:
-                    mask = _on(tables.mask(group, wanted[0]), device, backward)
+                    mask = self._mask(tokens, group, wanted[0], device, backward)
                 else:
-                    mask = _on(tables.stacked(group), device, backward).select(_index(tuple(wanted), device))
-                lists = _lists(mask, backward)
-            index = None if len(by_class) == 1 else _index(tuple(samples), device)
-            parts.append(Part(index, precision, granularity, lists))
+                    mask = self._mask(tokens, group, None, device, backward).select(_index(tuple(wanted), device))
+                lists = mask.lists(backward)
+            parts.append(Part(lists, granularity, None if len(by_class) == 1 else _index(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
         flat = [sample for samples in by_class.values() for sample in samples]
@@ -231,14 +314,23 @@ class LevelTables:
 
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
 def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    with ordinary_tensors():
+        return torch.tensor(values).to(device)
 
 
-def _on(mask: BlockMask, device: torch.device, backward: bool) -> BlockMask:
-    if backward:
-        mask.transpose()  # on the CPU, where it is compact; it travels with the mask
-    return mask.to(device)
-
-
-def _lists(mask: BlockMask, backward: bool) -> Lists:
-    return Lists(mask.kv_num_blocks, mask.kv_indices, *(mask.transpose() if backward else (None, None)))
+def _branches(
+    levels: Sequence[Level], lists: Lists | Packed | None, segments: Tensor, known: Sequence[int] | None
+) -> tuple[Part, ...]:
+    """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
+    classes = list(dict.fromkeys(level.kernel_class for level in levels))
+    if len(classes) == 1:
+        return (Part(lists, classes[0][1]),)
+    parts = []
+    for precision, granularity in classes:
+        members = [i for i, level in enumerate(levels) if level.kernel_class == (precision, granularity)]
+        chosen = segments == members[0]
+        for segment in members[1:]:
+            chosen = chosen | (segments == segment)
+        wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
+        parts.append(Part(lists if precision == "fp8" else None, granularity, None, chosen, wanted))
+    return tuple(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -42,12 +43,14 @@ class Recorder:
         self._on_stop = on_stop
         self._seen: set[tuple[str, float]] = set()
         self._pending_of: dict[str, list[float]] = {}
+        self._lowest = float("inf")
         self._sigma: list[float] | None = None
         self._grid = (0, 0, 0)
 
     def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int]) -> None:
         """A forward of ``model`` starts; decides whether it is recorded."""
         top = max(sigma)
+        self._lowest = min(self._lowest, top)
         if self.pending is None:
             wanted = (model, top) not in self._seen
             self._seen.add((model, top))
@@ -72,9 +75,23 @@ class Recorder:
         save_file(tensors, path, metadata=metadata)
         self.files.append(path)
 
+    @property
+    def missed(self) -> list[float]:
+        """Targets that no forward of any model has met so far, highest first."""
+        if self.pending is None:
+            return []
+        return [target for target in self.pending if all(target in left for left in self._pending_of.values())]
+
     def stop(self) -> list[Path]:
-        """Stop recording; returns the files written."""
+        """Stop recording; returns the files written. Warns about targets that no step met."""
         self._on_stop(self)
+        if self.missed:
+            met = f"the lowest sigma was {self._lowest:g}" if self._pending_of else "no forward ran"
+            warnings.warn(
+                f"fpsattention.record: sigmas {', '.join(f'{target:g}' for target in self.missed)} were met by no step ({met}): a target "
+                "is met by the first step at or below it",
+                stacklevel=2,
+            )
         return self.files
 
     def __enter__(self) -> Recorder:

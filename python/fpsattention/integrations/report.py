@@ -12,7 +12,8 @@ class Row:
     """One level of one layer.
 
     Attributes:
-        calls: samples of transformer forwards that ran the layer at this level (a forward of a batch of 2 counts 2).
+        calls: samples for which the layer's attention ran at this level (a batch of 2 counts 2). Layers that a cache skips count less than
+            others; recomputation under gradient checkpointing does not count. Compiled layers are taken to run in every forward.
         density: attended share of the (query, key) pairs, mean over the heads, weighted with the calls of each grid.
         windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense.
     """
@@ -27,14 +28,15 @@ class Row:
     calls: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """Result of ``Handle.report()``: print it (``rich.print`` draws a table), or take ``to_dict()``.
 
     Attributes:
         rows: by model, layer and falling sigma. Levels that never ran have calls = 0.
-        executions: by model and layer, eager runs of the attention processor itself, in samples (None: compiled, not countable;
-            recomputation under gradient checkpointing counts again).
+        executions: by model and layer, runs of the attention, in samples (None: compiled, not countable).
+        forwards: by model, forwards of the transformer, in samples.
+        replaced: attention modules whose processor somebody else set after ``apply``, to its class: they run without the schedule.
         fallbacks: "layer: reason" to the number of calls that ran dense because something was not supported.
         nonfinite: with ``debug=True``, what was not finite: "layer: tensor" to the number of times.
         host_reads: device-to-host reads of a timestep (at most one per forward; 0 where levels switch on the device).
@@ -43,6 +45,8 @@ class Report:
 
     rows: list[Row]
     executions: dict[str, list[int] | None] = field(default_factory=dict)
+    forwards: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     host_reads: int = 0
@@ -78,9 +82,21 @@ class Report:
         notes += [f"ran dense, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
         notes += [f"not finite: {where} ({count} times)" for where, count in self.nonfinite.items()]
         for model, counts in self.executions.items():
-            idle = [layer for layer, count in enumerate(counts or ()) if count == 0]
-            if idle and any(row.calls for row in self.rows if row.model == model):
-                notes.append(f"{model}: the processors of layers {idle} never ran (replaced or skipped?)")
+            if counts is None:
+                notes.append(f"{model}: compiled, so every layer is taken to have run in every forward")
+                continue
+            total = self.forwards.get(model, 0)
+            fewer = {layer: count for layer, count in enumerate(counts) if count < total}
+            if fewer:
+                shown = ", ".join(f"{layer}: {count}" for layer, count in list(fewer.items())[:8])
+                more = f" and {len(fewer) - 8} more" if len(fewer) > 8 else ""
+                notes.append(
+                    f"{model}: layers that ran for less than all {total} samples (skipped by a cache?): {shown}{more}"
+                )
+        notes += [
+            f"{name} has the processor {kind}, set after apply: it ran without the schedule"
+            for name, kind in self.replaced.items()
+        ]
         if self.host_reads:
             notes.append(f"the timestep was read from the device {self.host_reads} times")
         return notes

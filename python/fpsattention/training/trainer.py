@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,7 +235,7 @@ def train(
             if on_step:
                 on_step(step, loss)
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
-                accelerator.save_state(str(output / f"checkpoint-{progress.step:06d}"))
+                _save_checkpoint(accelerator, output, progress.step, config.keep_checkpoints)
         _save_weights(accelerator, model, config, output, schedule)
     finally:
         warmup.remove()
@@ -294,8 +295,30 @@ def _trackers() -> list[str]:
     return ["tensorboard"]
 
 
+def _checkpoints(output: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = {path.name.partition("-")[2]: path for path in output.glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+
+
+def _save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> None:
+    """A checkpoint has its name once it is whole, so an interrupted run leaves none that cannot be resumed; older ones go."""
+    unfinished = output / "unfinished-checkpoint"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finished = output / f"checkpoint-{step:06d}"
+        shutil.rmtree(finished, ignore_errors=True)  # of an earlier run in this folder
+        unfinished.rename(finished)
+        for old in _checkpoints(output)[:-keep] if keep else []:
+            shutil.rmtree(old)
+
+
 def _latest_checkpoint(output: Path) -> Path:
-    checkpoints = sorted(output.glob("checkpoint-*"))
+    checkpoints = _checkpoints(output)
     if not checkpoints:
         raise ConfigError(
             f"fpsattention.train: resume: no checkpoint-* folder in '{output}': train with checkpoint_every first"

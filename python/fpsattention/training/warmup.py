@@ -59,7 +59,7 @@ class SparsityWarmup:
         stages: int,
         debug: bool = False,
     ):
-        from ..tiles import plan
+        from ..layout.tiles import plan
 
         self.model, self.schedule, self.warmup_steps, self.stages, self.debug = (
             model,

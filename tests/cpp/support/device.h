@@ -17,7 +17,7 @@ inline std::string no_device_reason() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
     return std::string("no CUDA device (") + cudaGetErrorString(status) +
-           "): needs an sm_90 GPU, or FPSATTN_EMULATOR at configure time";
+           "): needs an sm_90 GPU, or the emulator (FPSATTN_EMULATOR=AUTO at configure time)";
   }
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);

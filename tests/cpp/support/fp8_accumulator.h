@@ -1,9 +1,9 @@
 // The accumulator of FP8 WGMMA on the host: which bits of a sum of products a tensor core may lose.
 //
-// Model (computed, not documented by NVIDIA; the emulator's --fp8-acc=truncated is this): an instruction adds 32 products and
-// the accumulator. All are aligned to the largest exponent among them and cut, towards zero, kFractionBits below it; so is
-// the result. A tensor core that keeps more bits loses less of each addend, so its result lies between this one and the
-// exact sum: `below` and `above` bound what a sum may lose whatever the signs.
+// Model (computed, not documented by NVIDIA; the emulator's --fp8-acc=truncated is this): an instruction adds 32
+// products and the accumulator. All are aligned to the largest exponent among them and cut, towards zero,
+// kFractionBits below it; so is the result. A tensor core that keeps more bits loses less of each addend, so its
+// result lies between this one and the exact sum: `below` and `above` bound what a sum may lose whatever the signs.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,8 +32,8 @@ class Fp8Accumulator {
   double value = 0.0;
   double below = 0.0, above = 0.0;  // the tensor core's sum is in [value - below, value + above]
 
-  // One instruction. `doubt[i] > 0`: the product may be another number, doubt[i] away at most (that difference itself is the
-  // caller's to allow for).
+  // One instruction. `doubt[i] > 0`: the product may be another number, doubt[i] away at most (that difference itself
+  // is the caller's to allow for).
   void add(const double* products, const double* doubt = nullptr) {
     double largest = std::fabs(value) + std::max(below, above), sum = value;
     for (int i = 0; i < kProducts; ++i) {

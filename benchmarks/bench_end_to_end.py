@@ -1,0 +1,186 @@
+"""End to end: one denoising step of the real Wan2.1 transformers with random weights, dense against ``fps.apply``.
+
+Weights are made on the device, nothing is downloaded. The dense step takes the best SDPA backend and is measured before and
+after the sparse one (their difference is the drift of the run). Amdahl's law says what the attention's own speed-up should
+have made of the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+import fpsattention as fps
+from fpsattention.analysis.time_split import time_split
+
+from . import timing
+
+PRESET = "paper"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer configuration and a latent size: (frames, height, width) after the VAE."""
+
+    name: str
+    config: dict[str, Any]
+    latent: tuple[int, int, int]
+    text_tokens: int = 512
+    all_layers: int = 0  # of the real model, where ``config`` has fewer
+
+    def truncated(self, layers: int) -> Model:
+        """The same blocks, fewer of them: time per block is unchanged, the step is shorter."""
+        config = {**self.config, "num_layers": layers}
+        return replace(self, config=config, all_layers=self.config["num_layers"])
+
+    def describe(self) -> dict[str, Any]:
+        grid = [self.latent[0], self.latent[1] // 2, self.latent[2] // 2]
+        layers = self.config["num_layers"]
+        return {"name": self.name, "grid": grid, "layers": layers, "layers_of_real_model": self.all_layers or layers,
+                "heads": self.config["num_attention_heads"], "head_dim": self.config["attention_head_dim"]}  # fmt: skip
+
+
+_14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
+_1B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
+_720P, _480P = (21, 90, 160), (21, 60, 104)
+WAN_14B_720P, WAN_14B_480P = Model("wan2.1-14b-720p", _14B, _720P), Model("wan2.1-14b-480p", _14B, _480P)
+WAN_1B_720P, WAN_1B_480P = Model("wan2.1-1.3b-720p", _1B, _720P), Model("wan2.1-1.3b-480p", _1B, _480P)
+_TINY = dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=2, text_dim=32)
+MODELS = {
+    "quick": (WAN_14B_720P.truncated(2), WAN_1B_480P.truncated(4)),
+    "full": (WAN_1B_480P, WAN_14B_720P, WAN_14B_480P.truncated(8), WAN_1B_720P),
+    "dry": (Model("tiny", _TINY, (3, 16, 24), text_tokens=8),),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("model", MODELS[metafunc.config.bench["mode"]], ids=lambda model: model.name)
+
+
+def build(model: Model, device: str) -> Any:
+    """The transformer in BF16 with random weights, made on the device."""
+    diffusers = pytest.importorskip("diffusers")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            transformer = diffusers.WanTransformer3DModel(**model.config)
+    finally:
+        torch.set_default_dtype(default)
+    return transformer.eval().requires_grad_(False)
+
+
+def make_step(transformer: Any, model: Model, device: str) -> Callable[[float], Any]:
+    """``step(sigma)``: one forward of the transformer at that noise level, batch 1."""
+    generator = torch.Generator(device).manual_seed(1)
+    random = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16, generator=generator)  # noqa: E731
+    latents = random(1, transformer.config.in_channels, *model.latent)
+    text = random(1, model.text_tokens, transformer.config.text_dim)
+    timesteps: dict[float, torch.Tensor] = {}
+
+    def step(sigma: float) -> Any:
+        if sigma not in timesteps:
+            timesteps[sigma] = torch.tensor([sigma * 1000.0], device=device)
+        with torch.no_grad():
+            return transformer(latents, timesteps[sigma], text, return_dict=False)[0]
+
+    return step
+
+
+@contextlib.contextmanager
+def sdpa_backend(name: str | None) -> Iterator[None]:
+    """Restricts torch's SDPA to one backend; None leaves the choice to torch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, name)) if name else contextlib.nullcontext():
+        yield
+
+
+def amdahl(dense: dict[str, float], sparse: dict[str, float]) -> dict[str, float]:
+    """What the speed-up of attention (quantization included) predicts for the whole step.
+
+    ValueError where a split has no attention: the ops go by other names than ``time_split`` knows.
+    """
+    attention, replaced = (split["attention"] + split["quantize"] for split in (dense, sparse))
+    if not (attention and replaced):
+        raise ValueError(f"no self-attention was seen: dense {dense}, sparse {sparse}")
+    share, speedup = attention / sum(dense.values()), attention / replaced
+    return {"attention_share": share, "attention_speedup": speedup, "predicted": 1.0 / (1.0 - share + share / speedup),
+            "limit": 1.0 / (1.0 - share)}  # fmt: skip
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def test_step(model: Model, bench, record) -> None:
+    device, dry = bench["device"], bench["mode"] == "dry"
+    transformer = build(model, device)
+    step = make_step(transformer, model, device)
+    about = {
+        "model": model.describe(),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in transformer.parameters()),
+    }
+    backends = (
+        {"dense": None} if device == "cpu" else {"dense-cudnn": "CUDNN_ATTENTION", "dense-flash": "FLASH_ATTENTION"}
+    )
+    failed: dict[str, str] = {}
+
+    def dense(name: str) -> Any:
+        with sdpa_backend(backends[name]):
+            return step(0.5)
+
+    def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+        return timing.interleaved(
+            {name: lambda _, call=call: call() for name, call in calls.items()}, device, seconds,
+            min_repeats=2 if dry else 3, max_repeats=2 if dry else 12,
+            on_error=lambda name, error: failed.update({name: f"{type(error).__name__}: {error}"}),
+        )  # fmt: skip
+
+    def split(call: Callable[[], Any]) -> dict[str, float]:
+        return {part: 1e3 * seconds for part, seconds in time_split(call, device)[1].items()}
+
+    budget = {"quick": 6.0, "full": 30.0, "dry": 0.1}[bench["mode"]]
+    before = measure({name: lambda name=name: dense(name) for name in backends}, budget)
+    assert before, failed
+    best = min(before, key=lambda name: before[name]["median"])
+    dense_split = split(lambda: dense(best))
+    dense_peak = peak_bytes(lambda: dense(best), device)
+
+    schedule = fps.Schedule.preset(PRESET)
+    calls = {f"fps-{p.level}": lambda sigma=(p.high + p.low) / 2: step(sigma) for p in schedule.phases}
+    handle = fps.apply(transformer, schedule)
+    try:
+        with sdpa_backend(backends[best]):  # cross-attention and any dense level run as they did before
+            times = measure(calls, budget)
+            splits = {name: split(calls[name]) for name in times}
+            peaks = {name: peak_bytes(calls[name], device) for name in times}
+            finite = {name: bool(calls[name]().isfinite().all()) for name in times}
+    finally:
+        handle.remove()
+    after = measure({best: lambda: dense(best)}, budget / 2)
+    for name, ms in before.items():
+        baseline = {
+            "split_ms": dense_split,
+            "peak_bytes": dense_peak,
+            "drift": after[best]["median"] / ms["median"] - 1.0,
+        }
+        record("step", **about, name=name, ms=ms, **(baseline if name == best else {}))
+    for name, ms in times.items():
+        record(
+            "step", **about, name=name, preset=PRESET, ms=ms, split_ms=splits[name], peak_bytes=peaks[name],
+            speedup=before[best]["median"] / ms["median"], amdahl=amdahl(dense_split, splits[name]), finite=finite[name],
+        )  # fmt: skip
+    assert all(finite.values()), f"the transformer's output is not finite: {finite}"
+    assert not {name for name in failed if name.startswith("fps")}, failed

@@ -1,0 +1,139 @@
+"""The kernels alone, through the torch ops, beside this board's own ceilings: a copy, a BF16 and an FP8 matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
+from fpsattention.layout.tiles import BLOCK
+from fpsattention.ops.checks import GRANULARITIES
+
+from . import timing
+from . import workloads as w
+
+BACKWARD_FLOPS = (
+    2.5  # of a forward: five products against two (S again, dP, dV, dQ, dK), whatever a mode really executes
+)
+SHAPES = {
+    "quick": (w.WAN_14B_720P, w.D64_480P), "full": (w.WAN_14B_720P, w.WAN_1B_480P, w.D64_480P), "dry": (w.TINY, w.TINY_ODD)
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", SHAPES[metafunc.config.bench["mode"]], ids=lambda shape: shape.name)
+
+
+def budget_s(bench: dict[str, Any]) -> float:
+    return {"quick": 1.5, "full": 4.0, "dry": 0.02}[bench["mode"]]
+
+
+def test_ceilings(bench, record) -> None:
+    """They are the roof of the roofline: a kernel is held against them, not against a datasheet. Copy: bytes read plus written."""
+    device, dry = bench["device"], bench["mode"] == "dry"
+    n, elements = (256, 1 << 16) if dry else (8192, 1 << 30)
+    source = [torch.randn(elements, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    target = torch.empty_like(source[0])
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+    calls = {
+        "copy": lambda turn: target.copy_(source[turn % 2]),
+        "bf16-gemm": lambda turn: a @ b,
+        "fp8-gemm": lambda turn: torch._scaled_mm(
+            a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+    }
+    for name, ms in timing.interleaved(calls, device, budget_s(bench), max_repeats=20).items():
+        amount, unit = (2 * source[0].nbytes / 1e9, "GB/s") if name == "copy" else (2 * n**3 / 1e12, "TFLOP/s")
+        record("ceiling", name=name, ms=ms, rate=amount / ms["median"] * 1e3, unit=unit)
+
+
+def ideal_bytes(workload: w.Workload, k_mean_stride: int) -> float:
+    """Q, K, V read once, their e4m3 outputs written once, one more read of V (absmax) and of the K subsample (mean)."""
+    return workload.shape.tokens * workload.shape.heads * workload.shape.head_dim * (3 * 3 + 2 + 2.0 / k_mean_stride)
+
+
+@pytest.mark.parametrize("granularity", ["tile", "token"])
+def test_quantize(shape: w.Shape, granularity: str, bench, record) -> None:
+    workload = w.build(shape, 1.0, bench["device"])
+    layout, inputs, stride = workload.layout, w.random_inputs(shape, bench["device"]), 8
+
+    def quantize(turn: int) -> Any:
+        x = inputs[turn % len(inputs)]
+        return torch.ops.fpsattn.quantize(
+            x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity],
+            smooth_k=True, pow2_scales=False, k_mean_stride=stride,
+        )  # fmt: skip
+
+    ms = timing.interleaved({"quantize": quantize}, bench["device"], budget_s(bench))["quantize"]
+    moved = ideal_bytes(workload, stride)
+    record("kernel", name="quantize", granularity=granularity, workload=workload.describe(), ms=ms, ideal_bytes=moved,
+           gb_per_s=moved / ms["median"] / 1e6)  # fmt: skip
+
+
+def first_blocks(workload: w.Workload, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of exactly ``length`` blocks for every tile: its own first, then the following ones, cyclically."""
+    layout, device = workload.layout, workload.device
+    order = layout.tile_block_offsets[:-1, None] + torch.arange(layout.num_blocks, device=device)
+    counts = torch.full((1, 1, layout.num_tiles), length, dtype=torch.int32, device=device)
+    return counts, (order % layout.num_blocks).to(torch.int32)[None, None].contiguous()
+
+
+@pytest.mark.parametrize("granularity", ["tile", "token"])
+def test_forward(shape: w.Shape, granularity: str, bench, record) -> None:
+    """Operands already quantized, at several densities of blocks. ``of_ideal``: time over dense time times density; 1 is ideal."""
+    workload = w.build(shape, 1.0, bench["device"])
+    layout, (x, *_) = workload.layout, w.random_inputs(shape, bench["device"])
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity], smooth_k=True,
+        pow2_scales=False,
+    )  # fmt: skip
+    lengths = {density: max(1, round(density * layout.num_blocks)) for density in w.DENSITIES}
+
+    def forward(length: int) -> timing.Call:
+        lists = first_blocks(workload, length)
+        return lambda turn: torch.ops.fpsattn.forward(
+            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, *lists,
+            num_tokens=shape.tokens, softmax_scale=workload.softmax_scale, out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
+        )  # fmt: skip
+
+    calls = {str(density): forward(length) for density, length in lengths.items()}
+    times = timing.interleaved(calls, bench["device"], 3 * budget_s(bench), max_repeats=20)
+    for density, length in lengths.items():
+        ms = times[str(density)]
+        flops = 4 * BLOCK * BLOCK * shape.head_dim * shape.heads * layout.num_blocks * length
+        record(
+            "kernel", name="forward", granularity=granularity, workload=workload.describe(), density=density, blocks=length, ms=ms,
+            tflops=flops / ms["median"] / 1e9, of_ideal=ms["median"] / times["1.0"]["median"] * layout.num_blocks / length,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("density", [1.0, w.PAPER_DENSITY])
+def test_backward(shape: w.Shape, density: float, bench, record) -> None:
+    """Both modes, on what a forward left behind."""
+    workload = w.build(shape, density, bench["device"])
+    layout, mask, (x, *_) = workload.layout, workload.mask, w.random_inputs(shape, bench["device"])
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES["tile"], smooth_k=True,
+        pow2_scales=True,
+    )  # fmt: skip
+    out, _, row_max, row_sum = torch.ops.fpsattn.forward(
+        q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks,
+        mask.kv_indices, num_tokens=shape.tokens, softmax_scale=workload.softmax_scale, out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
+    )  # fmt: skip
+    grad_out = torch.randn_like(out)
+
+    def backward(deterministic: bool) -> timing.Call:
+        return lambda turn: torch.ops.fpsattn.backward(
+            grad_out, out, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum, layout.token_of_slot, layout.tile_of_block,
+            mask.kv_num_blocks, mask.kv_indices, mask.q_num_blocks, mask.q_indices, softmax_scale=workload.softmax_scale,
+            deterministic=deterministic,
+        )  # fmt: skip
+
+    calls = {"fast": backward(False), "deterministic": backward(True)}
+    for mode, ms in timing.interleaved(calls, bench["device"], 2 * budget_s(bench), max_repeats=20).items():
+        record("kernel", name="backward", mode=mode, granularity="tile", workload=workload.describe(), density=density, ms=ms,
+               tflops=BACKWARD_FLOPS * workload.computed_flops / ms["median"] / 1e9)  # fmt: skip

@@ -1,0 +1,5 @@
+"""The ``fpsattn`` command."""
+
+from .main import app
+
+__all__ = ["app"]

@@ -1,0 +1,95 @@
+"""What the library must know of a model that it did not write: :class:`Adapter` and :class:`Geometry`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+
+Grid = tuple[int, int, int]
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which tokens the self-attention of one forward sees.
+
+    Attributes:
+        grid: video tokens ``(T, H, W)``, in raster order, T slowest.
+        latents: what is denoised: its first size is the number of samples, and its device theirs.
+        timestep: the noise level as the model receives it: one number per sample, one for all, or several per sample (tokens,
+            frames: the noisiest counts).
+        text_len: other tokens of the same sequence (text, history, images), dense in both directions. None: whatever
+            the sequence has beyond the grid, read at the attention itself.
+        text_position: where these tokens are: "suffix" or "prefix".
+    """
+
+    grid: Grid
+    latents: Tensor
+    timestep: Tensor
+    text_len: int | None = 0
+    text_position: str = "suffix"
+
+
+def flow_sigma(timestep: Any, num_train_timesteps: int) -> Any:
+    """Sigma of flow matching models: 1 is noise, 0 is clean."""
+    return timestep / num_train_timesteps
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One model family: a row of the table in ``adapters/``.
+
+    Attributes:
+        name: of the family, for people.
+        classes: names of the transformer classes; subclasses count.
+        attentions: model to ``{name: attention module}``, in the order of the layers: the self-attention over the grid, and nothing else.
+            A name is the path of the module in the model.
+        geometry: model and the arguments of its forward, by name, to a :class:`Geometry`. It runs in every forward: no reads of
+            device values.
+        sigma: ``(timestep, num_train_timesteps)`` to sigma (1 noise, 0 clean), for floats and for tensors.
+        core: name of the function that the attention modules call with q, k and v; None: whichever of diffusers' two is there.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    attentions: Callable[[Any], dict[str, torch.nn.Module]]
+    geometry: Callable[[Any, Arguments], Geometry]
+    sigma: Callable[[Any, int], Any] = flow_sigma
+    core: str | None = None
+
+    def fits(self, model: Any) -> bool:
+        """Whether ``model`` is of this family."""
+        return any(cls.__name__ in self.classes for cls in type(model).__mro__)
+
+    def class_name(self, model: Any) -> str:
+        """The family's own name of the class of ``model``: FSDP2 and users subclass it."""
+        return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes)
+
+
+def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:
+    """``attentions`` of models whose blocks all have one attention: ``submodules(blocks="attn1")``, block lists in this order."""
+
+    def find(model: Any) -> dict[str, torch.nn.Module]:
+        return {
+            f"{blocks}.{i}.{attention}": getattr(block, attention)
+            for blocks, attention in attributes.items()
+            for i, block in enumerate(getattr(model, blocks, ()))
+        }
+
+    return find
+
+
+def latents_grid(latents: Tensor, patch_size: Any) -> Grid:
+    """Tokens of latents ``(B, C, T, H, W)`` under patches ``(pT, pH, pW)``."""
+    if latents.ndim != 5:
+        raise ConfigError(
+            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, wanted latents (B, C, T, H, W)"
+        )
+    t, h, w = (size // patch for size, patch in zip(latents.shape[2:], patch_size, strict=True))
+    return (t, h, w)

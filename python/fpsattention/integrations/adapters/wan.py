@@ -1,0 +1,23 @@
+"""Wan 2.1 and 2.2 and the models built on them: video tokens only, latents ``(B, C, T, H, W)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .adapter import Adapter, Arguments, Geometry, latents_grid, submodules
+
+
+def video_latents(model: Any, arguments: Arguments) -> Geometry:
+    """The whole sequence is the grid of ``hidden_states`` under ``config.patch_size``."""
+    latents = arguments["hidden_states"]
+    return Geometry(latents_grid(latents, model.config.patch_size), latents, arguments["timestep"])
+
+
+WAN = Adapter("Wan 2.1, 2.2", ("WanTransformer3DModel",), submodules(blocks="attn1"), video_latents)
+VACE = Adapter(
+    "Wan VACE", ("WanVACETransformer3DModel",), submodules(blocks="attn1", vace_blocks="attn1"), video_latents
+)
+ANIMATE = Adapter("Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), video_latents)
+SKYREELS = Adapter("SkyReels-V2", ("SkyReelsV2Transformer3DModel",), submodules(blocks="attn1"), video_latents)
+
+ADAPTERS = (WAN, VACE, ANIMATE, SKYREELS)

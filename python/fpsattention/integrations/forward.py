@@ -1,0 +1,64 @@
+"""One forward of one transformer, on the thread that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .levels import Call, Tokens
+
+if TYPE_CHECKING:
+    from .installation import Installation
+
+
+@dataclass(eq=False)
+class Forward:
+    """What the transformer's pre-hook read from the arguments of its forward.
+
+    Attributes:
+        owner: the installation whose transformer runs.
+        tokens: of the self-attention; None: the text length shows at the first attention.
+        segments: of every sample, on the host or on the device.
+        calls: what each group of layers does; empty until ``tokens`` is known, and where all layers are compiled.
+        graph_calls: the same for compiled layers; empty where there are none.
+        executed: runs of each layer's attention core so far, outside of compiled code.
+        before: the forward that runs around this one, of another transformer.
+    """
+
+    owner: Installation
+    tokens: Tokens | None
+    segments: Tensor | Sequence[int]
+    device: torch.device
+    backward: bool
+    calls: tuple[Call, ...] = ()
+    graph_calls: tuple[Call, ...] = ()
+    executed: list[int] = field(default_factory=list)
+    before: Forward | None = None
+    video: Tokens | None = None  # with text_len 0, where the text length was left open
+
+    def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
+        """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""
+        if self.tokens is None:
+            self._close(num_tokens)
+        if not self.calls or device != self.device:  # a part of the model may be on another device
+            if isinstance(self.segments, Tensor):
+                self.segments = self.segments.to(device)
+            self.device = device
+            self.calls = self.owner.tables.calls(self.tokens, device, self.segments, self.backward)  # type: ignore[arg-type]
+        return self.calls[group]
+
+    def _close(self, num_tokens: int) -> None:
+        """The text is what the sequence has beyond the grid."""
+        assert self.video is not None
+        t, h, w = self.video.grid
+        text_len = num_tokens - t * h * w
+        if text_len < 0:
+            raise ConfigError(
+                f"fpsattention.apply: {self.owner.name}: attention over {num_tokens} tokens, wanted at least those of grid {self.video.grid}"
+            )
+        self.tokens = self.video._replace(text_len=text_len)

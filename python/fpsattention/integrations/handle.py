@@ -1,0 +1,143 @@
+"""What ``apply`` returns: :class:`Handle`."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..schedule import Schedule
+from .installation import Installation, check_not_compiled
+from .record import Recorder
+from .report import Report
+
+
+class Handle:
+    """What ``apply`` returns.
+
+    Attributes:
+        schedule: the schedule in force.
+        installations: one per transformer.
+        skipped: transformers that stay dense (``on_unsupported="dense"``), and why.
+    """
+
+    def __init__(self, schedule: Schedule, installations: list[Installation], skipped: dict[str, str]):
+        self.schedule = schedule
+        self.installations = installations
+        self.skipped = skipped
+        self._removed = False
+
+    def remove(self) -> None:
+        """Restore the original attention, bit for bit. Calling it again does nothing."""
+        if not self._removed:
+            for installation in self.installations:
+                installation.remove()
+            self._removed = True
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def report(self) -> Report:
+        """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""
+        return report(self.installations, self.skipped)
+
+    def log_dict(self) -> dict[str, float]:
+        """Flat numbers for a tracker: ``fpsattn/density``, ``fpsattn/calls/<level>`` (samples x layers), ``fpsattn/nonfinite``,
+        ``fpsattn/fallbacks``. Waits for the device."""
+        report = self.report()
+        calls: Counter[str] = Counter()
+        for row in report.rows:
+            calls[row.level] += row.calls
+        log = {f"fpsattn/calls/{level}": float(count) for level, count in calls.items()}
+        log["fpsattn/density"] = report.density
+        log["fpsattn/nonfinite"] = float(sum(report.nonfinite.values()))
+        log["fpsattn/fallbacks"] = float(sum(report.fallbacks.values()))
+        return log
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        for installation in self.installations:
+            installation.reset()
+
+    def record(
+        self,
+        *,
+        dir: str | Path,
+        layers: Iterable[int] | None = None,
+        sigmas: Iterable[float] | None = None,
+    ) -> Recorder:
+        """Write q, k, v (after RoPE) of coming forwards to ``dir``, until ``stop()`` on the result (a context manager).
+
+        Args:
+            layers: indices; default all.
+            sigmas: targets, each met by the first forward at or below it; default: the first forward at every sigma.
+
+        Reads sigma on the host at every forward. Works at dense levels, too.
+        """
+        layers = None if layers is None else sorted(set(layers))
+        targets = None if sigmas is None else sorted({float(sigma) for sigma in sigmas})
+        for installation in self.installations:
+            check_not_compiled(installation)
+            if installation.recorder is not None:
+                raise ConfigError(
+                    "fpsattention.record: a recording is on already, wanted none: call stop() on it first"
+                )
+            count = len(installation.sites)
+            bad = [layer for layer in layers or () if not 0 <= layer < count]
+            if bad:
+                raise ConfigError(f"fpsattention.record: layers {bad}, wanted indices below {count}")
+        if targets and not 0.0 <= targets[0] <= targets[-1] <= 1.0:
+            raise ConfigError(f"fpsattention.record: sigmas {targets}, wanted numbers in [0, 1]")
+        observers = [
+            (site, partial(_save, weakref.ref(installation), site.layer))
+            for installation in self.installations
+            for site in installation.sites
+        ]
+        for site, observer in observers:
+            site.observers.append(observer)
+
+        def stop(recorder: Recorder) -> None:
+            for installation in self.installations:
+                if installation.recorder is recorder:
+                    installation.recorder = None
+            for site, observer in observers:
+                if observer in site.observers:
+                    site.observers.remove(observer)
+
+        recorder = Recorder(dir, layers, targets, self.schedule.tile, stop)
+        for installation in self.installations:
+            installation.recorder = recorder
+        return recorder
+
+
+def report(installations: Iterable[Installation], skipped: Mapping[str, str]) -> Report:
+    """The report of some transformers, and of those that stay dense."""
+    result = Report([], fallbacks=dict.fromkeys((f"{name}: {reason}" for name, reason in skipped.items()), 0))
+    for installation in installations:
+        result.rows.extend(installation.rows())
+        result.executions[installation.name] = installation.executions()
+        result.forwards[installation.name] = installation.forwards()
+        result.nonfinite.update(installation.nonfinite)
+        result.replaced.update(installation.replaced())
+        for site in installation.sites:
+            result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
+        for tokens, _, _ in installation.counts():
+            layout = installation.tables.tables(tokens).layout
+            text = f"tile {'x'.join(map(str, layout.tile))}, {'x'.join(map(str, layout.tile_grid))} tiles, "
+            grid = "x".join(map(str, tokens.grid)) + (f" + {tokens.text_len} text" if tokens.text_len else "")
+            result.grids[grid] = text + f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
+        result.host_reads += installation.reader.host_reads
+    return result
+
+
+def _save(installation: weakref.ref[Installation], layer: int, _name: str, q: Any, k: Any, v: Any, _out: Any) -> None:
+    owner = installation()
+    if owner is not None and owner.recorder is not None:
+        owner.recorder.save(owner.name, layer, q, k, v)

@@ -1,0 +1,161 @@
+"""One attention module under a schedule: what its core does in the forward at hand."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedError
+from ..ops.attend import attend
+from ..ops.checks import HEAD_DIMS
+from .graph import Packed
+from .levels import Call, Part
+from .state import CURRENT
+
+if TYPE_CHECKING:
+    from .cores import CoreCall
+    from .installation import Installation
+
+#: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE.
+Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
+
+
+class Site:
+    """The attention of one layer.
+
+    Args:
+        owner: the installation.
+        name: path of the module, for messages.
+        layer: its index.
+        group: of layers that read the schedule alike.
+        core: name of the function it calls.
+        on_unsupported: ``"raise"`` or ``"dense"``.
+    """
+
+    def __init__(self, owner: Installation, name: str, layer: int, group: int, core: str, on_unsupported: str):
+        self.owner = owner
+        self.name = name
+        self.layer = layer
+        self.group = group
+        self.core = core
+        self.on_unsupported = on_unsupported
+        self.observers: list[Observer] = []
+        self.fallbacks: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observers": [], "fallbacks": Counter(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def attend(self, core: CoreCall) -> Tensor:
+        """The output of the core, ``(B, S, H, D)``."""
+        reason = self._refusal(core)
+        if reason is not None:
+            return self._refused(core, reason)
+        forward = CURRENT.forward
+        if torch.compiler.is_compiling():
+            if forward is None:
+                raise self._no_forward()
+            call = forward.graph_calls[self.group]
+        else:
+            if forward is None or forward.owner is not self.owner:
+                raise self._no_forward()
+            call = forward.call(self.group, core.q.shape[1], core.q.device)
+            forward.executed[self.layer] += 1
+        if core.q.shape[1] != call.slot_of_token.shape[0]:
+            raise ConfigError(
+                f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
+                "arguments of its transformer's forward say"
+            )
+        out = self._parts(core, call)
+        if self.observers and not torch.compiler.is_compiling():
+            for observer in self.observers:
+                observer(self.name, core.q, core.k, core.v, out)
+        return out
+
+    def _parts(self, core: CoreCall, call: Call) -> Tensor:
+        if len(call.parts) == 1:
+            return _part(core, call.parts[0], core.q, core.k, core.v)
+        if call.parts[0].chosen is not None:
+            return _branches(core, call.parts)
+        assert call.order is not None  # several parts: there is an order, and each names its samples
+        outs = []
+        for part in call.parts:
+            assert part.samples is not None
+            outs.append(_part(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
+        return torch.cat(outs).index_select(0, call.order)
+
+    def _refusal(self, core: CoreCall) -> str | None:
+        if core.mask is not None:
+            return "got an attention mask, wanted None (the block mask comes from the schedule)"
+        if core.causal:
+            return "is causal, wanted attention in both directions"
+        if core.parallel:
+            return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
+        if core.q.shape != core.k.shape or core.k.shape != core.v.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
+            return f"got q, k, v of shapes {shapes}, wanted equal ones (only self-attention is replaced)"
+        if core.q.shape[3] not in HEAD_DIMS:
+            return f"has head dimension {core.q.shape[3]}, wanted one of {', '.join(map(str, HEAD_DIMS))}"
+        if core.dropout:
+            return f"has dropout {core.dropout}, wanted 0"
+        return None
+
+    def _refused(self, core: CoreCall, reason: str) -> Tensor:
+        if self.on_unsupported == "raise":
+            raise UnsupportedError(
+                f'fpsattention.apply: {self.name} {reason}: call remove(), or apply(..., on_unsupported="dense")'
+            )
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                self.fallbacks[reason] += 1
+        return core.dense(core.q, core.k, core.v)
+
+    def _no_forward(self) -> ConfigError:
+        return ConfigError(
+            f"fpsattention.apply: {self.name} ran outside of a forward of its transformer, where the grid and sigma are read: call "
+            "transformer(...), not transformer.forward(...); checkpoint blocks through "
+            "transformer.enable_gradient_checkpointing(your_function) or torch's checkpoint_wrapper, not by hand"
+        )
+
+
+def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One launch.
+
+    Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
+    next, so the cast costs nothing that counts.
+    """
+    if part.lists is None:
+        return core.dense(q, k, v)
+    lists = part.lists
+    if isinstance(lists, Packed):
+        lists = lists.unpack(q.shape[0], q.shape[2])
+    dtype = v.dtype
+    if dtype == torch.float32 and v.device.type != "cpu":
+        dtype = torch.bfloat16
+    return attend(q.to(dtype), k.to(dtype), v.to(dtype), lists, granularity=part.granularity, scale=core.scale)[0]
+
+
+def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
+    """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
+    out: Tensor | None = None
+    for part in parts:
+        assert part.chosen is not None and part.wanted is not None
+
+        def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
+            return _part(core, part, q, k, v).to(v.dtype).contiguous()
+
+        def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.zeros_like(v, memory_format=torch.contiguous_format)
+
+        one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
+        out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
+    assert out is not None
+    return out

@@ -1,0 +1,3 @@
+"""``torch.ops.fpsattn.*``: importing this package registers schemas, kernels, fakes and derivatives (:mod:`.core`)."""
+
+from . import core  # noqa: F401

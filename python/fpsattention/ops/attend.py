@@ -1,0 +1,71 @@
+"""``attend``: tensors and a block mask in, attention out. What ``fpsattention.attention`` and the model integrations call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout.masks import BlockMask, Lists
+from . import autograd
+from .backends import reference_attention, resolve_backend
+from .checks import GRANULARITIES
+
+K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
+K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | Lists,
+    *,
+    granularity: str = "tile",
+    scale: float | None = None,
+    smooth_k: bool = True,
+    pow2_scales: bool = False,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    deterministic: bool = False,
+    tensor_layout: str = "NHD",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse FP8 attention, differentiable straight through the quantizers.
+
+    Args:
+        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``.
+        mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
+            a gradient.
+        others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
+
+    Returns:
+        ``out`` like q, as a view of ``(B, S, H, D)`` memory, and ``lse`` f32 ``(B, H, S)``.
+
+    Raises:
+        ConfigError, UnsupportedError: from the backend and the ops, which check shapes, dtypes and devices.
+    """
+    backend = resolve_backend(backend, q)
+    if tensor_layout == "NHD":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    lists = mask if isinstance(mask, Lists) else mask.to(q.device).lists(backward)
+    options: dict[str, Any] = {
+        "granularity": GRANULARITIES[granularity],
+        "softmax_scale": int(q.shape[3]) ** -0.5 if scale is None else scale,
+        "smooth_k": smooth_k,
+        "pow2_scales": pow2_scales,
+        "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),
+        "k_mean": k_mean,
+        "v_absmax": v_absmax,
+    }
+    if backend == "reference":
+        out, lse = reference_attention(q, k, v, lists, **options)
+    else:
+        k_mean, v_absmax = options.pop("k_mean"), options.pop("v_absmax")
+        out, lse, *_ = autograd.call(
+            "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
+        )
+    return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse

@@ -1,0 +1,166 @@
+"""Derivatives of ``fpsattn::attention``: straight-through, from the saved FP8 operands (``docs/numerics.md``).
+
+Saved are the quantized tensors and their scales, the output, the row maxima and sums, and the block lists: no copies of
+q, k, v. Derivatives pass the quantizers and the K smoothing as identity. Only ``out`` is differentiable, once: in reverse
+mode (``fpsattn::backward``) and, on the CPU, in forward mode (``fpsattn::jvp``). All else raises, and nothing is silently zero.
+
+The kernels are registered here, not with ``torch.library.register_autograd``, because that drops forward-mode tangents without a word
+and does not work under ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import ConfigError, UnsupportedError
+from . import vmap
+
+_NUM_OUTPUTS = 10
+_ONCE = "only first derivatives are supported: those of fpsattention.attention are not differentiable"
+_MESSAGES = {
+    "backward": f"fpsattention.backward: double backward was asked for, {_ONCE} (drop create_graph=True)",
+    "jvp": f"fpsattention.jvp: a derivative of a forward-mode derivative was asked for, {_ONCE} (detach the tangent)",
+    **{
+        op: f"fpsattention.{op}: a gradient was asked through torch.ops.fpsattn.{op}, which has none: torch.ops.fpsattn.attention "
+        "and fpsattention.attention are differentiable"
+        for op in ("quantize", "forward")
+    },
+}  # fmt: skip
+
+
+def _below_autograd(op: str, *args: Any, **options: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.fpsattn, op).default(*args, **options)
+
+
+class _Attention(torch.autograd.Function):
+    """``fpsattn::attention`` with its positional arguments and, last, a dict of the keyword ones."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *args, options = inputs
+        return _below_autograd("attention", *args, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (_q, _k, _v, token_of_slot, tile_of_block, _offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices,
+         _k_mean, _v_absmax, options) = inputs  # fmt: skip
+        if any(ctx.needs_input_grad[:3]) and (q_num_blocks is None or q_indices is None):
+            raise ConfigError(
+                "fpsattention.attention: q_num_blocks and q_indices are missing, but q, k or v requires grad: the backward walks "
+                "the transposed block lists; pass those of block_mask.transpose(), or call under torch.no_grad()"
+            )
+        out, lse, *saved = output  # q8 .. v_scale, row_max, row_sum
+        ctx.mark_non_differentiable(lse, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.softmax_scale = options["softmax_scale"]
+        ctx.deterministic = options.get("deterministic", False)
+        lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+        ctx.save_for_backward(out, *saved, *lists, q_num_blocks, q_indices)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(out, *saved, *lists)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 13
+        out, *saved = ctx.saved_tensors
+        gradients = call(
+            "backward", _like(grad_out, out), out, *saved,
+            softmax_scale=ctx.softmax_scale, deterministic=ctx.deterministic,
+        )  # fmt: skip
+        return (*(g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 10)
+
+    @staticmethod
+    def jvp(ctx: Any, q: Tensor | None, k: Tensor | None, v: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        out, *saved = ctx.saved_for_forward
+        tangents = (x if x is None else _like(x, out) for x in (q, k, v))
+        tangent = call("jvp", *tangents, out, *saved, softmax_scale=ctx.softmax_scale)
+        return (tangent, *(None,) * (_NUM_OUTPUTS - 1))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        *args, options = inputs
+        return vmap.rule("attention", partial(call, "attention"))(info, in_dims[:-1], *args, **options)
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """In the dtype of ``out`` and with unit stride in D, which an expanded or transposed gradient, e.g. that of sum(), lacks."""
+    x = x.to(out.dtype)
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _refusing(op: str) -> type[torch.autograd.Function]:
+    """The op as it is, and an error where a derivative of it is asked."""
+    message = _MESSAGES[op]
+
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            *args, options = inputs
+            return _below_autograd(op, *args, **options)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise UnsupportedError(message)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> Any:
+            raise UnsupportedError(message)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+            *args, options = inputs
+            return vmap.rule(op, partial(call, op))(info, in_dims[:-1], *args, **options)
+
+    return Refusing
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "attention": _Attention,
+    **{op: _refusing(op) for op in _MESSAGES},
+}
+
+
+def call(op: str, *args: Any, **options: Any) -> Any:
+    """``torch.ops.fpsattn.<op>``, also inside of ``torch.func`` transforms, whose functions must be met before the dispatcher."""
+    if torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[op].apply(*args, options)
+    return getattr(torch.ops.fpsattn, op)(*args, **options)
+
+
+def _kernel(op: str) -> Callable[..., Any]:
+    """The autograd kernel of an op."""
+
+    def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
+        differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        if differentiated or forward_ad._current_level >= 0:
+            if torch._C._are_functorch_transforms_active():
+                raise UnsupportedError(
+                    f"fpsattention.{op}: torch.ops.fpsattn.{op} was called inside a transform of torch.func that differentiates, "
+                    "which fpsattention.attention supports: call that"
+                )
+            if op == "attention":
+                args = (*args, *(None,) * (12 - len(args)))  # the dispatcher leaves out trailing defaults
+            return _FUNCTIONS[op].apply(*args, options)
+        with torch._C._AutoDispatchBelowAutograd():
+            overload = getattr(torch.ops.fpsattn, op).default
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    return kernel
+
+
+def register(library: torch.library.Library) -> None:
+    """Autograd kernels of all ops."""
+    for op in _FUNCTIONS:
+        library.impl(op, _kernel(op), "Autograd", with_keyset=True)

@@ -1,0 +1,117 @@
+"""Which implementation serves a call: the sm_90a kernels, the CPU kernels, or the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedError
+from ..layout.masks import Lists
+from ..layout.plain import constant
+from . import core, reference
+from .checks import KERNEL_DTYPES
+
+BACKENDS = ("auto", "sm90", "cpu", "reference")
+_DOCTOR = "run `fpsattn doctor` for what is missing and how to mend it"
+
+
+def resolve_backend(backend: str, q: Tensor) -> str:
+    """ "sm90", "cpu" or "reference" for tensors like q.
+
+    Raises:
+        ConfigError: an unknown backend, or tensors that it does not take. UnsupportedError: it cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise _fail(f"backend {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    device = q.device
+    if backend == "auto":
+        if device.type not in ("cpu", "cuda", "meta"):
+            raise UnsupportedError(
+                f"fpsattention.attention: q is on {device}, supported are CUDA (sm_90) and the CPU: move q, k and v"
+            )
+        if device.type == "meta":  # shapes only
+            return "cpu"
+        backend = "sm90" if device.type == "cuda" or core.sm90_on_host() else "cpu"
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise _fail(f"backend 'cpu' but q is on {device}: pass CPU tensors, or backend='auto'")
+        if core.sm90_on_host():
+            raise UnsupportedError(
+                "fpsattention.attention: backend 'cpu', but FPSATTN_SM90_ON_HOST=1 gave CPU tensors to the sm_90a kernels in this "
+                "process: start one without it, or pass backend='auto' or 'reference'"
+            )
+    if backend == "sm90":
+        problem = sm90_problem(device)
+        if problem:
+            raise UnsupportedError(
+                f"fpsattention.attention: the sm_90a kernels cannot take q on {device}: {problem}; {_DOCTOR}"
+            )
+        if q.dtype not in KERNEL_DTYPES:
+            raise _fail(f"q has dtype {q.dtype}, the sm_90a kernels take bfloat16 or float16: cast q, k and v")
+    return backend
+
+
+@constant
+def sm90_problem(device: torch.device) -> str:
+    """Why the sm_90a kernels cannot run on ``device``; "" where they can."""
+    missing = core.sm90_missing()
+    if missing:
+        return missing
+    if device.type == "cpu":
+        if core.sm90_on_host():
+            return ""
+        return "they need a CUDA tensor (FPSATTN_SM90_ON_HOST=1 is for running them under an emulator)"
+    if device.type != "cuda":
+        return "they need a CUDA tensor"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (9, 0):
+        return ""
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {major}.{minor}, they are built for 9.0 (Hopper: H100, H200, H20); backend='reference' runs anywhere, slowly"
+
+
+def _fail(text: str) -> ConfigError:
+    return ConfigError(f"fpsattention.attention: {text}")
+
+
+class _Reference(torch.autograd.Function):
+    """``reference.py`` with its straight-through backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        quantized = reference.quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
+        tables = (lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices)
+        result = reference.forward(
+            *quantized.operands, *tables, quantized.q_k_mean,
+            num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
+        )  # fmt: skip
+        ctx.save_for_backward(result.out, *quantized.operands, result.row_max, result.row_sum, *tables)
+        ctx.softmax_scale = softmax_scale
+        ctx.mark_non_differentiable(result.lse)
+        return result.out, result.lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+        out, *saved = ctx.saved_tensors
+        gradients = reference.backward(grad_out, out, *saved, softmax_scale=ctx.softmax_scale)
+        return (*(g.to(out.dtype) for g in gradients), None, None, None)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of the reference, computed on the CPU whatever the device of q; always deterministic.
+
+    Args:
+        q, k, v: ``(B, H, S, D)``.
+        options: of :func:`reference.quantize`.
+    """
+    on_cpu = lists.to("cpu")
+    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+    out, lse = _Reference.apply(q.cpu(), k.cpu(), v.cpu(), on_cpu, softmax_scale, options)
+    return out.to(q.device), lse.to(q.device)

@@ -1,0 +1,212 @@
+"""``torch.ops.fpsattn.*``: loads the libraries and registers kernels, fakes and derivatives.
+
+Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D):
+
+``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, *, granularity, smooth_k, pow2_scales,
+k_mean_stride=1) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean)``
+    q, k, v (B, H, S, D); token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
+    granularity 0 tile, 1 block, 2 token; k_mean, v_absmax f32 [B, H, D], computed where None.
+    q8, k8 e4m3 [B, H, NB, 128, D]; v8t e4m3 [B, H, NB, D + 8, 128]; q_scale, k_scale f32 [B, H, NB], per token
+    [B, H, NB, 128]; v_scale f32 [B, H, D]; k_mean_used f32 [B, H, D]; q_k_mean f32 [B, H, S].
+``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
+softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
+    tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
+    out (B, H, S, D), a view of (B, S, H, D) memory; lse f32 [B, H, S]; row_max, row_sum f32 [B, H, NB * 128].
+``backward(grad_out, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
+q_num_blocks, q_indices, *, softmax_scale, deterministic=False) -> (dq, dk, dv)``
+    q_num_blocks int32 [., ., NB], q_indices int32 [., ., NB, max_q]: the query blocks that visit a KV block.
+``jvp(q_tangent, k_tangent, v_tangent, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks,
+kv_indices, *, softmax_scale) -> out_tangent``
+    tangents like q, or None; out_tangent like out. CPU only.
+``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
+q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
+    quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
+``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
+    the tables of a planned grid: see ``lists.py``.
+
+CUDA tensors go to the sm_90a kernels, CPU tensors to ``cpu.py``; with ``FPSATTN_SM90_ON_HOST=1`` at the time of loading (device
+code runs on the host, in an emulator) CPU tensors go to the sm_90a kernels, too. Bad arguments raise
+:class:`~fpsattention.errors.ConfigError`, whichever kernel they meet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BuildError, ConfigError, UnsupportedError
+from ..layout.tiles import core
+from . import autograd, checks, cpu, fakes, lists, vmap
+from .reference import Forward, Quantized
+
+REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
+KERNEL_OPS = ("quantize", "forward", "backward")  # those with sm_90a kernels
+JVP_SCHEMA = (
+    "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
+    "Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
+    "Tensor kv_num_blocks, Tensor kv_indices, *, float softmax_scale) -> Tensor out_tangent"
+)
+
+
+def library_dir() -> Path:
+    """Folder of the compiled libraries."""
+    return Path(__file__).resolve().parents[1] / "lib"
+
+
+def _load() -> str | None:
+    """Loads the schemas, then the sm_90a kernels; returns why the kernels are not there, or None."""
+    schemas, kernels = (library_dir() / f"lib{name}.so" for name in ("fpsattn_torch", "fpsattn_torch_cuda"))
+    if not schemas.exists():
+        raise BuildError(f"fpsattention.ops: {schemas} is missing, so this package was never built: {REINSTALL}")
+    try:
+        torch.ops.load_library(str(schemas))
+    except OSError as error:
+        raise BuildError(
+            f"fpsattention.ops: {schemas} does not load ({error}): torch >= 2.10 is needed, then {REINSTALL}"
+        ) from error
+    if not kernels.exists():
+        return "this installation was built without CUDA kernels (no nvcc was found, or FPSATTN_BUILD_CUDA=OFF)"
+    other = other_cuda(core().build_info().get("cuda_version", ""), torch.version.cuda)
+    if other:
+        return other
+    try:
+        torch.ops.load_library(str(kernels))
+    except OSError as error:
+        return f"{kernels.name} does not load ({error.__cause__ or error})"
+    return None
+
+
+def other_cuda(built: str, running: str | None) -> str | None:
+    """Why kernels built with CUDA ``built`` cannot share a process with a torch of CUDA ``running`` (None: a CPU build), or None.
+
+    Kernels and torch must use one CUDA runtime, and a runtime is of one major version.
+    """
+    majors = [version.partition(".")[0] for version in (built, running or "")]
+    if all(majors) and majors[0] != majors[1]:
+        return f"the kernels were built with CUDA {built} but torch runs with CUDA {running}: {REINSTALL} with nvcc of CUDA {majors[1]}"
+    return None
+
+
+_kernels_missing = _load()
+_on_host = _kernels_missing is None and os.environ.get("FPSATTN_SM90_ON_HOST") == "1"  # what the library saw, too
+
+
+def sm90_missing() -> str | None:
+    """Why the sm_90a kernels cannot be called in this process (one clause of a sentence), or None where they can."""
+    return _kernels_missing
+
+
+def sm90_on_host() -> bool:
+    """Whether device code runs on the host (an emulator), so that CPU tensors go to the sm_90a kernels in this process."""
+    return _on_host
+
+
+# Kernels -----------------------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    tile_block_offsets: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor | None = None,
+    q_indices: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    granularity: int,
+    softmax_scale: float,
+    smooth_k: bool,
+    pow2_scales: bool,
+    k_mean_stride: int = 1,
+    deterministic: bool = False,
+) -> tuple[Tensor, ...]:
+    """The composite; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    z = Quantized(
+        *torch.ops.fpsattn.quantize(
+            q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax,
+            granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
+        )
+    )  # fmt: skip
+    f = Forward(
+        *torch.ops.fpsattn.forward(
+            *z.operands, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, z.q_k_mean,
+            num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
+        )
+    )  # fmt: skip
+    return (f.out, f.lse, *z.operands, f.row_max, f.row_sum)
+
+
+def _checked(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The CPU kernel behind the checks of metadata and values."""
+    check, check_values = getattr(checks, f"check_{op}"), getattr(checks, f"check_{op}_values")
+
+    def run(*args: Any, **options: Any) -> Any:
+        check(*args, **options)
+        check_values(*args, **options)
+        # Autocast reaches into the torch calls of a kernel, whose FP32 matmuls must stay FP32.
+        with torch.autocast("cpu", enabled=False):
+            return kernel(*args, **options)
+
+    return run
+
+
+def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
+    raise UnsupportedError(
+        "fpsattention.attention: a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) was asked on the sm_90a "
+        "kernels, which have none: use CPU tensors, or reverse mode"
+    )
+
+
+def _translated(op: str) -> Callable[..., Any]:
+    """The kernel of whatever device, its C++ errors as ConfigError."""
+    overload = getattr(torch.ops.fpsattn, op).default
+
+    def run(keyset: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return overload.redispatch(keyset & _BELOW_BACKEND_SELECT, *args, **options)
+        except (ConfigError, UnsupportedError):
+            raise
+        except RuntimeError as error:
+            text = str(error)
+            if not text.startswith("fpsattn."):
+                raise
+            raise ConfigError(text.replace("fpsattn.", "fpsattention.", 1)) from None
+
+    return run
+
+
+_BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+
+def _register() -> None:
+    impl = torch.library.impl
+    torch.library.define("fpsattn::jvp", JVP_SCHEMA)
+    impl("fpsattn::attention", "CompositeExplicitAutograd")(_attention)
+    if not _on_host:
+        for op in KERNEL_OPS:
+            impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
+    impl("fpsattn::jvp", "CPU")(_no_jvp_kernel if _on_host else _checked("jvp", cpu.jvp))
+    impl("fpsattn::jvp", "CUDA")(_no_jvp_kernel)
+    for op in (*KERNEL_OPS, "jvp"):
+        torch.library.register_fake(f"fpsattn::{op}")(fakes.of(op))
+    if _kernels_missing is None:
+        for op in KERNEL_OPS:  # BackendSelect comes before the kernels of all devices
+            _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
+    lists.register()
+    autograd.register(_LIBRARY)
+    for op in ("attention", *KERNEL_OPS, "jvp"):
+        torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
+
+
+_LIBRARY = torch.library.Library("fpsattn", "FRAGMENT")
+_register()

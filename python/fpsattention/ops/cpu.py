@@ -1,0 +1,466 @@
+"""CPU kernels of ``torch.ops.fpsattn.{quantize,forward,backward}``: batched FP32 matmuls over gathered blocks.
+
+Same values as ``reference.py`` up to the order of FP32 sums, at the speed of torch's GEMM. Work is cut into *items*, one
+query tile of one (batch, head); items with equal tile and list lengths are batched, and lists are walked in segments of
+``SEGMENT_BLOCKS`` KV blocks with a running maximum, so that a chunk of scores stays near the caches and peak memory is
+linear in the number of tokens. Shapes and layouts are those of ``core.py``.
+
+e4m3 values and products of two of them are exact in FP32, so the matmuls run on raw e4m3 values; scales are applied to scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import BLOCK, E4M3_MAX, LOG2E, P_SHIFT, TILE, TOKEN, V_EXTRA_ROWS, scale_of, v_slot_order
+
+CHUNK_SCORES = 1 << 21  # scores computed together: 8 MiB, what a few cores keep in their caches
+SEGMENT_BLOCKS = 16  # KV blocks between two updates of the running maximum and of the output
+EXPONENT_BITS = 0x7F800000
+E4M3_MIN_NORMAL = 2.0**-6
+EXACT_SHIFT = 2.0**22  # beyond it 8 - m and scores, as FP32 has them, are off by more than P can bear
+E4M3_ULP_SHIFT = 2.0**20  # adding 2^(e + 20) to x in [2^e, 2^(e+1)) rounds x to 3 mantissa bits, nearest even
+CPU = torch.device("cpu")  # said everywhere, like dtypes: torch's defaults are the user's
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=CPU)
+
+
+# Quantize ----------------------------------------------------------------------------------------------------------------
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """FP32 (consumed) to e4m3: nearest even, saturating at 448, NaN stays NaN."""
+    return x.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _gather(x: Tensor, source_token: Tensor) -> Tensor:
+    """``(B, H, S, D)`` in any strides to a fresh FP32 ``(B, H, num_blocks, 128, D)``."""
+    rows = x.index_select(2, source_token)
+    rows = rows if rows.dtype == torch.float32 else rows.float()
+    return rows.unflatten(2, (-1, BLOCK))
+
+
+def _group_absmax(blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int) -> Tensor:
+    """``[B, H, num_blocks]``, per token ``[B, H, num_blocks, 128]``; a tile's maximum is replicated over its blocks."""
+    low, high = torch.aminmax(blocks, dim=-1)
+    per_slot = torch.maximum(-low, high)
+    if granularity == TOKEN:
+        return per_slot
+    per_block = per_slot.amax(-1)
+    if granularity == TILE:
+        index = tile_of_block.expand_as(per_block)
+        per_tile = per_block.new_zeros(*per_block.shape[:2], num_tiles).scatter_reduce_(2, index, per_block, "amax")
+        per_block = per_tile.index_select(2, tile_of_block)
+    return per_block
+
+
+def _quantize_rows(
+    blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int, pow2: bool
+) -> tuple[Tensor, Tensor]:
+    scale = scale_of(_group_absmax(blocks, tile_of_block, num_tiles, granularity), pow2)
+    divisor = scale.unsqueeze(-1) if granularity == TOKEN else scale[..., None, None]
+    return to_e4m3(blocks.div_(divisor)), scale
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    granularity: int,
+    smooth_k: bool,
+    pow2_scales: bool,
+    k_mean_stride: int = 1,
+) -> tuple[Tensor, ...]:
+    """See ``reference.quantize``: same bits, given the same ``k_mean``."""
+    slots = token_of_slot.long().view(-1, BLOCK)
+    valid = slots >= 0
+    source = torch.where(valid, slots, slots[:, :1]).reshape(-1)
+    offsets = tile_block_offsets.long()
+    num_tiles = offsets.numel() - 1
+    tile_of_block = torch.repeat_interleave(torch.arange(num_tiles, device=CPU), offsets.diff())
+
+    if not smooth_k:
+        mean = _zeros(k.shape[0], k.shape[1], k.shape[3])
+    elif k_mean is not None:
+        mean = k_mean.float().contiguous()
+    else:
+        mean = k[:, :, ::k_mean_stride].float().mean(dim=2)
+
+    q_blocks = _gather(q, source)
+    q_k_mean = torch.matmul(q.float(), mean.unsqueeze(-1)).squeeze(-1)
+    q8, q_scale = _quantize_rows(q_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
+    del q_blocks
+    k_blocks = _gather(k, source)
+    k_blocks -= mean[:, :, None, None]
+    k8, k_scale = _quantize_rows(k_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
+    del k_blocks
+
+    if v_absmax is None:
+        low, high = torch.aminmax(v, dim=2)
+        v_absmax = torch.maximum(-low.float(), high.float())
+    v_scale = scale_of(v_absmax.float(), pow2_scales)
+    order = v_slot_order()
+    v_blocks = _gather(v, source.view(-1, BLOCK)[:, order].reshape(-1))
+    v_blocks.masked_fill_(v_blocks.isinf(), float("nan"))  # with a given v_absmax, an Inf must not saturate
+    v_blocks = to_e4m3(v_blocks.div_(v_scale[:, :, None, None])).view(torch.uint8)
+    valid = valid[:, order]
+    v8t = v_blocks.new_zeros(*v_blocks.shape[:3], v.shape[-1] + V_EXTRA_ROWS, BLOCK)
+    v8t[..., : v.shape[-1], :] = v_blocks.masked_fill_(~valid[:, :, None], 0).transpose(-1, -2)
+    v8t[..., v.shape[-1], :] = valid.to(torch.uint8) * 0x38  # 1.0 in e4m3
+    return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean
+
+
+# Attention: work items ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chunk:
+    """Items computed together. Blocks are numbered through (batch, head): ``(b * H + h) * num_blocks + block``."""
+
+    q_blocks: Tensor  # int64 [items, blocks of a tile]
+    kv_blocks: Tensor  # int64 [items, list length], in list order
+
+
+def _chunks(
+    tile_of_block: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, batch: int, heads: int
+) -> Iterator[Chunk]:
+    """Items with a non-empty list, grouped by (blocks of the tile, list length)."""
+    num_blocks, num_tiles = tile_of_block.numel(), kv_num_blocks.shape[2]
+    tile_of_block = tile_of_block.long()
+    blocks_by_tile = torch.argsort(tile_of_block, stable=True)
+    tile_size = torch.bincount(tile_of_block, minlength=num_tiles)
+    tile_start = tile_size.cumsum(0) - tile_size
+
+    counts = kv_num_blocks.long().expand(batch, heads, num_tiles).reshape(-1)
+    item_tile = torch.arange(num_tiles, device=CPU).repeat(batch * heads)
+    item_bh = torch.arange(batch * heads, device=CPU).repeat_interleave(num_tiles)
+    lists = kv_indices.expand(batch, heads, *kv_indices.shape[2:])
+    kinds = tile_size[item_tile] * (num_blocks + 1) + counts
+    kinds[counts == 0] = 0
+    for kind in torch.unique(kinds).tolist():
+        size, length = divmod(kind, num_blocks + 1)
+        if size == 0 or length == 0:
+            continue
+        of_kind = torch.nonzero(kinds == kind).squeeze(1)
+        step = max(1, CHUNK_SCORES // (size * BLOCK * min(length, SEGMENT_BLOCKS) * BLOCK))
+        for items in of_kind.split(step):
+            bh, tile = item_bh[items], item_tile[items]
+            first = (bh * num_blocks)[:, None]
+            q_blocks = blocks_by_tile[tile_start[tile][:, None] + torch.arange(size, device=CPU)]
+            kv_blocks = lists[bh // heads, bh % heads, tile, :length].long()
+            yield Chunk(first + q_blocks, first + kv_blocks)
+
+
+def _rows(x: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks ``[items, n]`` of ``x [B*H*num_blocks, 128, ...]`` as ``[items, n * 128, ...]``."""
+    rows = x.index_select(0, blocks.reshape(-1))
+    return rows.view(blocks.shape[0], blocks.shape[1] * BLOCK, *x.shape[2:])
+
+
+class _Operands:
+    """FP32 copies of the quantized operands, numbered through (batch, head)."""
+
+    def __init__(self, q8: Tensor, k8: Tensor, v8t: Tensor, q_scale: Tensor, k_scale: Tensor):
+        dim = q8.shape[-1]
+        self.q8 = q8.reshape(-1, BLOCK, dim)
+        self.k = k8.reshape(-1, BLOCK, dim).float()
+        v_bytes = v8t.view(torch.uint8).reshape(-1, dim + V_EXTRA_ROWS, BLOCK).transpose(1, 2)
+        v_bytes = v_bytes.index_select(1, v_slot_order().argsort())
+        self.v = v_bytes.view(torch.float8_e4m3fn).float()  # [., 128, D + 8], column D is 1.0 in valid slots
+        # One scale per row of Q; one per block of K, or per row of K.
+        q_scale = q_scale if q_scale.dim() == 4 else q_scale.unsqueeze(-1).expand(*q_scale.shape, BLOCK)
+        self.q_scale = q_scale.reshape(-1, BLOCK)
+        self.k_scale = k_scale.reshape(-1, BLOCK) if k_scale.dim() == 4 else k_scale.reshape(-1)
+        self.k_per_token = k_scale.dim() == 4
+
+    def scaled_scores(
+        self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier`` (None: 1), in log2 units.
+
+        Per-block scales are left out of the product, because they commute with the maximum and can be fused into the next pass.
+        """
+        items, n = blocks.shape
+        raw = torch.bmm(q, _rows(self.k, blocks).transpose(1, 2)).view(items, q.shape[1], n, BLOCK)
+        if self.k_per_token:
+            k_scale = self.k_scale.index_select(0, blocks.reshape(-1)).view(items, 1, n, BLOCK)
+            raw.mul_((q_scale.view(items, -1, 1, 1) * k_scale).mul_(factor))
+            return raw, None, raw.amax(-1)
+        multiplier = q_scale.view(items, -1, 1) * self.k_scale[blocks][:, None] * factor
+        return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
+
+
+def _exp2_shifted(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
+    """``2^(x - m + 8)`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
+    shift = (P_SHIFT - row_max).unsqueeze(-1)
+    if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
+        # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
+        raw = raw if multiplier is None else raw.mul_(multiplier)
+        raw.sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
+    elif multiplier is None:
+        raw.add_(shift)
+    else:
+        torch.addcmul(shift, raw, multiplier, out=raw)
+    return raw.exp2_()
+
+
+def _round_to_e4m3(p: Tensor, min_normal: Tensor | float) -> Tensor:
+    """``p >= 0`` in place to 3 mantissa bits, nearest even, with a fixed step below ``min_normal`` (2^-6 for e4m3).
+
+    Adding and subtracting ``2^20`` times the power of two below ``p`` leaves exactly those bits. NaN stays NaN.
+    """
+    binade = torch.bitwise_and(p.view(torch.int32), EXPONENT_BITS).view(torch.float32)
+    if isinstance(min_normal, float):
+        binade.clamp_min_(min_normal)
+    else:
+        torch.maximum(binade, min_normal, out=binade)
+    return p.add_(binade, alpha=E4M3_ULP_SHIFT).sub_(binade, alpha=E4M3_ULP_SHIFT)
+
+
+# Forward -----------------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
+    *,
+    num_tokens: int,
+    softmax_scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference.forward``."""
+    batch, heads, num_blocks, _, dim = q8.shape
+    operands = _Operands(q8, k8, v8t, q_scale, k_scale)
+    v_scale = v_scale.reshape(batch * heads, dim)
+    factor = softmax_scale * LOG2E
+    valid = token_of_slot >= 0
+
+    out = _zeros(batch * heads * num_blocks, BLOCK, dim, dtype=out_dtype)
+    row_max = _zeros(batch * heads * num_blocks, BLOCK)
+    row_sum = _zeros(batch * heads * num_blocks, BLOCK)
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+        acc, m = _forward_chunk(operands, chunk, factor)
+        l = acc[..., dim]
+        scale_v = v_scale[chunk.q_blocks[:, 0] // num_blocks].unsqueeze(1)
+        o = (acc[..., :dim] * scale_v).div_(l.unsqueeze(-1))
+        rows = chunk.q_blocks.reshape(-1)
+        out[rows] = o.view(-1, BLOCK, dim).to(out_dtype)
+        row_max[rows] = m.view(-1, BLOCK)
+        row_sum[rows] = l.reshape(-1, BLOCK)
+
+    row_max, row_sum = (x.view(batch, heads, -1).mul_(1.0).masked_fill_(~valid, 0.0) for x in (row_max, row_sum))
+    slot_of_token = _slot_of_token(token_of_slot, num_tokens)
+    lse = (row_max - P_SHIFT + torch.log2(row_sum)).div_(LOG2E).index_select(2, slot_of_token)
+    if q_k_mean is not None:
+        lse += softmax_scale * q_k_mean
+    return _token_order(out.view(batch, heads, -1, dim), slot_of_token, out_dtype), lse, row_max, row_sum
+
+
+def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Tensor, Tensor]:
+    """Unnormalized ``[items, rows, D + 8]`` (column D is the normaliser) and the row maximum ``[items, rows, 1]``."""
+    q = _rows(operands.q8, chunk.q_blocks).float()
+    q_scale = _rows(operands.q_scale, chunk.q_blocks)
+    items, rows = q.shape[:2]
+    m, acc = q.new_full((items, rows, 1), -math.inf), None
+    for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
+        raw, multiplier, block_max = operands.scaled_scores(q, q_scale, blocks, factor)
+        # The maximum that is running when a block is visited decides below which value its P are subnormal.
+        running = torch.cummax(torch.cat([m, block_max.ceil_()], dim=-1), dim=-1).values
+        m_old, m, running = m, running[..., -1:], running[..., 1:]
+        p = _exp2_shifted(raw, multiplier, m)
+        if torch.equal(running[..., 0], m[..., 0]):
+            p = _round_to_e4m3(p, E4M3_MIN_NORMAL)
+        else:
+            min_normal = torch.exp2(running - m - 6).clamp_min_(torch.finfo(torch.float32).tiny)
+            p = _round_to_e4m3(p, min_normal.unsqueeze(-1))
+        p, v = p.view(items, rows, -1), _rows(operands.v, blocks)
+        if acc is None:
+            acc = torch.bmm(p, v)
+        else:
+            acc.mul_(torch.where(m == m_old, 1.0, torch.exp2(m_old - m))).baddbmm_(p, v)
+    assert acc is not None  # chunks have non-empty lists
+    return acc, m
+
+
+def _slot_of_token(token_of_slot: Tensor, num_tokens: int) -> Tensor:
+    slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
+    result = _zeros(num_tokens, dtype=torch.long)
+    result[token_of_slot[slots].long()] = slots
+    return result
+
+
+def _token_order(slots: Tensor, slot_of_token: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, H, num_slots, D)`` to a ``(B, H, S, D)`` view of ``(B, S, H, D)`` memory."""
+    batch, heads, _, dim = slots.shape
+    result = slots.new_empty(batch, slot_of_token.numel(), heads, dim, dtype=dtype)
+    for b in range(batch):
+        for h in range(heads):
+            result[b, :, h] = slots[b, h].index_select(0, slot_of_token)
+    return result.transpose(1, 2)
+
+
+# Backward ----------------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    grad_out: Tensor,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor | None = None,
+    q_indices: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.backward``. Gradients in the dtype of ``grad_out``.
+
+    One walk of the KV lists gives all three, so the transposed lists are not needed; the sums are in a fixed order (deterministic).
+    """
+    batch, heads, num_blocks, _, dim = q8.shape
+    operands = _Operands(q8, k8, v8t, q_scale, k_scale)
+    k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
+    slots = token_of_slot.long().view(-1, BLOCK)
+    valid = slots >= 0
+    source = torch.where(valid, slots, slots[:, :1]).reshape(-1)
+
+    do = _gather(grad_out, source).masked_fill_(~valid.unsqueeze(-1), 0.0)
+    delta = (_gather(out, source) * do).sum(-1).view(-1, BLOCK, 1)
+    do = do.view(-1, BLOCK, dim)
+    v_scale = v_scale.reshape(batch * heads, 1, dim)
+    row_max = row_max.reshape(-1, BLOCK, 1)
+    row_sum = row_sum.reshape(-1, BLOCK, 1)
+    # Padding rows: P = 2^-inf = 0 and P / l = 0, whatever their scores.
+    row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))
+    factor = softmax_scale * LOG2E
+
+    dq, dk, dv = (_zeros(batch * heads * num_blocks, BLOCK, dim) for _ in range(3))
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+        q_rows = _rows(operands.q8, chunk.q_blocks).float()
+        q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
+        do_rows, m, l = (_rows(x, chunk.q_blocks) for x in (do, row_max, row_sum))
+        delta_rows = _rows(delta, chunk.q_blocks)
+        # dP = dO (V8 * v_scale)^T = (dO * v_scale) V8^T
+        do_scaled = do_rows * v_scale[chunk.q_blocks[:, 0] // num_blocks]
+        q_real = q_rows * q_scale_rows.unsqueeze(-1)
+        items, rows = q_rows.shape[:2]
+        dq_rows = _zeros(items, rows, dim)
+        for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
+            raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
+            p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
+            v = _rows(operands.v, blocks)
+            p.mul_(v[..., dim].unsqueeze(1)).div_(l)
+            flat = blocks.reshape(-1)
+            dv.index_add_(0, flat, torch.bmm(p.transpose(1, 2), do_rows).view(-1, BLOCK, dim))
+            ds = torch.bmm(do_scaled, v[..., :dim].transpose(1, 2)).sub_(delta_rows).mul_(p)
+            dk.index_add_(0, flat, torch.bmm(ds.transpose(1, 2), q_real).view(-1, BLOCK, dim))
+            dq_rows.baddbmm_(ds, _rows(k, blocks))
+        dq.index_copy_(0, chunk.q_blocks.reshape(-1), dq_rows.view(-1, BLOCK, dim))
+
+    dq.mul_(softmax_scale)
+    dk.mul_(softmax_scale)
+    slot_of_token = _slot_of_token(token_of_slot, out.shape[2])
+    shape = (batch, heads, num_blocks * BLOCK, dim)
+    dq, dk, dv = (_token_order(g.view(shape), slot_of_token, grad_out.dtype) for g in (dq, dk, dv))
+    return dq, dk, dv
+
+
+# Forward mode ------------------------------------------------------------------------------------------------------------
+
+
+def jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """See ``reference.jvp``. The tangent of the output, in its dtype."""
+    batch, heads, num_blocks, _, dim = q8.shape
+    operands = _Operands(q8, k8, v8t, q_scale, k_scale)
+    k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
+    slots = token_of_slot.long().view(-1, BLOCK)
+    source = torch.where(slots >= 0, slots, slots[:, :1]).reshape(-1)
+
+    def in_slots(x: Tensor | None) -> Tensor | None:
+        return x if x is None else _gather(x, source).view(-1, BLOCK, dim)
+
+    q_dot, k_dot, v_dot = (in_slots(x) for x in (q_tangent, k_tangent, v_tangent))
+    o = _gather(out, source).view(-1, BLOCK, dim)
+    v_scale = v_scale.reshape(batch * heads, 1, dim)
+    row_max, row_sum = row_max.reshape(-1, BLOCK, 1), row_sum.reshape(-1, BLOCK, 1)
+    row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))  # as in backward
+    factor = softmax_scale * LOG2E
+
+    result = _zeros(batch * heads * num_blocks, BLOCK, dim)
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+        q_rows = _rows(operands.q8, chunk.q_blocks).float()
+        q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
+        m, l = (_rows(x, chunk.q_blocks) for x in (row_max, row_sum))
+        q_real = q_rows * q_scale_rows.unsqueeze(-1)
+        items, rows = q_rows.shape[:2]
+        of_v, of_scores, total = _zeros(items, rows, dim), _zeros(items, rows, dim), _zeros(items, rows, 1)
+        for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
+            raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
+            p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
+            v = _rows(operands.v, blocks)
+            p.mul_(v[..., dim].unsqueeze(1)).div_(l)
+            if v_dot is not None:
+                of_v.baddbmm_(p, _rows(v_dot, blocks))
+            x_dot = _zeros(items, rows, p.shape[-1])
+            if q_dot is not None:
+                x_dot.baddbmm_(_rows(q_dot, chunk.q_blocks), _rows(k, blocks).transpose(1, 2))
+            if k_dot is not None:
+                x_dot.baddbmm_(q_real, _rows(k_dot, blocks).transpose(1, 2))
+            p_dot = x_dot.mul_(p)
+            of_scores.baddbmm_(p_dot, v[..., :dim])
+            total += p_dot.sum(-1, keepdim=True)
+        of_scores.mul_(v_scale[chunk.q_blocks[:, 0] // num_blocks]).sub_(total * _rows(o, chunk.q_blocks))
+        of_v.add_(of_scores, alpha=softmax_scale)
+        result.index_copy_(0, chunk.q_blocks.reshape(-1), of_v.view(-1, BLOCK, dim))
+    shape = (batch, heads, num_blocks * BLOCK, dim)
+    return _token_order(result.view(shape), _slot_of_token(token_of_slot, out.shape[2]), out.dtype)

@@ -1,0 +1,387 @@
+"""The reference: what fpsattention computes, step by step, in plain PyTorch. Obvious, never tuned, and the law.
+
+Every other implementation (``cpu.py``, the sm_90a kernels) is tested against this file. Section numbers in the comments
+are those of ``docs/numerics.md``. Shapes: q, k, v, out are ``(B, H, S, D)``; slot-ordered tensors are
+``(B, H, num_blocks, 128, ...)``. Method: FPSAttention, arXiv 2506.04648, with the numerics described in ``docs/numerics.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+E4M3_MAX = 448.0
+SCALE_FLOOR = 2.0**-100  # keeps 1 / scale and the remainder of a corrected division in FP32's normal range
+P_SHIFT = 8  # P = e4m3(2^(x - m + 8)) <= 256 < 448
+LOG2E = math.log2(math.e)
+V_EXTRA_ROWS = 8
+# Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
+V_SLOT_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+TILE, BLOCKWISE, TOKEN = 0, 1, 2  # granularity codes of the ops
+
+
+class Operands(NamedTuple):
+    """What forward and backward read of a :class:`Quantized`: its first six tensors."""
+
+    q8: Tensor
+    k8: Tensor
+    v8t: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+
+class Quantized(NamedTuple):
+    """What the quantizer hands to the attention kernels (``torch.ops.fpsattn.quantize`` returns the same, in this order)."""
+
+    q8: Tensor  # e4m3 [B, H, num_blocks, 128, D]
+    k8: Tensor  # e4m3 [B, H, num_blocks, 128, D]
+    v8t: Tensor  # e4m3 [B, H, num_blocks, D + 8, 128]
+    q_scale: Tensor  # f32 [B, H, num_blocks] or, per token, [B, H, num_blocks, 128]
+    k_scale: Tensor  # likewise
+    v_scale: Tensor  # f32 [B, H, D]
+    k_mean: Tensor  # f32 [B, H, D], zeros without smoothing
+    q_k_mean: Tensor  # f32 [B, H, S]: q . k_mean
+
+    @property
+    def operands(self) -> Operands:
+        """The tensors that forward and backward take."""
+        return Operands(self.q8, self.k8, self.v8t, self.q_scale, self.k_scale, self.v_scale)
+
+
+class Forward(NamedTuple):
+    """Result of :func:`forward`."""
+
+    out: Tensor  # (B, H, S, D)
+    lse: Tensor  # f32 (B, H, S), natural logarithm
+    row_max: Tensor  # f32 (B, H, num_blocks * 128), integers in log2 units
+    row_sum: Tensor  # f32 (B, H, num_blocks * 128)
+
+
+def attention_fp64(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Exact dense masked attention in FP64: ``softmax(scale * q k^T) v``.
+
+    Args:
+        q, k, v: ``(B, H, S, D)``, any float dtype.
+        mask: bool, broadcastable to ``(B, H, S, S)``; True = attends. A row without True gives zeros.
+        scale: default ``1 / sqrt(D)``.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    if mask is not None:  # softmax of an empty row is NaN
+        probabilities = torch.where(mask.any(-1, keepdim=True), probabilities, 0.0)
+    return probabilities @ v
+
+
+# Quantization (section 2) ------------------------------------------------------------------------------------------------
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """FP32 to e4m3: nearest even, saturating at 448; NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def scale_of(absmax: Tensor, pow2: bool) -> Tensor:
+    """``absmax / 448``; 1 for an all-zero group, NaN for a group with a NaN or an Inf; with ``pow2``, rounded up to 2^n."""
+    scale = (absmax / E4M3_MAX).clamp_min(SCALE_FLOOR)
+    if pow2:
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
+        scale = torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    scale = torch.where(absmax == 0, 1.0, scale)
+    return torch.where(torch.isfinite(absmax), scale, math.nan)
+
+
+def gather_slots(x: Tensor, token_of_slot: Tensor) -> Tensor:
+    """``(B, H, S, D)`` to ``(B, H, num_blocks, 128, D)``; a padding slot repeats slot 0 of its own block."""
+    slots = token_of_slot.long().view(-1, BLOCK)
+    source = torch.where(slots < 0, slots[:, :1], slots)
+    return x[:, :, source.reshape(-1)].unflatten(2, (-1, BLOCK))
+
+
+def _group_scales(blocks: Tensor, offsets: list[int], granularity: int, pow2: bool) -> Tensor:
+    """Scale of every slot, ``(B, H, num_blocks, 128)``. Padding repeats a valid slot of its block: it cannot change a maximum."""
+    per_slot = blocks.abs().amax(-1)
+    if granularity == TOKEN:
+        return scale_of(per_slot, pow2)
+    per_block = per_slot.amax(-1)
+    if granularity == TILE:
+        tiles = [
+            per_block[:, :, a:b].amax(-1, keepdim=True).expand(-1, -1, b - a)
+            for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
+        per_block = torch.cat(tiles, dim=-1)
+    return scale_of(per_block, pow2).unsqueeze(-1).expand(-1, -1, -1, BLOCK)
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    granularity: int,
+    smooth_k: bool,
+    pow2_scales: bool,
+    k_mean_stride: int = 1,
+) -> Quantized:
+    """Tile order, K smoothing, scales and e4m3 bytes (sections 1 and 2).
+
+    Args:
+        q, k, v: ``(B, H, S, D)``.
+        token_of_slot: int32 ``[num_slots]``, -1 in padding.
+        tile_block_offsets: int32 ``[num_tiles + 1]``.
+        granularity: 0 tile, 1 block (128 slots), 2 token.
+        k_mean_stride: the mean of K is taken over tokens 0, n, 2n, ...
+        k_mean, v_absmax: f32 ``[B, H, D]``; computed where None. Values of V beyond ``v_absmax`` saturate.
+    """
+    q, k, v = q.float(), k.float(), v.float()
+    offsets = tile_block_offsets.tolist()
+    valid = (token_of_slot >= 0).view(-1, BLOCK)
+
+    if not smooth_k:
+        k_mean = torch.zeros_like(k[:, :, 0])
+    elif k_mean is None:
+        k_mean = k[:, :, ::k_mean_stride].mean(dim=2)
+    q_k_mean = (q * k_mean.unsqueeze(2)).sum(-1)
+
+    q_blocks = gather_slots(q, token_of_slot)
+    k_blocks = gather_slots(k - k_mean.unsqueeze(2), token_of_slot)
+    q_scale = _group_scales(q_blocks, offsets, granularity, pow2_scales)
+    k_scale = _group_scales(k_blocks, offsets, granularity, pow2_scales)
+    q8 = to_e4m3(q_blocks / q_scale.unsqueeze(-1))
+    k8 = to_e4m3(k_blocks / k_scale.unsqueeze(-1))
+
+    v_scale = scale_of(v.abs().amax(2) if v_absmax is None else v_absmax.float(), pow2_scales)
+    v = torch.where(v.isinf(), math.nan, v)  # with a given v_absmax, an Inf must not saturate to a number
+    v_blocks = gather_slots(v, token_of_slot) / v_scale[:, :, None, None]
+    v_blocks = torch.where(valid[:, :, None], v_blocks, 0.0).transpose(-1, -2)  # (B, H, num_blocks, D, 128)
+    extra = torch.zeros_like(v_blocks[..., :V_EXTRA_ROWS, :])
+    extra[..., 0, :] = valid.float()
+    v8t = to_e4m3(torch.cat([v_blocks, extra], dim=-2)[..., v_slot_order()])
+
+    if granularity != TOKEN:
+        q_scale, k_scale = q_scale[..., 0], k_scale[..., 0]
+    return Quantized(q8, k8, v8t, q_scale.contiguous(), k_scale.contiguous(), v_scale, k_mean.float(), q_k_mean)
+
+
+# Attention (sections 3 to 7) ---------------------------------------------------------------------------------------------
+
+
+def v_slot_order() -> Tensor:
+    """Slot that each of the 128 positions of a block of v8t holds."""
+    return torch.arange(BLOCK, device="cpu").view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
+
+
+def _slot_of_token(token_of_slot: Tensor) -> Tensor:
+    slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
+    return slots[token_of_slot[slots].argsort()]
+
+
+def _per_slot(scale: Tensor) -> Tensor:
+    """Scales as ``(B, H, num_blocks, 128)``, whichever granularity they came in."""
+    return scale if scale.dim() == 4 else scale.unsqueeze(-1).expand(*scale.shape, BLOCK)
+
+
+def _dequantized_v(v8t: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw e4m3 values of V, ``(B, H, num_blocks, 128, D)`` in slot order, and the ones row, ``(B, H, num_blocks, 128)``."""
+    rows = v8t.float()[..., v_slot_order().argsort()]
+    return rows[..., :-V_EXTRA_ROWS, :].transpose(-1, -2), rows[..., -V_EXTRA_ROWS, :]
+
+
+def forward(
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_k_mean: Tensor | None = None,
+    *,
+    num_tokens: int,
+    softmax_scale: float,
+    out_dtype: torch.dtype,
+) -> Forward:
+    """Block-sparse attention on quantized operands, a Python loop over (batch, head, query block, KV block).
+
+    ``kv_num_blocks [Bm, Hm, num_tiles]`` and ``kv_indices [Bm, Hm, num_tiles, max_kv]`` list the KV blocks that a query
+    tile visits, in that order.
+    """
+    batch, heads, num_blocks, _, dim = q8.shape
+    q_raw, k_raw = q8.float(), k8.float()
+    v_raw, ones = _dequantized_v(v8t)
+    q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
+
+    out = q_raw.new_zeros(batch, heads, num_blocks, BLOCK, dim)
+    row_max = q_raw.new_zeros(batch, heads, num_blocks, BLOCK)
+    row_sum = q_raw.new_zeros(batch, heads, num_blocks, BLOCK)
+    for b in range(batch):
+        for h in range(heads):
+            counts = kv_num_blocks[b % kv_num_blocks.shape[0], h % kv_num_blocks.shape[1]].tolist()
+            indices = kv_indices[b % kv_indices.shape[0], h % kv_indices.shape[1]].tolist()
+            for i in range(num_blocks):
+                tile = int(tile_of_block[i])
+                if counts[tile] == 0:
+                    continue  # section 7: an empty row stays 0, with row_sum 0
+                m = q_raw.new_full((BLOCK,), -math.inf)
+                l = q_raw.new_zeros(BLOCK)
+                o = q_raw.new_zeros(BLOCK, dim)
+                for j in indices[tile][: counts[tile]]:
+                    # Section 3: scores in log2 units.
+                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
+                    x = (q_raw[b, h, i] @ k_raw[b, h, j].T) * factor
+                    # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
+                    m_new = torch.maximum(m, x.amax(-1).ceil())
+                    p = to_e4m3(torch.exp2(x - m_new[:, None] + P_SHIFT)).float()
+                    rescale = torch.where(m_new == m, 1.0, torch.exp2(m - m_new))
+                    # Section 5: the normaliser is the sum of the quantized probabilities of valid keys.
+                    l = l * rescale + p @ ones[b, h, j]
+                    o = o * rescale[:, None] + p @ v_raw[b, h, j]
+                    m = m_new
+                out[b, h, i] = o * v_scale[b, h] / l[:, None]
+                row_max[b, h, i], row_sum[b, h, i] = m, l
+
+    # Section 6: token order, natural logarithm; an empty row has log2(0) = -inf.
+    lse = (row_max - P_SHIFT + torch.log2(row_sum)) / LOG2E
+    valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
+    slot_of_token = _slot_of_token(token_of_slot)
+    lse = lse.flatten(2)[:, :, slot_of_token]
+    if q_k_mean is not None:
+        lse = lse + softmax_scale * q_k_mean
+    out = out.flatten(2, 3)[:, :, slot_of_token].to(out_dtype)
+    return Forward(out, lse, torch.where(valid, row_max, 0.0).flatten(2), torch.where(valid, row_sum, 0.0).flatten(2))
+
+
+def backward(
+    grad_out: Tensor,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Straight-through gradients ``(dq, dk, dv)``, each ``(B, H, S, D)`` FP32 (section 8).
+
+    The quantizers and the K smoothing pass gradients as identity. The probabilities are the quantized ones of the forward,
+    ``p = e4m3(2^(x - m + 8)) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
+    """
+    batch, heads, num_blocks, _, dim = q8.shape
+    q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
+    q = q8.float() * q_scale.unsqueeze(-1)
+    k = k8.float() * k_scale.unsqueeze(-1)
+    v_raw, ones = _dequantized_v(v8t)
+    v = v_raw * v_scale[:, :, None, None]
+    valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
+    do = torch.where(valid[:, :, None], gather_slots(grad_out.float(), token_of_slot), 0.0)
+    delta = (do * gather_slots(out.float(), token_of_slot)).sum(-1)
+    row_max = row_max.unflatten(2, (num_blocks, BLOCK))
+    row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
+
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for b in range(batch):
+        for h in range(heads):
+            counts = kv_num_blocks[b % kv_num_blocks.shape[0], h % kv_num_blocks.shape[1]].tolist()
+            indices = kv_indices[b % kv_indices.shape[0], h % kv_indices.shape[1]].tolist()
+            for i in range(num_blocks):
+                tile = int(tile_of_block[i])
+                m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
+                for j in indices[tile][: counts[tile]]:
+                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
+                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    p = to_e4m3(torch.exp2(x - m + P_SHIFT)).float() * ones[b, h, j]
+                    p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
+                    dp = do[b, h, i] @ v[b, h, j].T
+                    ds = p * (dp - delta[b, h, i, :, None]) * softmax_scale
+                    dv[b, h, j] += p.T @ do[b, h, i]
+                    dq[b, h, i] += ds @ k[b, h, j]
+                    dk[b, h, j] += ds.T @ q[b, h, i]
+
+    slot_of_token = _slot_of_token(token_of_slot)
+    dq, dk, dv = (g.flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    out: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """Straight-through tangent of ``out`` along the tangents of q, k, v (None: zero), ``(B, H, S, D)`` FP32 (section 9).
+
+    The adjoint of :func:`backward`: ``<grad_out, jvp(t)> = <backward(grad_out), t>``.
+    """
+    batch, heads, num_blocks, _, dim = q8.shape
+    q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
+    q = q8.float() * q_scale.unsqueeze(-1)
+    k = k8.float() * k_scale.unsqueeze(-1)
+    v_raw, ones = _dequantized_v(v8t)
+    v = v_raw * v_scale[:, :, None, None]
+    q_dot, k_dot, v_dot = (
+        torch.zeros_like(q) if x is None else gather_slots(x.float(), token_of_slot)
+        for x in (q_tangent, k_tangent, v_tangent)
+    )
+    o = gather_slots(out.float(), token_of_slot)
+    row_max = row_max.unflatten(2, (num_blocks, BLOCK))
+    row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
+
+    o_dot = torch.zeros_like(q)
+    for b in range(batch):
+        for h in range(heads):
+            counts = kv_num_blocks[b % kv_num_blocks.shape[0], h % kv_num_blocks.shape[1]].tolist()
+            indices = kv_indices[b % kv_indices.shape[0], h % kv_indices.shape[1]].tolist()
+            for i in range(num_blocks):
+                tile = int(tile_of_block[i])
+                m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
+                for j in indices[tile][: counts[tile]]:
+                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
+                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    p = to_e4m3(torch.exp2(x - m + P_SHIFT)).float() * ones[b, h, j]
+                    p = torch.where(l == 0, 0.0, p / l)
+                    s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
+                    p_dot = p * s_dot
+                    o_dot[b, h, i] += p @ v_dot[b, h, j] + p_dot @ v[b, h, j] - p_dot.sum(-1, keepdim=True) * o[b, h, i]
+    return o_dot.flatten(2, 3)[:, :, _slot_of_token(token_of_slot)]
+
+
+def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """``scale * e4m3(x / scale)`` whose gradient is the identity (straight-through)."""
+    return x + (to_e4m3(x.detach() / scale).to(x.dtype) * scale - x).detach()

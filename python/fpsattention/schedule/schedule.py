@@ -1,0 +1,340 @@
+"""Schedules: which attention runs at which noise level, in which layer and head.
+
+A schedule maps sigma (timestep / num_train_timesteps, 1 = pure noise, 0 = clean) to a named *level*: a precision, a scale
+granularity and a window. Sigma, and not the step index, is what training, few-step models and classifier-free guidance
+have in common. ``docs/schedule.md`` describes the file format and the presets.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+FORMAT = "fpsattn-schedule/1"
+PRECISIONS = ("fp8", "bf16")
+GRANULARITIES = ("tile", "block", "token")
+
+#: Extent in tiles ``(wT, wH, wW)``, a target density in (0, 1], or None: every tile.
+Window = tuple[int, int, int] | float | None
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the attention of a layer does: ``precision="bf16"`` is the model's own dense attention, whatever its dtype."""
+
+    name: str
+    precision: str = "fp8"
+    granularity: str = "tile"
+    window: Window = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS or self.granularity not in GRANULARITIES:
+            raise _error(
+                f'levels["{self.name}"]',
+                f"has precision {self.precision!r} and granularity {self.granularity!r}",
+                f"precision in {PRECISIONS} and granularity in {GRANULARITIES}",
+            )
+
+    @property
+    def kernel_class(self) -> tuple[str, str]:
+        """What the host must know to launch a kernel. Levels that share it are switched by data on the device."""
+        return (self.precision, self.granularity if self.precision == "fp8" else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The level's entry under ``levels`` in the file."""
+        if self.precision == "bf16":
+            return {"precision": "bf16"}
+        return {"precision": "fp8", "granularity": self.granularity, "window": window_to_json(self.window)}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Sigmas in ``(low, high]`` run at ``level``; the last phase includes 0."""
+
+    high: float
+    low: float
+    level: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A validated schedule. Build one with ``preset``, ``load``, ``from_dict`` or ``from_steps``.
+
+    Attributes:
+        levels: name to :class:`Level`.
+        phases: cover sigma from 1.0 down to 0.0 without gaps or overlaps, highest first.
+        model: what the schedule was made for: any of ``class``, ``num_layers``, ``num_heads``, ``flow_shift``.
+        tile: explicit tile ``(t, h, w)`` in tokens, or None: the planner picks one per grid.
+        layers: layer index to phases of its own.
+        heads: ``(layer or None for all, head)`` to a window, or to a mapping from level name to a window.
+        required: the weights were trained with this schedule and are meant to run with it only.
+        provenance: free-form; who or what made the schedule.
+    """
+
+    levels: Mapping[str, Level]
+    phases: tuple[Phase, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tile: tuple[int, int, int] | None = None
+    layers: Mapping[int, tuple[Phase, ...]] = field(default_factory=dict)
+    heads: Mapping[tuple[int | None, int], Window | Mapping[str, Window]] = field(default_factory=dict)
+    required: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise _error("levels", "is empty", "at least one level")
+        _check_phases(self.phases, self.levels, "phases")
+        for layer, phases in self.layers.items():
+            _check_phases(phases, self.levels, f'layers["{layer}"]')
+        for (of_layer, head), windows in self.heads.items():
+            path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
+            for name in windows if isinstance(windows, Mapping) else ():
+                _check_level_name(name, self.levels, f'{path}["{name}"]')
+        self.check_model(num_layers=self.model.get("num_layers"), num_heads=self.model.get("num_heads"))
+
+    # Reading a schedule --------------------------------------------------------------------------------------------------
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Inner phase borders of all layers, ascending: they cut (0, 1] into ``len(edges) + 1`` segments."""
+        tables = (self.phases, *self.layers.values())
+        return tuple(sorted({phase.low for phases in tables for phase in phases} - {0.0}))
+
+    def segment(self, sigma: float) -> int:
+        """Index of the segment (0 = lowest sigmas) that holds ``sigma``: the number of ``edges`` below it."""
+        if not 0.0 <= sigma <= 1.0:  # also NaN
+            raise ConfigError(
+                f"fpsattention.Schedule: sigma {sigma}, wanted a number in [0, 1]: timestep / num_train_timesteps"
+            )
+        return sum(edge < sigma for edge in self.edges)
+
+    def segment_levels(self, layer: int | None = None) -> tuple[Level, ...]:
+        """The level of every segment, lowest sigmas first, in ``layer`` (None: a layer without an override)."""
+        phases = self.layers.get(layer, self.phases) if layer is not None else self.phases
+        uppers = (*self.edges, 1.0)
+        return tuple(next(self.levels[p.level] for p in phases if p.low < upper <= p.high) for upper in uppers)
+
+    def at(self, sigma: float, layer: int | None = None) -> Level:
+        """The level at ``sigma`` in [0, 1]. A border belongs to the phase below it: ``(low, high]``."""
+        return self.segment_levels(layer)[self.segment(sigma)]
+
+    def windows(self, level: Level, layer: int | None = None, num_heads: int | None = None) -> tuple[Window, ...]:
+        """Windows of ``level`` in ``layer``: one for all heads, or ``num_heads`` of them where heads have their own."""
+        special: dict[int, Window] = {}
+        for (at_layer, head), windows in sorted(self.heads.items(), key=lambda item: item[0][0] is not None):
+            if at_layer is None or at_layer == layer:  # an entry for the layer itself comes after, and wins over, "*"
+                if not isinstance(windows, Mapping):
+                    special[head] = windows
+                elif level.name in windows:
+                    special[head] = windows[level.name]
+        if level.precision == "bf16" or not special:
+            return (level.window,)
+        if num_heads is None:
+            raise ConfigError(
+                "fpsattention.Schedule.windows: num_heads is None, wanted a count: this schedule has windows per head"
+            )
+        return tuple(special.get(head, level.window) for head in range(num_heads))
+
+    def check_model(
+        self, class_name: str | None = None, num_layers: int | None = None, num_heads: int | None = None
+    ) -> None:
+        """Raise ConfigError, naming the JSON path, where the schedule was not made for such a model (None: unknown)."""
+        for key, value in (("class", class_name), ("num_layers", num_layers), ("num_heads", num_heads)):
+            wanted = self.model.get(key)
+            if value is not None and wanted is not None and value != wanted:
+                raise _error(f"model.{key}", f"is {wanted!r}", f"{value!r}, as in this transformer")
+        layer_paths = [(layer, f'layers["{layer}"]') for layer in self.layers]
+        layer_paths += [(layer, f'heads["{layer}"]') for layer, _ in self.heads if layer is not None]
+        for layer, path in layer_paths:
+            if num_layers is not None and layer >= num_layers:
+                raise _error(path, f"names layer {layer}", f"a layer below num_layers = {num_layers}")
+        for of_layer, head in self.heads:
+            if num_heads is not None and head >= num_heads:
+                path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
+                raise _error(path, f"names head {head}", f"a head below num_heads = {num_heads}")
+
+    # Files ---------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
+        """Parse and validate the JSON object of a schedule file; errors name the JSON path."""
+        from .serialization import parse
+
+        return parse(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; ``from_dict`` of it equals this schedule."""
+        data: dict[str, Any] = {"format": FORMAT, "axis": "sigma"}
+        if self.model:
+            data["model"] = copy.deepcopy(dict(self.model))
+        data["tile"] = None if self.tile is None else list(self.tile)
+        data["levels"] = {name: level.to_dict() for name, level in self.levels.items()}
+        data["phases"] = [_phase_to_json(phase) for phase in self.phases]
+        data["layers"] = {str(layer): [_phase_to_json(p) for p in phases] for layer, phases in self.layers.items()}
+        heads: dict[str, dict[str, Any]] = {}
+        for (layer, head), windows in self.heads.items():
+            entry = (
+                {n: window_to_json(w) for n, w in windows.items()}
+                if isinstance(windows, Mapping)
+                else window_to_json(windows)
+            )
+            heads.setdefault("*" if layer is None else str(layer), {})[str(head)] = entry
+        data["heads"] = heads
+        data["required"] = self.required
+        data["provenance"] = copy.deepcopy(dict(self.provenance))
+        return data
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a schedule file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                f"fpsattention.Schedule.load: {path} is not JSON ({error}), wanted an {FORMAT} object"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"fpsattention.Schedule.load: {path} cannot be read ({error.strerror}), wanted a schedule file"
+            ) from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule file, and the folder it is in where there is none; ``load`` of it equals this schedule."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"fpsattention.Schedule.save: {path} cannot be written ({error.strerror}), wanted the path of a new or old file"
+            ) from error
+
+    # Presets and step lists ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, flow_shift: float = 5.0) -> Schedule:
+        """``"paper"``, ``"training_free"``, ``"fp8"`` or ``"dense"`` (docs/schedule.md says when to use which).
+
+        ``flow_shift``: the presets place their borders at fractions of the denoising steps; the shift turns these into
+        sigmas (5.0: Wan at 720p, 3.0: Wan at 480p).
+        """
+        from .presets import preset
+
+        return preset(name, flow_shift)
+
+    @classmethod
+    def resolve(cls, schedule: Schedule | str | Path | Mapping[str, Any]) -> Schedule:
+        """A schedule from any way to name one: itself, a preset's name, a file's path, a JSON object."""
+        from .presets import PRESETS
+
+        if isinstance(schedule, Schedule):
+            return schedule
+        if isinstance(schedule, Mapping):
+            return cls.from_dict(schedule)
+        if isinstance(schedule, str) and schedule in PRESETS:
+            return cls.preset(schedule)
+        if isinstance(schedule, (str, Path)) and Path(schedule).is_file():
+            return cls.load(schedule)
+        raise ConfigError(
+            f"fpsattention.Schedule: {schedule!r}, wanted a Schedule, a preset ({', '.join(PRESETS)}), a file or a JSON object"
+        )
+
+    @classmethod
+    def from_steps(
+        cls, steps: Sequence[str | Level], scheduler: Any, levels: Mapping[str, Level] | None = None, **fields: Any
+    ) -> Schedule:
+        """A schedule from one level per denoising step, for the sigmas that ``scheduler`` visits in ``len(steps)`` steps.
+
+        Args:
+            steps: level names, or :class:`Level` objects, first (noisiest) step first.
+            scheduler: a diffusers scheduler; a copy of it is asked for ``len(steps)`` timesteps.
+            levels: definitions of the names; default: the levels of the presets (``presets.LEVELS``).
+            fields: any of ``model``, ``tile``, ``layers``, ``heads``, ``required``, ``provenance``.
+        """
+        from .presets import LEVELS
+
+        known = dict(LEVELS if levels is None else levels)
+        known.update({step.name: step for step in steps if isinstance(step, Level)})
+        names = [step.name if isinstance(step, Level) else step for step in steps]
+        for index, name in enumerate(names):
+            _check_level_name(name, known, f"steps[{index}]")
+        sigmas = step_sigmas(scheduler, len(steps))
+        phases, high = [], 1.0
+        for i, name in enumerate(names):
+            if i + 1 < len(names) and names[i + 1] == name:
+                continue
+            low = 0.0 if i + 1 == len(names) else (sigmas[i] + sigmas[i + 1]) / 2
+            phases.append(Phase(high, low, name))
+            high = low
+        fields.setdefault("provenance", {"imported_from": "steps", "num_steps": len(steps)})
+        return cls(levels={name: known[name] for name in dict.fromkeys(names)}, phases=tuple(phases), **fields)
+
+    def to_steps(self, scheduler: Any, num_steps: int, layer: int | None = None) -> list[str]:
+        """Level names step by step, for the ``num_steps`` sigmas that ``scheduler`` visits."""
+        return [self.at(sigma, layer).name for sigma in step_sigmas(scheduler, num_steps)]
+
+
+def step_sigmas(scheduler: Any, num_steps: int) -> list[float]:
+    """The sigmas, noisiest first, that a diffusers scheduler visits in ``num_steps`` steps. The scheduler is left as it is."""
+    if num_steps < 1:
+        raise ConfigError(f"fpsattention.Schedule: {num_steps} steps, wanted at least 1")
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps)
+    total = scheduler.config.num_train_timesteps
+    sigmas = [min(float(t) / total, 1.0) for t in scheduler.timesteps.tolist()]
+    if len(sigmas) != num_steps or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        raise ConfigError(
+            f"fpsattention.Schedule: {type(scheduler).__name__} gives sigmas {sigmas} for {num_steps} steps, "
+            f"wanted {num_steps} strictly falling ones: use a first-order scheduler or fewer steps"
+        )
+    return sigmas
+
+
+def window_to_json(window: Window) -> Any:
+    """``[wT, wH, wW]``, ``{"density": d}`` or ``"dense"``."""
+    if window is None:
+        return "dense"
+    return {"density": window} if isinstance(window, float) else list(window)
+
+
+def _phase_to_json(phase: Phase) -> dict[str, Any]:
+    return {"sigma": [phase.high, phase.low], "level": phase.level}
+
+
+def _error(path: str, came: str, wanted: str) -> ConfigError:
+    return ConfigError(f"fpsattention.Schedule: {path} {came}, wanted {wanted}")
+
+
+def _check_level_name(name: Any, levels: Mapping[str, Level], path: str) -> None:
+    if name not in levels:
+        raise _error(path, f"is the unknown level {name!r}", f"one of {', '.join(sorted(levels))}")
+
+
+def _check_phases(phases: Sequence[Phase], levels: Mapping[str, Level], path: str) -> None:
+    """Phases must run from 1.0 down to 0.0, each starting where the one before ended."""
+    if not phases:
+        raise _error(path, "is empty", "phases that cover sigma from 1.0 down to 0.0")
+    expected, before = 1.0, "sigma starts at 1.0"
+    for i, phase in enumerate(phases):
+        here = f"{path}[{i}]"
+        _check_level_name(phase.level, levels, f"{here}.level")
+        if not (math.isfinite(phase.high) and math.isfinite(phase.low) and phase.high > phase.low >= 0.0):
+            raise _error(f"{here}.sigma", f"is [{phase.high}, {phase.low}]", "[high, low] with 1 >= high > low >= 0")
+        if phase.high != expected:
+            fault = "leaves a gap" if phase.high < expected else "overlaps"
+            raise _error(
+                f"{here}.sigma", f"is [{phase.high}, {phase.low}] and {fault}", f"high = {expected}, because {before}"
+            )
+        expected, before = phase.low, f"{here} ended there"
+    if expected != 0.0:
+        raise _error(
+            f"{path}[{len(phases) - 1}].sigma", f"ends at {expected}", "low = 0.0 in the last phase: sigma ends at 0.0"
+        )

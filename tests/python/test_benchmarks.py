@@ -1,0 +1,290 @@
+"""The GPU suite, as a dry run on the CPU, with planted failures: nothing that was measured is lost, nobody innocent is blamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fpsattention as fps
+from fpsattention.analysis.time_split import time_split
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import timing, workloads  # noqa: E402
+from benchmarks.bench_end_to_end import amdahl  # noqa: E402
+from benchmarks.bench_facts import rows_of  # noqa: E402
+from benchmarks.plugin import Results, read_lines  # noqa: E402
+
+PEERS = textwrap.dedent(
+    """
+    import os, time
+    import torch
+    import torch.nn.functional as F
+    from benchmarks.peers import Absent, Peer, Prepared
+
+    def good(w, d):
+        run = lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v)
+        return Prepared(run, train=run)
+
+    def raises(w, d):
+        raise RuntimeError("planted: prepare raises")
+
+    def raises_late(w, d):
+        calls = []
+        def run(x):
+            calls.append(1)
+            if len(calls) > 10:
+                raise RuntimeError("planted: raises when interleaved")
+            return F.scaled_dot_product_attention(x.q, x.k, x.v)
+        return Prepared(run)
+
+    def absent(w, d):
+        raise Absent("planted: not installed")
+
+    def dies(w, d):
+        os.abort()
+
+    def hangs(w, d):
+        time.sleep(600)
+
+    def zeros(w, d):
+        return Prepared(lambda x: torch.zeros_like(x.q))
+
+    PEERS = [Peer(name, name, "bf16", make, own=own) for name, make, own in (
+        ("good", good, False), ("raises", raises, False), ("raises-late", raises_late, False), ("absent", absent, False),
+        ("dies", dies, False), ("hangs", hangs, False), ("own-zeros", zeros, True), ("own-dies", dies, True))]
+    """
+)
+
+
+def environment() -> dict[str, str]:
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("FPSATTN_", "HOPPER_EMU", "PYTEST_"))
+    }
+    return {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "FPSATTN_COMMIT": "tested"}
+
+
+def command(out: Path, *arguments: object) -> list[str]:
+    return ["sh", str(ROOT / "benchmarks/run_gpu_suite.sh"), "--dry-run", "--out", str(out), *map(str, arguments)]
+
+
+def run(out: Path, *arguments: object) -> tuple[int, list[dict], str]:
+    done = subprocess.run(command(out, *arguments), env=environment(), capture_output=True, text=True, timeout=300)
+    return done.returncode, read_lines(out) if out.exists() else [], done.stdout + done.stderr
+
+
+@pytest.fixture
+def peers_file(tmp_path: Path) -> Path:
+    path = tmp_path / "planted_peers.py"
+    path.write_text(PEERS)
+    return path
+
+
+def outcome_of(lines: list[dict], name: str) -> set[str]:
+    return {
+        line["outcome"] for line in lines if line["type"] == "outcome" and f"[{name}-forward-tiny-0.3]" in line["id"]
+    }
+
+
+def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
+    chosen = "test_own or test_ceilings or test_interleaved or test_facts or (test_forward and tiny-odd)"
+    status, lines, output = run(tmp_path / "r.jsonl", "-k", f"({chosen}) and not training and not fpsattn-token")
+    assert status == 0, output
+    (header,) = (line for line in lines if line["type"] == "run")
+    assert header["mode"] == "dry" and header["timings_meaningless"] and header["commit"] == "tested"
+    assert (
+        "--dry-run" in header["command"]
+        and header["date"].startswith("20")
+        and header["gpu"]
+        and header["environment"]["versions"]
+    )
+    ours = [line for line in lines if line.get("kind") == "comparison" and line["implementation"] == "fpsattn"]
+    assert len(ours) == 2 and all({"quantize", "attention"} <= line["stages_ms"].keys() for line in ours)
+    judged = [line["accuracy"]["rel_l1"] for line in lines if line.get("kind") == "judged"]
+    assert all(0.0 < error < 0.07 for error in judged) and len(judged) == 2  # rounded to FP8, so never zero
+    forward = [line for line in lines if line.get("kind") == "kernel"]
+    assert [line["density"] for line in forward[:5]] == list(workloads.DENSITIES)
+    skipped = [line for line in lines if line["type"] == "outcome" and line["outcome"] == "skipped"]
+    assert skipped and all(line["reason"] for line in skipped)
+    assert "DRY RUN: TIMINGS ARE MEANINGLESS" in (tmp_path / "r.md").read_text()
+
+
+def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_file: Path) -> None:
+    names = "good or raises or absent or dies or hangs or test_interleaved"
+    status, lines, output = run(
+        tmp_path / "r.jsonl", "--peers-file", peers_file, "-k", f"bench_peers and forward-tiny-0.3 and not own and ({names})",
+        "-o", "faulthandler_timeout=15",
+    )  # fmt: skip
+    assert status == 0, output
+    wanted = {
+        "good": "passed",
+        "raises": "failed",
+        "raises-late": "passed",
+        "absent": "skipped",
+        "dies": "crashed",
+        "hangs": "crashed",
+    }
+    assert {name: outcome_of(lines, name) for name in wanted} == {name: {outcome} for name, outcome in wanted.items()}
+    assert not any(line["own"] for line in lines if line["type"] == "outcome" and "test_peer" in line["id"])
+    together = {line["implementation"] for line in lines if line.get("kind") == "comparison"}
+    assert together == {"good"}  # prepared anew in the process that replaced the dead ones
+    (late,) = (line["reasons"] for line in lines if line.get("kind") == "failed when interleaved")
+    assert "planted: raises when interleaved" in late["raises-late"]
+
+
+def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file: Path) -> None:
+    status, lines, output = run(
+        tmp_path / "r.jsonl", "--peers-file", peers_file, "-k", "forward-tiny-0.3 and (good or own-zeros or own-dies)"
+    )
+    assert status == 1, output
+    assert outcome_of(lines, "own-zeros") == {"failed"} and outcome_of(lines, "own-dies") == {"crashed"}
+    for name in ("own-zeros", "own-dies"):
+        assert f"WRONG: benchmarks/bench_peers.py::test_own[{name}-forward-tiny-0.3]" in output
+    assert outcome_of(lines, "good") == {"passed"}
+
+
+def test_a_killed_run_keeps_what_it_had_and_is_resumed(tmp_path: Path, peers_file: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    options = ("--peers-file", peers_file, "-k", "test_ceilings or (forward-tiny-0.3 and hangs)")
+    suite = subprocess.Popen(command(out, *options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if out.exists() and any(
+                line["type"] == "outcome" for line in map(json.loads, out.read_text().splitlines())
+            ):
+                break
+    finally:
+        os.killpg(suite.pid, signal.SIGKILL)
+        suite.wait(timeout=10)
+    kept = read_lines(out)
+    assert any(line.get("name") == "copy" for line in kept)
+    with out.open("a") as file:
+        file.write('{"type": "measurement", "cut o')  # killed within a write
+    status, lines, output = run(out, *options[:-1], "test_ceilings or (forward-tiny-0.3 and good)", "--resume")
+    assert status == 5, output  # nothing more of ours was checked
+    assert sum(line.get("name") == "copy" for line in lines) == 1 and outcome_of(lines, "good") == {"passed"}
+
+
+def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    Results(out).append("run", schema="fpsattn-bench/2", mode="dry", commit="another")
+    before = out.read_text()
+    status, _, output = run(out, "-k", "test_facts")
+    assert status == 4 and "--resume, or another --out" in output
+    status, _, output = run(out, "-k", "test_facts", "--resume")
+    assert status == 4 and "commit another, not dry, tested" in output
+    assert out.read_text() == before
+
+
+def test_what_the_time_limit_leaves_is_left_for_resuming(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    status, lines, _ = run(out, "-k", "test_facts or test_ceilings", "--time-limit", "0.001")
+    assert status == 5 and {line["outcome"] for line in lines if line["type"] == "outcome"} == {"not run"}
+    status, lines, _ = run(out, "-k", "test_facts or test_ceilings", "--resume")
+    assert status == 0 and sorted(line["outcome"] for line in lines if line["type"] == "outcome")[-1] == "skipped"
+    assert any(line.get("name") == "copy" for line in lines)
+
+
+def test_cpp_programs_pass_fail_crash_and_skip(tmp_path: Path) -> None:
+    folder = tmp_path / "build" / "tests" / "cpp"
+    folder.mkdir(parents=True)
+    programs = {
+        "test_good": "echo '[  PASSED  ] 2 tests.'",
+        "test_bad": "echo '[  FAILED  ] 1 test, listed below:'; exit 1",
+        "test_crash": "kill -ABRT $$",
+        "test_no_gpu": "echo '[  PASSED  ] 0 tests.'; echo '[  SKIPPED ] 1 test, listed below:'",
+        "test_no_device": "echo 'no GPU'; exit 77",
+        "consumer": "exit 9",  # no test program: not run
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
+    launcher.chmod(0o755)
+    out = tmp_path / "r.jsonl"
+    done = subprocess.run(
+        command(out, "-k", "test_cpp", "--build-dir", tmp_path / "build"), env={**environment(), "FPSATTN_EMULATOR": str(launcher)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    outcomes = {line["id"].split("[")[1][:-1]: line for line in read_lines(out) if line["type"] == "outcome"}
+    assert {name: line["outcome"] for name, line in outcomes.items()} == {
+        "test_good": "passed", "test_bad": "failed", "test_crash": "failed", "test_no_gpu": "skipped", "test_no_device": "skipped",
+    }  # fmt: skip
+    assert "FAILED" in outcomes["test_bad"]["reason"] and "exit status -6" in outcomes["test_crash"]["reason"]
+
+
+# Pieces ----------------------------------------------------------------------------------------------------------------
+
+
+def test_time_split_sees_the_ops_by_their_names() -> None:
+    """Real profiler events of the op and of torch's attention: all of FPSAttention counts as attention, cross-attention does not."""
+    q, k, v = (torch.randn(1, 3 * 5 * 7, 2, 64) for _ in range(3))
+    with torch.no_grad():
+        out, ours = time_split(lambda: fps.attention(q, k, v, grid=(3, 5, 7)), "cpu")
+        assert torch.equal(out, fps.attention(q, k, v, grid=(3, 5, 7)))
+        assert ours["quantize"] > 0 and ours["attention"] > ours["rest"]
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        _, dense = time_split(lambda: sdpa(*(x.transpose(1, 2) for x in (q, k, v))), "cpu")
+        assert dense["attention"] > 0 and dense["quantize"] == 0
+        _, cross = time_split(lambda: sdpa(q.transpose(1, 2), *(x[:, :9].transpose(1, 2) for x in (k, v))), "cpu")
+        assert cross["rest"] > 0 and cross["attention"] == 0
+    with pytest.raises(ValueError, match="no self-attention was seen"):
+        amdahl(dense, cross)
+
+
+def test_amdahl() -> None:
+    dense = {"quantize": 0.0, "attention": 8.0, "rest": 2.0}
+    law = amdahl(dense, {"quantize": 0.5, "attention": 1.5, "rest": 2.0})
+    assert law == pytest.approx({"attention_share": 0.8, "attention_speedup": 4.0, "predicted": 2.5, "limit": 5.0})
+
+
+def test_interleaved_times_everybody_and_leaves_failures_out() -> None:
+    order: list[str] = []
+
+    def call(name: str):
+        def body(turn: int) -> None:
+            order.append(name)
+            if name == "c" and order.count("c") > 3:
+                raise RuntimeError("planted")
+
+        return body
+
+    failed: dict[str, Exception] = {}
+    times = timing.interleaved({n: call(n) for n in "abc"}, "cpu", 0.0, min_repeats=4, on_error=failed.setdefault)
+    assert set(times) == {"a", "b"} and set(failed) == {"c"}
+    assert all(t["repeats"] == 4 and t["min"] <= t["median"] <= t["max"] for t in times.values())
+    assert order[6:9] == ["a", "b", "c"] and order[9:12] == ["b", "c", "a"]  # the order rotates
+    with pytest.raises(RuntimeError, match="planted"):
+        timing.interleaved({"c": call("c")}, "cpu", 0.0)
+
+
+def test_workload_counts_what_the_kernel_multiplies() -> None:
+    workload = workloads.build(workloads.TINY, 0.6, "cpu")
+    layout = workload.layout
+    blocks_of_tile = layout.tile_block_offsets.diff()
+    pairs = int((workload.mask.kv_num_blocks[0, 0] * blocks_of_tile).sum())
+    assert workload.computed_flops == 4 * 128 * 128 * 64 * 2 * pairs and workload.mask.density <= 0.6
+    assert workloads.build(workloads.TINY, 1.0, "cpu").dense
+
+
+def test_rows_of_a_facts_file() -> None:
+    document = {"device": "x", "rows": [{"id": "pipe/ex2", "value": 16.0, "unit": "instr/clk"}]}
+    assert rows_of(document) == {"pipe/ex2": [16.0, "instr/clk"]}
+    for other in ([1, 2], {"rows": 3}, {"rows": [{"id": "no value"}]}):
+        with pytest.raises(ValueError, match="no list of rows"):
+            rows_of(other)
