@@ -21,11 +21,11 @@
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
 // Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once
-//                       (peak 215, fast 228); 232 allowed, 40 for the producer. No spill in the loop.
+//                       232 allowed, 40 for the producer. No spills.
 //            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K
 //                       fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
-//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 982,
-//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1290. Limit: shared memory.
+//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 958,
+//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1230. Limit: shared memory.
 //
 // Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
 //            p = dS = 0; rows of padding keys are computed and never stored; K16 is 0 there: they add nothing to dQ.
@@ -84,7 +84,8 @@ struct ReducedDq {
   using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;  // [key][query]
   struct Storage {
     alignas(kSharedAlignment) Bf16 k[kConsumerWarpgroups][KeyPanel::kElements];
-    alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may be a step behind
+    alignas(
+        kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may be a step behind
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
 };
@@ -183,8 +184,8 @@ struct DkdvConsumer {
     keep_registers(s);
     keep_registers(dp);
     warpgroup_arrive();
-    multiply_rows<Fp8Block<D>, Fp8Half<D>>(
-        s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0), Fp8Half<D>::descriptor(smem.ring.q8[stage]));
+    multiply_rows<Fp8Block<D>, Fp8Half<D>>(s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0),
+                                           Fp8Half<D>::descriptor(smem.ring.q8[stage]));
     warpgroup_commit_batch();
     multiply_rows<Block<D>, Half<D>>(dp, Block<D>::descriptor(smem.v) + warpgroup * Block<D>::step(64, 0),
                                      Half<D>::descriptor(smem.ring.d_out[stage]));

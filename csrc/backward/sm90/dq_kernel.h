@@ -20,7 +20,7 @@
 // Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128 (peak 213);
 //                       232 allowed, 40 for the producer. No spill.
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
-//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600,
+//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1578,
 //                       EX2 1024. Limit: tensor.
 //
 // Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
