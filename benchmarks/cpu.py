@@ -97,7 +97,9 @@ def memory() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak", type=int, nargs=3, metavar=("T", "H", "W"), help="only the peak memory of one grid, MiB")
+    parser.add_argument(
+        "--peak", type=int, nargs=3, metavar=("T", "H", "W"), help="only the peak memory of one grid, MiB"
+    )
     options = parser.parse_args()
     if options.peak:
         print(peak_mib(tuple(options.peak)))

@@ -23,7 +23,7 @@ from fpsattention.training import TrainConfig, train  # noqa: E402  (after the e
 
 config = TrainConfig(
     data=data, output=str(output), steps=4, batch_size=1, validate_every=2, validation_samples=2, learning_rate=1e-3,
-    warmup_steps=1, checkpoint_every=2, debug=True, lora_rank=int(sys.argv[4]), resume=len(sys.argv) > 5,
+    warmup_steps=1, ema_decay=0.5, prompt_dropout=0.3, checkpoint_every=2, debug=True, lora_rank=int(sys.argv[4]), resume=len(sys.argv) > 5,
 )  # fmt: skip
 result = train(config)
 if process.is_main_process:

@@ -18,7 +18,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-
 SASSBUDGET = Path(__file__).parents[2] / "tools/sassbudget"
 
 

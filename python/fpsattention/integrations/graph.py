@@ -44,7 +44,13 @@ class Packed(NamedTuple):
         kv_num_blocks, kv_indices = _shaped(self.kv_num_blocks, self.kv_indices, *shape, tiles)
         tile_of_block = self.tile_of_block.as_strided((blocks,), (1,))
         return Lists(
-            self.token_of_slot, tile_of_block, self.tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
+            self.token_of_slot,
+            tile_of_block,
+            self.tile_block_offsets,
+            kv_num_blocks,
+            kv_indices,
+            q_num_blocks,
+            q_indices,
         )
 
 

@@ -6,12 +6,14 @@ own: :func:`svg2`. By name: :func:`get`. ``docs/patterns.md`` lists formulas, so
 """
 
 from .cluster import Clustered, clustered_attention, k_means, svg2
+from .compensation import compensated_attention, pseudo_blocks
 from .cost import Cost, cost
 from .mean import cdf_mean, draft, sparge, topk_mean, vmoba
 from .pattern import BoundPattern, Density, Pattern, from_dict, get, names
 from .refresh import Refresh
 from .routes import Coreset, coreset_attention, vorta
 from .sampled import antidiagonal, blade, exact, svg
+from .scale_groups import scale_groups
 from .static import foreground, part, part_layout, radial, sliding_tile
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "blade",
     "cdf_mean",
     "clustered_attention",
+    "compensated_attention",
     "coreset_attention",
     "cost",
     "draft",
@@ -37,7 +40,9 @@ __all__ = [
     "names",
     "part",
     "part_layout",
+    "pseudo_blocks",
     "radial",
+    "scale_groups",
     "sliding_tile",
     "sparge",
     "svg",

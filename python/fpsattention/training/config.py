@@ -14,12 +14,13 @@ from ..errors import ConfigError
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
-def _setting(
-    default: Any, help: str, *, minimum: int | None = None, positive: bool = False, choices: tuple[str, ...] = ()
-) -> Any:
-    """A field with what it means (also the command line's help) and which values it takes."""
-    wanted = {"minimum": minimum, "positive": positive, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **wanted})
+_NO_RULES: dict[str, Any] = {"minimum": None, "maximum": None, "below": None, "positive": False, "choices": ()}
+
+
+def _setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field with what it means (also the command line's help) and which values it takes: some of ``_NO_RULES``' keys."""
+    assert rules.keys() <= _NO_RULES.keys()
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class TrainConfig:
     plateau_patience: int = _setting(200, "Steps without progress before the learning rate is halved.", minimum=1)
     weight_decay: float = _setting(0.01, "Of AdamW.", minimum=0)
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.", positive=True)
+    adam_eps: float = _setting(1e-8, "Epsilon of AdamW.", positive=True)
+    ema_decay: float = _setting(
+        0.0, "Decay of a moving average of the weights, which is then validated and saved; 0: none.", minimum=0, below=1
+    )
+    prompt_dropout: float = _setting(
+        0.0, "Share of samples trained with the empty prompt, for classifier-free guidance.", minimum=0, maximum=1
+    )
     lora_rank: int = _setting(0, "Rank of the LoRA adapter; 0 trains all weights.", minimum=0)
     mixed_precision: str = _setting("no", "no or bf16.", choices=("no", "bf16"))
     sigma_sampling: str = _setting(
@@ -67,7 +75,7 @@ class TrainConfig:
         hints = get_type_hints(TrainConfig)
         for setting in dataclasses.fields(self):
             value, kind = getattr(self, setting.name), hints[setting.name]
-            rules = {"minimum": None, "positive": False, "choices": (), **setting.metadata}
+            rules = {**_NO_RULES, **setting.metadata}
             fits = isinstance(value, (int, float) if kind is float else kind)
             if isinstance(value, bool) and kind is not bool:
                 fits = False
@@ -81,6 +89,10 @@ class TrainConfig:
                 raise _wrong(setting.name, value, "a positive number")
             if rules["minimum"] is not None and value < rules["minimum"]:
                 raise _wrong(setting.name, value, f"at least {rules['minimum']}")
+            if rules["maximum"] is not None and value > rules["maximum"]:
+                raise _wrong(setting.name, value, f"at most {rules['maximum']}")
+            if rules["below"] is not None and value >= rules["below"]:
+                raise _wrong(setting.name, value, f"less than {rules['below']}")
         if self.schedule is None and self.sparsity_warmup_steps:
             raise _wrong("sparsity_warmup_steps", self.sparsity_warmup_steps, "0 without a schedule")
 
@@ -93,3 +105,27 @@ class TrainConfig:
 
 def _wrong(name: str, value: Any, wanted: str) -> ConfigError:
     return ConfigError(f"fpsattention.train: {name} {value!r}, expected {wanted}")
+
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Settings from a recipe: a JSON file of :class:`TrainConfig`'s fields, or the name of one that comes with the library ("paper").
+
+    Raises:
+        ConfigError: if it cannot be read, or names what is no setting.
+    """
+    path = Path(name) if Path(name).suffix == ".json" else RECIPES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
+        raise ConfigError(f"fpsattention.train: recipe {str(name)!r}, expected a JSON file or one of {known}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"fpsattention.train: recipe {path} is not JSON: {error}") from error
+    known_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(settings) - known_fields) if isinstance(settings, dict) else [type(settings).__name__]
+    if unknown:
+        raise ConfigError(f"fpsattention.train: recipe {path} holds {unknown[0]!r}, expected settings of TrainConfig")
+    return settings

@@ -2,6 +2,7 @@
 
 One file is one sample: ``latents`` ``[C, T, H, W]`` (VAE latents, already scaled for the transformer) and ``prompt_embeds``
 ``[N, text_dim]`` (text encoder states). All samples of a folder have the same shapes; encode other sizes to another folder.
+Where prompts are to be dropped, ``empty_prompt/prompt_embeds.safetensors`` holds the ``prompt_embeds`` of the empty prompt.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+EMPTY_PROMPT = "empty_prompt/prompt_embeds.safetensors"  # in a folder of its own: the files beside it are samples
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+
+def _load_file(path: Path, wanted: tuple[str, ...] = ("latents", "prompt_embeds")) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
         sample = load_file(path)
     except Exception as error:  # safetensors raises its own exception types on broken headers
         raise ConfigError(f"fpsattention.train: {path} is not a readable safetensors file: {error}") from error
-    missing = {"latents", "prompt_embeds"} - sample.keys()
-    if missing:
-        raise ConfigError(f"fpsattention.train: {path} holds {sorted(sample)}, expected 'latents' and 'prompt_embeds'")
+    if set(wanted) - sample.keys():
+        names = " and ".join(map(repr, wanted))
+        raise ConfigError(f"fpsattention.train: {path} holds {sorted(sample)}, expected {names}")
     return sample
 
 
@@ -34,7 +37,8 @@ class LatentFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("*.safetensors"))
         if not self.files:
             raise ConfigError(
                 f"fpsattention.train: no *.safetensors files in '{folder}': precompute latents or pass --synthetic"
@@ -60,6 +64,21 @@ class LatentFolder:
                     f"{expected}: one shape a folder"
                 )
         return sample
+
+    def empty_prompt(self) -> Tensor:
+        """``prompt_embeds`` of the empty prompt, ``[N, text_dim]``."""
+        path = self.folder / EMPTY_PROMPT
+        if not path.is_file():
+            raise ConfigError(
+                f"fpsattention.train: no {EMPTY_PROMPT} in '{self.folder}', wanted the prompt_embeds of the empty prompt: it takes "
+                "the place of dropped prompts (prompt_dropout)"
+            )
+        embeds = _load_file(path, ("prompt_embeds",))["prompt_embeds"]
+        if tuple(embeds.shape) != self.text_shape:
+            raise ConfigError(
+                f"fpsattention.train: {path} has prompt_embeds {tuple(embeds.shape)}, expected {self.text_shape} like the samples"
+            )
+        return embeds
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         samples = [self[i] for i in indices]
@@ -124,4 +143,6 @@ def write_synthetic(
             prompt[disc] = words[kind] + velocity[0] * words[-1] + velocity[1] * words[-2]
         latents += 0.02 * torch.randn(latent_shape, generator=generator)
         save_file({"latents": latents, "prompt_embeds": prompt}, folder / f"sample_{index:05d}.safetensors")
+    (folder / EMPTY_PROMPT).parent.mkdir(exist_ok=True)
+    save_file({"prompt_embeds": torch.zeros(text_shape)}, folder / EMPTY_PROMPT)
     return folder

@@ -15,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .config import LORA_TARGETS, TrainConfig
 from .data import LatentFolder, shuffled
+from .ema import ExponentialMovingAverage
 from .learning_rate import AdaptiveLearningRate
 from .model import load_transformer, tiny_transformer, token_grid
 from .objective import flow_matching_loss, sample_sigma
@@ -172,6 +174,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     data = LatentFolder(config.data)
     num_training_samples(data, config)
+    empty_prompt = data.empty_prompt() if config.prompt_dropout else None
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -190,7 +193,9 @@ def train(
     )
 
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_eps
+    )
     learning_rate = AdaptiveLearningRate(
         optimizer,
         warmup_steps=config.warmup_steps,
@@ -199,7 +204,10 @@ def train(
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
     progress = _Progress()
-    accelerator.register_for_checkpointing(learning_rate, progress)
+    average = None
+    if config.ema_decay:
+        average = ExponentialMovingAverage((p for p in model.parameters() if p.requires_grad), config.ema_decay)
+    accelerator.register_for_checkpointing(learning_rate, progress, *([average] if average else []))
     if config.resume:
         accelerator.load_state(str(_latest_checkpoint(output)))
     if accelerator.is_main_process:
@@ -214,8 +222,10 @@ def train(
             step = progress.step
             warmup.at(step)
             started = time.perf_counter()
-            loss, grad_norm = _step(accelerator, model, optimizer, data, config, step)
+            loss, grad_norm = _step(accelerator, model, optimizer, data, config, step, empty_prompt)
             progress.step += 1
+            if average:
+                average.update()
             learning_rate.step(loss)
             result.train.append(loss)
             row: dict[str, Any] = {
@@ -225,9 +235,9 @@ def train(
                 "grad_norm": grad_norm,
             }
             if config.validate_every and (progress.step % config.validate_every == 0 or progress.step == config.steps):
-                result.validation[progress.step] = row["validation_loss"] = validation_loss(
-                    model, data, config, config.validation_samples
-                )
+                with average.swapped() if average else nullcontext():
+                    value = validation_loss(model, data, config, config.validation_samples)
+                result.validation[progress.step] = row["validation_loss"] = value
             row["seconds"] = time.perf_counter() - started
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             if log:
@@ -236,7 +246,8 @@ def train(
                 on_step(step, loss)
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 _save_checkpoint(accelerator, output, progress.step, config.keep_checkpoints)
-        _save_weights(accelerator, model, config, output, schedule)
+        with average.swapped() if average else nullcontext():
+            _save_weights(accelerator, model, config, output, schedule)
     finally:
         warmup.remove()
         if log:
@@ -246,7 +257,13 @@ def train(
 
 
 def _step(
-    accelerator: Any, model: torch.nn.Module, optimizer: Any, data: LatentFolder, config: TrainConfig, step: int
+    accelerator: Any,
+    model: torch.nn.Module,
+    optimizer: Any,
+    data: LatentFolder,
+    config: TrainConfig,
+    step: int,
+    empty_prompt: Tensor | None,
 ) -> tuple[float, float]:
     """One optimizer step; returns (mean loss, gradient norm)."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -263,6 +280,9 @@ def _step(
             config.batch_size, generator, shift=config.flow_shift, logit_normal=config.sigma_sampling == "logit_normal"
         )
         noise = torch.randn(batch["latents"].shape, generator=generator)
+        if empty_prompt is not None:
+            dropped = torch.rand(config.batch_size, generator=generator) < config.prompt_dropout
+            batch["prompt_embeds"] = torch.where(dropped.view(-1, 1, 1), empty_prompt, batch["prompt_embeds"])
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         latents, prompt, noise = (
             t.to(accelerator.device, dtype) for t in (batch["latents"], batch["prompt_embeds"], noise)
