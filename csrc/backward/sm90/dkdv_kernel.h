@@ -84,8 +84,7 @@ struct ReducedDq {
   using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;  // [key][query]
   struct Storage {
     alignas(kSharedAlignment) Bf16 k[kConsumerWarpgroups][KeyPanel::kElements];
-    alignas(
-        kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may be a step behind
+    alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may lag by one
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
 };
