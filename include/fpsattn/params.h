@@ -99,8 +99,9 @@ struct ForwardParams {
   BlockLists kv;                           // rows = num_tiles
 
   TokenTensor out;
-  float* lse = nullptr;      // [B, H, S] natural log; -inf for an empty row
-  float* row_max = nullptr;  // [B, H, num_blocks * 128] integer m in log2 units; 0 for an empty row and in padding slots
+  float* lse = nullptr;  // [B, H, S] natural log; -inf for an empty row
+  float* row_max =
+      nullptr;  // [B, H, num_blocks * 128] integer m in log2 units; 0 for an empty row and in padding slots
   float* row_sum = nullptr;  // [B, H, num_blocks * 128] sum of the quantized P; 0 for an empty row and in padding slots
 
   void* workspace = nullptr;  // forward_workspace_bytes(params), 16-byte aligned

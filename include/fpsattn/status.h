@@ -28,18 +28,18 @@ template <class... Parts>
 }  // namespace detail
 }  // namespace fpsattn
 
-#define FPSATTN_CHECK(condition, ...)                    \
-  do {                                                   \
-    if (!(condition)) {                                  \
-      ::fpsattn::detail::throw_error(__VA_ARGS__);       \
-    }                                                    \
+#define FPSATTN_CHECK(condition, ...)              \
+  do {                                             \
+    if (!(condition)) {                            \
+      ::fpsattn::detail::throw_error(__VA_ARGS__); \
+    }                                              \
   } while (0)
 
 // Usable only where <cuda_runtime_api.h> is included. `what` names the operation, e.g. "quantize: launch".
-#define FPSATTN_CUDA_CHECK(what, call)                                                                   \
-  do {                                                                                                   \
-    const cudaError_t fpsattn_status_ = (call);                                                          \
-    if (fpsattn_status_ != cudaSuccess) {                                                                \
+#define FPSATTN_CUDA_CHECK(what, call)                                                                     \
+  do {                                                                                                     \
+    const cudaError_t fpsattn_status_ = (call);                                                            \
+    if (fpsattn_status_ != cudaSuccess) {                                                                  \
       ::fpsattn::detail::throw_error(what, ": ", #call, " failed: ", cudaGetErrorString(fpsattn_status_)); \
-    }                                                                                                    \
+    }                                                                                                      \
   } while (0)
