@@ -1,7 +1,8 @@
 // Errors of the C++ library: thrown, never printed, never exit().
 //
-// FPSATTN_CHECK(cond, "forward: head_dim is ", d, ", expected 64 or 128") throws fpsattn::Error with that text. The text names
-// the operation and the argument, says what came and what was wanted. FPSATTN_CUDA_CHECK does the same for runtime calls.
+// FPSATTN_CHECK(cond, "forward: head_dim is ", d, ", expected 64 or 128") throws fpsattn::Error with that text. The
+// text names the operation and the argument, says what came and what was wanted. FPSATTN_CUDA_CHECK does the same for
+// runtime calls.
 #pragma once
 
 #include <sstream>

@@ -7,7 +7,8 @@
 // Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts
 // Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
 //            registers
-// Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are folded into dS before it is rounded to BF16: the e4m3 values stay exact.
+// Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are
+//            folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
 //            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           they drift apart and fill each other's gaps

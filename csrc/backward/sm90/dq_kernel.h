@@ -23,7 +23,8 @@
 //            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1578,
 //                       EX2 1024. Limit: tensor.
 //
-// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
+// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding
+//            keys: their dS does not matter;
 //            an empty list stores dQ = 0.
 #pragma once
 
