@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/swizzle_layout.hpp>
 
 namespace fpsattn::sm90 {
 
