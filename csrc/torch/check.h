@@ -1,5 +1,6 @@
-// Checks of the ops' tensors, metadata only: nothing waits for the device. python/fpsattention/ops/checks.py has the same ones for
-// the CPU kernels, where values are checked too. All throw fpsattn::Error with the op, the argument, what came, what was wanted.
+// Checks of the ops' tensors, metadata only: nothing waits for the device. python/fpsattention/ops/checks.py has the
+// same ones for the CPU kernels, where values are checked too. All throw fpsattn::Error with the op, the argument, what
+// came, what was wanted.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -64,26 +65,28 @@ inline void check_buffer(const char* op, const char* name, const Tensor& x, cons
 }
 
 inline DType kernel_dtype(const char* op, const char* name, ScalarType type) {
-  FPSATTN_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name, " has dtype ", dtype_name(type),
-                ", the sm_90a kernels take BFloat16 or Half");
+  FPSATTN_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name, " has dtype ",
+                dtype_name(type), ", the sm_90a kernels take BFloat16 or Half");
   return type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
 // (B, H, S, D) with unit stride in D.
 inline TokenTensor token_tensor(const char* op, const char* name, const Tensor& x) {
   FPSATTN_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_text(x), ", expected (B, H, S, D)");
-  FPSATTN_CHECK(x.stride(3) == 1, op, ": ", name, " has stride ", x.stride(3), " in D, expected 1: pass ", name, ".contiguous()");
+  FPSATTN_CHECK(x.stride(3) == 1, op, ": ", name, " has stride ", x.stride(3), " in D, expected 1: pass ", name,
+                ".contiguous()");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Block lists "<kind>_num_blocks [Bm, Hm, rows]" and "<kind>_indices [Bm, Hm, rows, max]".
-inline BlockLists block_lists(const char* op, const char* kind, const Tensor& counts, const Tensor& indices, const Tensor& like,
-                              int64_t batch, int64_t heads, int64_t rows) {
+inline BlockLists block_lists(const char* op, const char* kind, const Tensor& counts, const Tensor& indices,
+                              const Tensor& like, int64_t batch, int64_t heads, int64_t rows) {
   const std::string counts_name = std::string(kind) + "_num_blocks", indices_name = std::string(kind) + "_indices";
-  FPSATTN_CHECK(counts.dim() == 3 && indices.dim() == 4, op, ": ", counts_name, " has shape ", shape_text(counts), " and ",
-                indices_name, " ", shape_text(indices), ", expected [Bm, Hm, rows] and [Bm, Hm, rows, max]");
-  FPSATTN_CHECK((counts.size(0) == 1 || counts.size(0) == batch) && (counts.size(1) == 1 || counts.size(1) == heads), op, ": ",
-                counts_name, " has shape ", shape_text(counts), ", expected (", batch, " or 1, ", heads, " or 1, ", rows, ")");
+  FPSATTN_CHECK(counts.dim() == 3 && indices.dim() == 4, op, ": ", counts_name, " has shape ", shape_text(counts),
+                " and ", indices_name, " ", shape_text(indices), ", expected [Bm, Hm, rows] and [Bm, Hm, rows, max]");
+  FPSATTN_CHECK((counts.size(0) == 1 || counts.size(0) == batch) && (counts.size(1) == 1 || counts.size(1) == heads),
+                op, ": ", counts_name, " has shape ", shape_text(counts), ", expected (", batch, " or 1, ", heads,
+                " or 1, ", rows, ")");
   check_buffer(op, counts_name.c_str(), counts, like, ScalarType::Int, {counts.size(0), counts.size(1), rows});
   check_buffer(op, indices_name.c_str(), indices, like, ScalarType::Int,
                {counts.size(0), counts.size(1), rows, indices.size(3)});

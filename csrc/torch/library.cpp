@@ -1,5 +1,5 @@
-// libfpsattn_torch: the schemas of torch.ops.fpsattn.*, nothing else. Built on every machine, with or without nvcc, and loadable
-// without a CUDA runtime; the kernels are in libfpsattn_torch_cuda (ops_cuda.cpp).
+// libfpsattn_torch: the schemas of torch.ops.fpsattn.*, nothing else. Built on every machine, with or without nvcc, and
+// loadable without a CUDA runtime; the kernels are in libfpsattn_torch_cuda (ops_cuda.cpp).
 #include <torch/csrc/stable/library.h>
 
 #include "torch/schemas.h"

@@ -1,7 +1,7 @@
-// The sm_90a kernels as torch ops, on torch's stable ABI: check, allocate with torch's allocator, fill plain Params, launch on the
-// current stream. They serve CUDA tensors and, where FPSATTN_SM90_ON_HOST=1 says at load time that device code runs on the host (an
-// emulator), CPU tensors. `attention` is composed of quantize and forward in Python (ops/core.py). Nothing synchronizes, so the
-// ops can be captured in CUDA graphs.
+// The sm_90a kernels as torch ops, on torch's stable ABI: check, allocate with torch's allocator, fill plain Params,
+// launch on the current stream. They serve CUDA tensors and, where FPSATTN_SM90_ON_HOST=1 says at load time that device
+// code runs on the host (an emulator), CPU tensors. `attention` is composed of quantize and forward in Python
+// (ops/core.py). Nothing synchronizes, so the ops can be captured in CUDA graphs.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,9 +21,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The stable ABI's function for torch's current stream. It is in libtorch_cuda, which a CPU build of torch lacks, so this library
-// cannot depend on it; and Python loads torch's libraries with local scope, so a weak reference would stay null with a
-// CUDA torch, too. It is looked up in the libtorch_cuda that this process has loaded.
+// The stable ABI's function for torch's current stream. It is in libtorch_cuda, which a CPU build of torch lacks, so
+// this library cannot depend on it; and Python loads torch's libraries with local scope, so a weak reference would stay
+// null with a CUDA torch, too. It is looked up in the libtorch_cuda that this process has loaded.
 using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
 
 CurrentStream find_current_stream() {
@@ -93,7 +93,8 @@ const float* optional_floats(const char* op, const char* name, const OptionalTen
   return data<const float>(*x);
 }
 
-// Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap on what is out of range.
+// Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap on what is out of
+// range.
 void check_slots(const char* op, const Tensor& token_of_slot, const Tensor& like, int64_t num_tokens) {
   check_buffer(op, "token_of_slot", token_of_slot, like, ScalarType::Int, {kAnySize});
   const int64_t slots = token_of_slot.size(0);

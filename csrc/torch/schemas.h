@@ -10,7 +10,8 @@ namespace fpsattn {
 inline constexpr const char* kQuantizeSchema =
     "quantize(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, "
     "Tensor? k_mean=None, Tensor? v_absmax=None, *, int granularity, bool smooth_k, bool pow2_scales, "
-    "SymInt k_mean_stride=1) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor k_mean_used, "
+    "SymInt k_mean_stride=1) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
+    "Tensor k_mean_used, "
     "Tensor q_k_mean)";
 
 inline constexpr const char* kForwardSchema =

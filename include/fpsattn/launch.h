@@ -1,5 +1,5 @@
-// One launch function per operation. Each checks its parameters, throws fpsattn::Error on bad ones, enqueues its kernels on
-// `stream`, never synchronizes and never allocates: the caller hands in the workspace.
+// One launch function per operation. Each checks its parameters, throws fpsattn::Error on bad ones, enqueues its
+// kernels on `stream`, never synchronizes and never allocates: the caller hands in the workspace.
 #pragma once
 
 #include <cuda_runtime_api.h>

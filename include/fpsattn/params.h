@@ -1,7 +1,7 @@
 // What the kernels are told: plain structs of device pointers, sizes and strides. No torch, no CuTe.
 //
-// Words (docs/layout.md has them all): a *slot* is a position in tiled order, slot = block * 128 + i; a *block* is 128 slots; a
-// *tile* owns whole consecutive blocks, valid slots first, so slot 0 of every block is valid.
+// Words (docs/layout.md has them all): a *slot* is a position in tiled order, slot = block * 128 + i; a *block* is 128
+// slots; a *tile* owns whole consecutive blocks, valid slots first, so slot 0 of every block is valid.
 // Strides are in elements and 64 bit: B * S * H * D may exceed 2^31.
 #pragma once
 
@@ -66,8 +66,9 @@ struct QuantizeParams {
   size_t workspace_bytes = 0;
 };
 
-// Position p of a group of 16 in v8t holds slot kVSlotOrder[p] of that group: the accumulator fragment of QK^T, packed to
-// e4m3, then already is the A operand of PV (lane q owns columns 8j + 2q, 8j + 2q + 1; an 8-bit A fragment wants 4q..4q+3).
+// Position p of a group of 16 in v8t holds slot kVSlotOrder[p] of that group: the accumulator fragment of QK^T, packed
+// to e4m3, then already is the A operand of PV (lane q owns columns 8j + 2q, 8j + 2q + 1; an 8-bit A fragment wants
+// 4q..4q+3).
 inline constexpr int kVSlotOrder[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
 
 // A block mask, a row per query tile; columns are KV blocks, visited in list order.
@@ -99,8 +100,9 @@ struct ForwardParams {
   BlockLists kv;                           // rows = num_tiles
 
   TokenTensor out;
-  float* lse = nullptr;      // [B, H, S] natural log; -inf for an empty row
-  float* row_max = nullptr;  // [B, H, num_blocks * 128] integer m in log2 units; 0 for an empty row and in padding slots
+  float* lse = nullptr;  // [B, H, S] natural log; -inf for an empty row
+  float* row_max =
+      nullptr;  // [B, H, num_blocks * 128] integer m in log2 units; 0 for an empty row and in padding slots
   float* row_sum = nullptr;  // [B, H, num_blocks * 128] sum of the quantized P; 0 for an empty row and in padding slots
 
   void* workspace = nullptr;  // forward_workspace_bytes(params), 16-byte aligned

@@ -1,7 +1,8 @@
 // Errors of the C++ library: thrown, never printed, never exit().
 //
-// FPSATTN_CHECK(cond, "forward: head_dim is ", d, ", expected 64 or 128") throws fpsattn::Error with that text. The text names
-// the operation and the argument, says what came and what was wanted. FPSATTN_CUDA_CHECK does the same for runtime calls.
+// FPSATTN_CHECK(cond, "forward: head_dim is ", d, ", expected 64 or 128") throws fpsattn::Error with that text. The
+// text names the operation and the argument, says what came and what was wanted. FPSATTN_CUDA_CHECK does the same for
+// runtime calls.
 #pragma once
 
 #include <sstream>
@@ -28,18 +29,18 @@ template <class... Parts>
 }  // namespace detail
 }  // namespace fpsattn
 
-#define FPSATTN_CHECK(condition, ...)                    \
-  do {                                                   \
-    if (!(condition)) {                                  \
-      ::fpsattn::detail::throw_error(__VA_ARGS__);       \
-    }                                                    \
+#define FPSATTN_CHECK(condition, ...)              \
+  do {                                             \
+    if (!(condition)) {                            \
+      ::fpsattn::detail::throw_error(__VA_ARGS__); \
+    }                                              \
   } while (0)
 
 // Usable only where <cuda_runtime_api.h> is included. `what` names the operation, e.g. "quantize: launch".
-#define FPSATTN_CUDA_CHECK(what, call)                                                                   \
-  do {                                                                                                   \
-    const cudaError_t fpsattn_status_ = (call);                                                          \
-    if (fpsattn_status_ != cudaSuccess) {                                                                \
+#define FPSATTN_CUDA_CHECK(what, call)                                                                     \
+  do {                                                                                                     \
+    const cudaError_t fpsattn_status_ = (call);                                                            \
+    if (fpsattn_status_ != cudaSuccess) {                                                                  \
       ::fpsattn::detail::throw_error(what, ": ", #call, " failed: ", cudaGetErrorString(fpsattn_status_)); \
-    }                                                                                                    \
+    }                                                                                                      \
   } while (0)

@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .layout import masks
 from .layout.masks import Lists
 from .ops.attend import attend
-from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS
+from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS, kernel_dim
 from .ops.lists import planned_lists, traced
 
 LAYOUTS = ("NHD", "HND")
@@ -48,8 +48,8 @@ def attention(
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
     Args:
-        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), D 64 or 128, any
-            strides. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
+        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64
+            or 128, or any smaller one, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
         grid: ``(T, H, W)``, the token grid of the video.
         tile: ``(tT, tH, tW)``; None: the planner's choice. Part of the meaning of ``window``.
         window: ``(wT, wH, wW)`` sliding tile window, in tiles; text tokens attend and are attended by everything. None with no
@@ -122,10 +122,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str) -> None:
             raise _fail(f"{name} is on {x.device}, expected {q.device} like q")
         if x.shape != q.shape:
             raise _fail(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} like q: this is self-attention")
-    if q.shape[3] not in HEAD_DIMS:
-        raise _fail(f"q has head dimension {q.shape[3]}, supported are 64 and 128")
     if 0 in q.shape:
         raise _fail(f"q has shape {tuple(q.shape)}: no size may be 0")
+    if kernel_dim(q.shape[3]) is None:
+        raise _fail(f"q has head dimension {q.shape[3]}, supported are 1 to {HEAD_DIMS[-1]}")
 
 
 def _statistic(name: str, x: Tensor | None, q: Tensor, heads: int) -> Tensor | None:

@@ -38,10 +38,6 @@ TokenBuffer::TokenBuffer(const ProblemSize& size, Memory memory) : size_(size) {
       first_ = heads * dim;
       strides_ = {nullptr, tokens * 3 * heads * dim, dim, 3 * heads * dim};
       break;
-    case Memory::kUnaligned:
-      first_ = 1;
-      strides_ = {nullptr, tokens * (heads * dim + 3), dim, heads * dim + 3};
-      break;
   }
   device_ = std::make_unique<DeviceBuffer<uint16_t>>(size_t(size.batch) * strides_.stride_batch + 64);
   poison();

@@ -13,15 +13,9 @@
 #include "host_reference_backward.h"
 #include "support/device.h"
 #include "support/slot_table.h"
+#include "support/token_data.h"
 
 namespace fpsattn::test {
-
-enum class Memory {
-  kHnd,        // (B, H, S, D)
-  kNhd,        // (B, S, H, D)
-  kFusedQkv,   // (B, S, 3, H, D), the middle one
-  kUnaligned,  // (B, S, H, D) at an odd address with odd row strides
-};
 
 enum class Mask {
   kDense,     // every tile attends every block, its own first

@@ -1,6 +1,10 @@
 # Tests of csrc/quantize.
 if(FPSATTN_HAS_CUDA)
   fpsattn_add_device_test(test_quantize test_quantize.cpp quantize_case.cpp)
+  if(FPSATTN_EMULATOR)  # its stricter checks
+    fpsattn_add_device_run(test_quantize.racecheck test_quantize --racecheck --async=random --seed=3)
+    fpsattn_add_device_run(test_quantize.strict test_quantize --strict-proxy --async=lazy)
+  endif()
 
   fpsattn_add_gtest(test_quantize_guard test_quantize_guard.cpp quantize_case.cpp LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_cases(test_quantize_guard token tile_end tile_begin)

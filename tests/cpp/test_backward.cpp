@@ -129,9 +129,9 @@ std::vector<BackwardCase> cases() {
                 c.memory = Memory::kFusedQkv;
                 c.heads = 2;
               }),
-      variant("unaligned",
+      variant("fused_qkv_fp16",
               [](C& c) {
-                c.memory = Memory::kUnaligned;
+                c.memory = Memory::kFusedQkv;
                 c.heads = 2;
                 c.head_dim = 64;
                 c.dtype = DType::kFloat16;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/sm90/fragments.h"
+#include "common/sm90/tile.h"
 #include "fpsattn/params.h"
 
 namespace fpsattn::test {
@@ -93,6 +94,43 @@ TEST(Fragments, AccumulatorPackedTo16BitsIsAnAOperandAsItStands) {
         const Element operand = element_of(gmma::ALayout_64x16{}, thread, 2 * (i % 4) + b);
         ASSERT_TRUE((held == Element{operand.row, 16 * (i / 4) + operand.column})) << thread << " " << i << " " << b;
       }
+    }
+  }
+}
+
+// Elements whose place is not what TMA's swizzle says (CUDA programming guide: 16-byte chunks of a row are exchanged by the
+// number of its 128-byte line, modulo 8, or 4 where rows have 64 bytes).
+template <class Tile>
+int misplaced() {
+  constexpr int kSize = sizeof(typename Tile::Element), kRowBytes = Tile::kPanelColumns * kSize;
+  int wrong = 0;
+  for (int row = 0; row < Tile::kRows; ++row) {
+    for (int column = 0; column < Tile::kColumns; ++column) {
+      const int line = column / Tile::kPanelColumns * Tile::kRows + row;
+      const int byte = line * kRowBytes + column % Tile::kPanelColumns * kSize;
+      const int swizzled = byte ^ (byte >> 7 & (kRowBytes == 128 ? 7 : 3)) << 4;
+      wrong += Tile::index(row, column) != swizzled / kSize;
+    }
+  }
+  return wrong;
+}
+
+TEST(Tiles, AnElementLiesWhereTmaPutsIt) {
+  EXPECT_EQ((misplaced<Tile<E4m3, 128, 128>>()), 0);
+  EXPECT_EQ((misplaced<Tile<E4m3, 64, 64>>()), 0);
+  EXPECT_EQ((misplaced<Tile<Bf16, 128, 64>>()), 0);
+  EXPECT_EQ((misplaced<Tile<Bf16, 64, 128>>()), 0);      // two panels
+  EXPECT_EQ((misplaced<Tile<Bf16, 128, 64, 32>>()), 0);  // of 64 bytes
+}
+
+// The backward takes the place of (key + 8 half, 8 group + query) apart like this.
+TEST(Tiles, TheSwizzleIsLinearInTheBitsOfAnIndex) {
+  using Ds = Tile<Bf16, 128, 64>;
+  for (int key = 0; key < 120; ++key) {
+    for (int i = 0; i < 64; ++i) {
+      const int query = i % 4 * 2, group = i / 4 % 8, half = i / 32;
+      EXPECT_EQ((Ds::index(key, query) ^ Ds::index(0, 8 * group)) + Ds::index(8 * half, 0),
+                Ds::index(key + 8 * half, 8 * group + query));
     }
   }
 }

@@ -1,5 +1,5 @@
-// Tables that point out of range: the launch reports an error instead of reading somewhere else. Its own executable, and
-// a process for each case (quantize.cmake): the error stays in the context.
+// Tables that point out of range: the launch reports an error instead of reading somewhere else. Its own executable,
+// and a process for each case (quantize.cmake): the error stays in the context.
 #include "quantize_case.h"
 
 namespace fpsattn::test {

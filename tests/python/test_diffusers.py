@@ -282,10 +282,10 @@ def test_record(model, tmp_path):
 
 @torch.no_grad()
 def test_unsupported_raises_or_runs_dense(model):
-    wan_46 = tiny_wan.transformer(head_dim=32)
+    wide = tiny_wan.transformer(head_dim=144)
     for other, message in (
         (torch.nn.Linear(2, 2), "Linear is not supported, wanted one of WanTransformer3DModel"),
-        (wan_46, "head dimension 32, wanted 64 or 128"),
+        (wide, "head dimension 144, wanted at most 128"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             fps.apply(other, "fp8")

@@ -209,8 +209,9 @@ def test_backward_equals_the_reference(case, dtype, deterministic):
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_public_function_and_its_gradients():
-    case = Case("public", (4, 9, 10), (4, 5, 5), (1, 2, 1), text_len=9, batch=2, dim=128)
+@pytest.mark.parametrize("dim", [128, 96])
+def test_public_function_and_its_gradients(dim):
+    case = Case("public", (4, 9, 10), (4, 5, 5), (1, 2, 1), text_len=9, batch=2, dim=dim)
     host = [x.requires_grad_() for x in case.inputs(torch.bfloat16)]
     device = [x.detach().to(DEVICE).requires_grad_() for x in host]
     results = []

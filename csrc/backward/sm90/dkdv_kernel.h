@@ -7,7 +7,8 @@
 // Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts
 // Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
 //            registers
-// Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are folded into dS before it is rounded to BF16: the e4m3 values stay exact.
+// Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are
+//            folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
 //            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           they drift apart and fill each other's gaps
@@ -21,11 +22,11 @@
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
 // Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once
-//                       (peak 215, fast 228); 232 allowed, 40 for the producer. No spill in the loop.
+//                       232 allowed, 40 for the producer. No spills.
 //            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K
 //                       fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
-//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 982,
-//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1290. Limit: shared memory.
+//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 958,
+//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1230. Limit: shared memory.
 //
 // Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
 //            p = dS = 0; rows of padding keys are computed and never stored; K16 is 0 there: they add nothing to dQ.
@@ -37,6 +38,7 @@
 #include "backward/sm90/products.h"
 #include "common/device_check.h"
 #include "common/indexing.h"
+#include "common/sm90/fragments.h"
 #include "common/sm90/tma.h"
 
 namespace fpsattn::sm90::backward {
@@ -83,7 +85,7 @@ struct ReducedDq {
   using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;  // [key][query]
   struct Storage {
     alignas(kSharedAlignment) Bf16 k[kConsumerWarpgroups][KeyPanel::kElements];
-    alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may be a step behind
+    alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may lag by one
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
 };
@@ -182,8 +184,8 @@ struct DkdvConsumer {
     keep_registers(s);
     keep_registers(dp);
     warpgroup_arrive();
-    multiply_rows<Fp8Block<D>, Fp8Half<D>>(
-        s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0), Fp8Half<D>::descriptor(smem.ring.q8[stage]));
+    multiply_rows<Fp8Block<D>, Fp8Half<D>>(s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0),
+                                           Fp8Half<D>::descriptor(smem.ring.q8[stage]));
     warpgroup_commit_batch();
     multiply_rows<Block<D>, Half<D>>(dp, Block<D>::descriptor(smem.v) + warpgroup * Block<D>::step(64, 0),
                                      Half<D>::descriptor(smem.ring.d_out[stage]));
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
-  const int first_key = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;  // and first_key + 8
+  const int first_key = warpgroup * 64 + accumulator_row(thread, 0);  // and first_key + 8
   const int slot = block * kBlockSlots + first_key;
   const float* k_scale = args.k_scale + int64_t(head) * args.num_blocks * kBlockSlots + slot;
   DkdvConsumer<D, DqPolicy> consumer{args, smem, warpgroup, {k_scale[0], k_scale[8]}, {}, {}};

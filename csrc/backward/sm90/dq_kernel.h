@@ -20,10 +20,11 @@
 // Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128 (peak 213);
 //                       232 allowed, 40 for the producer. No spill.
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
-//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1600,
+//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1578,
 //                       EX2 1024. Limit: tensor.
 //
-// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding keys: their dS does not matter;
+// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding
+//            keys: their dS does not matter;
 //            an empty list stores dQ = 0.
 #pragma once
 
@@ -32,6 +33,7 @@
 #include "backward/sm90/products.h"
 #include "common/device_check.h"
 #include "common/indexing.h"
+#include "common/sm90/fragments.h"
 #include "common/sm90/tma.h"
 
 namespace fpsattn::sm90::backward {
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   warpgroup_reg_alloc<kConsumerRegisters>();
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
-  const int row = thread / 32 * 16 + thread % 32 / 4;  // of this warpgroup's half block, and row + 8
+  const int row = accumulator_row(thread, 0);  // of this warpgroup's half block, and row + 8
   const int64_t half_block = (int64_t(head) * args.num_blocks + block) * kHalves + warpgroup;
   const QueryRows queries = QueryRows::load(args.row_facts + half_block * kNumRowFacts * kQueryRows, row);
   float dq[D / 2] = {};

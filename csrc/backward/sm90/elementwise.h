@@ -34,8 +34,10 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
 }
 
 // 8 elements to columns column .. column + 7 of a token's row.
-__device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offset, int column, const uint32_t (&w)[4]) {
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + row_offset + column) = make_uint4(w[0], w[1], w[2], w[3]);
+__device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offset, int column,
+                                        const uint32_t (&w)[4]) {
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + row_offset + column) =
+      make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1: not stored.

@@ -1,8 +1,8 @@
 // Backward, fast mode, after the main kernel: dQ from FP32 sums to token order and the gradients' dtype. Memory-bound.
 //
 // dq_sum holds, per half block (64 queries) and warpgroup w of the main kernel (columns w D/2 ..), float4
-// [D / 16][128 threads] in accumulator order (common/sm90/mma.h): entry j of thread 32w + 4g + q is row 16w + g, columns
-// 8j + 2q, +1, then row 16w + g + 8, same columns.
+// [D / 16][128 threads] in accumulator order (common/sm90/mma.h): entry j of thread 32w + 4g + q is row 16w + g,
+// columns 8j + 2q, +1, then row 16w + g + 8, same columns.
 // One CTA of 256 threads per half block; a thread stores 8 columns of a row.
 #pragma once
 

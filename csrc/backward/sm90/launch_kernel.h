@@ -102,8 +102,9 @@ class Launcher {
   }
 
   void finish() {
-    const FinishArgs args{space_.dq_sum,         params_.token_of_slot, params_.dq, params_.dtype == DType::kFloat16,
-                          params_.softmax_scale, params_.size.heads,    params_.size.num_blocks};
+    const FinishArgs args{
+        space_.dq_sum,      params_.token_of_slot,  params_.dq, params_.dtype == DType::kFloat16, params_.softmax_scale,
+        params_.size.heads, params_.size.num_blocks};
     launch("backward: finish", finish_kernel<D>, dim3(blocks_.x * kHalves, blocks_.y, blocks_.z), kFinishThreads, 0,
            stream_, args);
   }

@@ -1,4 +1,5 @@
-// The four kinds of product of the backward kernels, of tiles (common/sm90/tile.h) and CuTe's WGMMA atoms (common/sm90/mma.h).
+// The four kinds of product of the backward kernels, of tiles (common/sm90/tile.h) and CuTe's WGMMA atoms
+// (common/sm90/mma.h).
 //
 // An FP32 accumulator packed pairwise to BF16 already is an A operand: registers 4k..4k+3 are the fragment of k step k
 // (16 columns). So P^T and dS^T (or dS) feed the next product from registers, without a shuffle.

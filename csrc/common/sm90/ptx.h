@@ -10,7 +10,8 @@ namespace fpsattn::sm90 {
 // that releases them.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 
-// The same value, about which the compiler knows nothing from here on: what is computed from it stays where it is written.
+// The same value, about which the compiler knows nothing from here on: what is computed from it stays where it is
+// written.
 __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -48,6 +49,25 @@ __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t shared, 
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// base + a * b bytes, one instruction. The compiler hoists the extension of b to 64 bits out of loops and multiplies in
+// six.
+__device__ __forceinline__ const char* multiply_add(int32_t a, int32_t b, const char* base) {
+  const char* result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(base));
+  return result;
+}
+
+// 16 bytes of global memory that are read once, so not kept in L1: CUDA has no such load. Volatile: loads stay where
+// they are written, in front of what uses them, so that all of a batch are in flight.
+__device__ __forceinline__ uint4 load_uncached(const char* address) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(address)
+               : "memory");
+  return x;
 }
 
 // 2^x, 2 ulp, subnormal results are 0: one MUFU instruction. CUDA's exp2f scales around it unless the whole file is

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/swizzle_layout.hpp>
 
 namespace fpsattn::sm90 {
 
@@ -70,7 +71,10 @@ struct Tile {
   }
 
   // Where element (row, column) lies, in elements from the first: for threads that read or write the tile.
-  __host__ __device__ static constexpr int index(int row, int column) { return Layout{}(row, column); }
+  // (Layout's own swizzle counts bytes, whatever the element.)
+  __host__ __device__ static constexpr int index(int row, int column) {
+    return cute::as_position_independent_swizzle_layout(Layout{})(row, column);
+  }
 };
 
 }  // namespace fpsattn::sm90

@@ -21,8 +21,8 @@
 // Barriers   name             kind     arrives       waits                  phase flips
 //            (cta max)        bar 0    the CTA       the CTA                once per CTA
 //            exchange_open    cluster  active CTAs   before it sends        once; every CTA's `received` is initialised
-//            received         mbarrier 1 + 4 bytes   the CTA                once; a maximum from every active CTA, its own
-//                                      a CTA                                too. Sent by st.async: no memory barrier
+//            received         mbarrier 1 + 4 bytes   the CTA                once; a maximum from every active CTA, itself
+//                                      a CTA                                included. Sent by st.async: no memory barrier
 //            CTAs without work exit at once: exited threads are not waited for, and nobody sends to them.
 //
 // Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses), no spills; 4 (D=128) or 8 (D=64) CTAs per SM

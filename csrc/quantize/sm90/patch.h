@@ -5,6 +5,7 @@
 
 #include "common/device_check.h"
 #include "common/indexing.h"
+#include "common/sm90/ptx.h"
 #include "quantize/sm90/config.h"
 
 namespace fpsattn::sm90::quantize {
@@ -34,16 +35,8 @@ struct TokenRows {
   const char* base;      // token 0, 16-byte aligned, as every token (the launcher checks it)
   int32_t stride_bytes;  // from token to token: 32 bit, so that an address is one multiply-add
 
-  // Read once, so not kept in L1.
   __device__ __forceinline__ uint4 load(int token) const {
-    const char* address;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(token), "r"(stride_bytes), "l"(base));
-    uint4 x;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(address)
-                 : "memory");
-    return x;
+    return load_uncached(multiply_add(token, stride_bytes, base));
   }
 };
 

@@ -78,8 +78,7 @@ Plan Plan::of(const QuantizeParams& params, void* workspace) {
     plan.v_parts = static_cast<int>(ceil_div(size.num_tokens, kStatisticsRows));
   }
   if (params.granularity == Granularity::kTile) {
-    plan.cluster_size =
-        static_cast<int>(std::min<int64_t>(ceil_div(size.num_blocks, size.num_tiles), kMaxClusterSize));
+    plan.cluster_size = static_cast<int>(std::min<int64_t>(ceil_div(size.num_blocks, size.num_tiles), kMaxClusterSize));
   }
   const size_t channels = static_cast<size_t>(size.batch) * size.heads * size.head_dim;
   plan.k_partial = static_cast<float*>(workspace);

@@ -8,8 +8,8 @@
 
 namespace fpsattn::sm90::quantize {
 
-// blockIdx = (index of group and head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H, D)
-// memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. Groups and batches go from last to
+// blockIdx = (index of group and head) * cluster_size + rank, role, batch. Heads are faster than groups: in (B, S, H,
+// D) memory, neighbouring CTAs then read neighbouring 2 D bytes of the same tokens. Groups and batches go from last to
 // first: the statistics kernel ended with the last tokens of V, which are still in the L2 cache, and the forward begins
 // with the first blocks. A group is a tile, or a block where blocks do not share a scale; CTA `rank` of a cluster has
 // blocks rank, rank + cluster_size ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.checks import HEAD_DIMS
+from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
@@ -371,8 +371,8 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
         except UnsupportedError as error:
             return f"{path} {error}"
         head_dim = _head_dim(module)
-        if head_dim is not None and head_dim not in HEAD_DIMS:
-            return f"head dimension {head_dim}, wanted {' or '.join(map(str, HEAD_DIMS))}"
+        if head_dim is not None and kernel_dim(head_dim) is None:
+            return f"head dimension {head_dim}, wanted at most {HEAD_DIMS[-1]}"
     return None
 
 

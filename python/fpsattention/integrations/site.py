@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..ops.attend import attend
-from ..ops.checks import HEAD_DIMS
+from ..ops.checks import HEAD_DIMS, kernel_dim
 from .graph import Packed
 from .levels import Call, Part
 from .state import CURRENT
@@ -102,8 +102,8 @@ class Site:
         if core.q.shape != core.k.shape or core.k.shape != core.v.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
             return f"got q, k, v of shapes {shapes}, wanted equal ones (only self-attention is replaced)"
-        if core.q.shape[3] not in HEAD_DIMS:
-            return f"has head dimension {core.q.shape[3]}, wanted one of {', '.join(map(str, HEAD_DIMS))}"
+        if kernel_dim(core.q.shape[3]) is None:
+            return f"has head dimension {core.q.shape[3]}, wanted at most {HEAD_DIMS[-1]}"
         if core.dropout:
             return f"has dropout {core.dropout}, wanted 0"
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout.masks import BlockMask, Lists
 from . import autograd
 from .backends import reference_attention, resolve_backend
-from .checks import GRANULARITIES
+from .checks import GRANULARITIES, kernel_dim
 
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
@@ -36,6 +36,8 @@ def attend(
 
     Args:
         q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``.
+            D up to 128: where the kernels have no such D, zeros are appended up to the next one that they have. Zeros change no
+            score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient.
         others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
@@ -52,9 +54,14 @@ def attend(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lists = mask if isinstance(mask, Lists) else mask.to(q.device).lists(backward)
+    dim = int(q.shape[3])
+    zeros = (0, (kernel_dim(dim) or dim) - dim)
+    if zeros[1]:
+        q, k, v = (torch.nn.functional.pad(x, zeros) for x in (q, k, v))
+        k_mean, v_absmax = (None if x is None else torch.nn.functional.pad(x, zeros) for x in (k_mean, v_absmax))
     options: dict[str, Any] = {
         "granularity": GRANULARITIES[granularity],
-        "softmax_scale": int(q.shape[3]) ** -0.5 if scale is None else scale,
+        "softmax_scale": dim**-0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
         "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),
@@ -68,4 +75,5 @@ def attend(
         out, lse, *_ = autograd.call(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
         )
+    out = out[..., :dim] if zeros[1] else out
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .reference import BLOCK, V_EXTRA_ROWS, Operands
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128)  # of the kernels; attend() pads others to the next one
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
@@ -69,6 +69,11 @@ def _int32(op: str, name: str, x: Tensor, want: tuple[Any, ...]) -> None:
 
 def _dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
     return CPU_DTYPES if device.type in ("cpu", "meta") else KERNEL_DTYPES
+
+
+def kernel_dim(dim: int) -> int | None:
+    """The head dimension that runs ``dim``: the next of ``HEAD_DIMS``, None beyond the last."""
+    return min((wide for wide in HEAD_DIMS if wide >= dim), default=None)
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
