@@ -47,6 +47,7 @@ def attend(
         ConfigError, UnsupportedError: from the backend and the ops, which check shapes, dtypes and devices.
     """
     backend = resolve_backend(backend, q)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -69,3 +70,11 @@ def attend(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
         )
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse
+
+
+def autocast(x: Tensor) -> Tensor:
+    """As the inputs of ``scaled_dot_product_attention`` under autocast: floats, FP64 aside, in the dtype of autocast."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x

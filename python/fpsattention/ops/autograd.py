@@ -23,7 +23,7 @@ from . import vmap
 
 _NUM_OUTPUTS = 10
 _ONCE = "only first derivatives are supported: those of fpsattention.attention are not differentiable"
-_MESSAGES = {
+MESSAGES = {
     "backward": f"fpsattention.backward: double backward was asked for, {_ONCE} (drop create_graph=True)",
     "jvp": f"fpsattention.jvp: a derivative of a forward-mode derivative was asked for, {_ONCE} (detach the tangent)",
     **{
@@ -98,7 +98,7 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
 
 def _refusing(op: str) -> type[torch.autograd.Function]:
     """The op as it is, and an error where a derivative of it is asked."""
-    message = _MESSAGES[op]
+    message = MESSAGES[op]
 
     class Refusing(torch.autograd.Function):
         @staticmethod
@@ -128,7 +128,7 @@ def _refusing(op: str) -> type[torch.autograd.Function]:
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "attention": _Attention,
-    **{op: _refusing(op) for op in _MESSAGES},
+    **{op: _refusing(op) for op in MESSAGES},
 }
 
 
