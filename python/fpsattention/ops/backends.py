@@ -74,6 +74,10 @@ def _fail(text: str) -> ConfigError:
     return ConfigError(f"fpsattention.attention: {text}")
 
 
+_BACKWARD = autograd.refusing("backward", reference.backward)
+_JVP = autograd.refusing("jvp", reference.jvp)
+
+
 class _Reference(torch.autograd.Function):
     """``reference.py`` with its straight-through derivatives."""
 
@@ -102,16 +106,21 @@ class _Reference(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 6
-        if torch.is_grad_enabled() and grad_out.requires_grad:
-            raise UnsupportedError(autograd.MESSAGES["backward"])
         out, *saved = ctx.saved_tensors
-        gradients = reference.backward(grad_out, out, *saved, softmax_scale=ctx.softmax_scale)
+        gradients = _BACKWARD.apply(grad_out, out, *saved, {"softmax_scale": ctx.softmax_scale})
         return (*(g.to(out.dtype) for g in gradients), None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, q: Tensor | None, k: Tensor | None, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         out, *saved = ctx.saved_for_forward
-        return (reference.jvp(q, k, v, out, *saved, softmax_scale=ctx.softmax_scale).to(out.dtype), *(None,) * 9)
+        tangent = _JVP.apply(q, k, v, out, *saved, {"softmax_scale": ctx.softmax_scale})
+        return (tangent.to(out.dtype), *(None,) * 9)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise UnsupportedError(
+            "fpsattention.attention: vmap of backend 'reference' was asked for: backend 'cpu' has it"
+        )
 
 
 def reference_attention(
