@@ -97,7 +97,7 @@ class BlockMask:
         """
         check_layout(layout, "BlockMask.from_tiles")
         try:
-            matrix = torch.as_tensor(tiles)
+            matrix = tiles if isinstance(tiles, Tensor) else torch.as_tensor(tiles, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"fpsattention.BlockMask.from_tiles: tiles {shown(tiles)}, expected a boolean matrix ({error})"
@@ -105,6 +105,8 @@ class BlockMask:
         shape = tuple(matrix.shape)
         if matrix.dtype != torch.bool:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles is {matrix.dtype}, expected torch.bool")
+        if matrix.device.type == "meta":
+            raise ConfigError("fpsattention.BlockMask.from_tiles: tiles is on meta, expected values")
         columns = (layout.num_tiles, layout.num_blocks)
         if not 2 <= matrix.ndim <= 4 or matrix.shape[-2] != layout.num_tiles or matrix.shape[-1] not in columns:
             raise ConfigError(
