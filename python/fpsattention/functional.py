@@ -189,7 +189,8 @@ def _resolve_lists(
     )
     if grid is None:
         raise _fail("grid None, expected three integers (T, H, W)")
-    text_len = integer(text_len, "attention: text_len")
+    if not (torch.compiler.is_compiling() and isinstance(text_len, int)):
+        text_len = integer(text_len, "attention: text_len")
     _choice("text_position", text_position, TEXT_POSITIONS)
     _check_tokens(grid, text_len, q, tensor_layout)
     if block_mask is None:

@@ -262,16 +262,17 @@ def int3(value: Any, what: str) -> Int3:
 
 def integer(value: Any, what: str, whole: Any = None, hint: str = "expected an integer") -> int:
     """An integer that fits 32 bits, or ConfigError about ``what``, which shows ``whole`` (None: the value)."""
-    text = shown(value if whole is None else whole)
+    problem = ""
     try:
         if isinstance(value, (bool, Tensor)):  # True is no size; reading a tensor could synchronize with a device
             raise TypeError
         number = operator.index(value)
+        if abs(number) < 2**31:
+            return number
+        problem, hint = " is too large", f"{hint} below 2^31"
     except TypeError:
-        raise ConfigError(f"fpsattention.{what} {text}, {hint}") from None
-    if abs(number) >= 2**31:
-        raise ConfigError(f"fpsattention.{what} {text} is too large, {hint} below 2^31")
-    return number
+        pass
+    raise ConfigError(f"fpsattention.{what} {shown(value if whole is None else whole)}{problem}, {hint}")
 
 
 def shown(value: Any) -> str:
