@@ -152,7 +152,7 @@ def _statistic(name: str, x: Any, q: Tensor, heads: int) -> Tensor | None:
     """``k_mean`` or ``v_absmax``: f32 ``(B, H, D)`` beside q."""
     if x is None:
         return None
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
         what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise _fail(f"{name} {what}, expected a tensor of floats (B, H, D)")
     want = (q.shape[0], heads, q.shape[3])

@@ -98,15 +98,15 @@ class BlockMask:
         check_layout(layout, "BlockMask.from_tiles")
         try:
             matrix = tiles if isinstance(tiles, Tensor) else torch.as_tensor(tiles, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ConfigError(
-                f"fpsattention.BlockMask.from_tiles: tiles {shown(tiles)}, expected a boolean matrix ({error})"
+                f"fpsattention.BlockMask.from_tiles: tiles {shown(tiles)}, expected a boolean matrix"
             ) from None
+        if matrix.is_nested or matrix.is_meta:
+            raise ConfigError("fpsattention.BlockMask.from_tiles: tiles is a nested or a meta tensor, expected values")
         shape = tuple(matrix.shape)
         if matrix.dtype != torch.bool:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles is {matrix.dtype}, expected torch.bool")
-        if matrix.device.type == "meta":
-            raise ConfigError("fpsattention.BlockMask.from_tiles: tiles is on meta, expected values")
         columns = (layout.num_tiles, layout.num_blocks)
         if not 2 <= matrix.ndim <= 4 or matrix.shape[-2] != layout.num_tiles or matrix.shape[-1] not in columns:
             raise ConfigError(
@@ -199,7 +199,7 @@ class BlockMask:
 
         The transpose is gathered, too, where the mask has it.
         """
-        if not isinstance(index, Tensor):
+        if not isinstance(index, Tensor) or index.is_nested:
             raise ConfigError(
                 f"fpsattention.BlockMask.select: index {shown(index)}, expected an int32 or int64 tensor [B] on {self.device}"
             )
@@ -208,6 +208,12 @@ class BlockMask:
                 f"fpsattention.BlockMask.select: index is {index.dtype} {tuple(index.shape)} on {index.device}, expected int32 or "
                 f"int64 [B] on {self.device}"
             )
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(index) and index.numel():
+            low, high = (int(x) for x in torch.aminmax(index))  # elsewhere reading it would wait for the device
+            if low < 0 or high >= self.shape[0]:
+                raise ConfigError(
+                    f"fpsattention.BlockMask.select: index holds {low} to {high}, expected 0 to {self.shape[0] - 1}"
+                )
         transposed = None
         if self._transposed is not None:
             transposed = (self._transposed[0].index_select(0, index), self._transposed[1].index_select(0, index))
@@ -489,4 +495,4 @@ def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tens
 
 def _is_fake(tensor: Tensor) -> bool:
     """True for tensors without memory of their own (FakeTensor, functional wrappers): their values cannot be read."""
-    return type(tensor) is not Tensor
+    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -137,7 +137,7 @@ class TileLayout:
 
     def same_as(self, other: TileLayout) -> bool:
         """True if tokens, slots and tiles are the same (wherever the tensors are)."""
-        a, b = self.cpu(), other.cpu()
+        a, b = self.cpu(), check_layout(other, "TileLayout.same_as").cpu()
         return a is b or (
             (a.grid, a.tile_sizes, a.text_len, a.text_position) == (b.grid, b.tile_sizes, b.text_len, b.text_position)
             and torch.equal(a.token_of_slot, b.token_of_slot)
@@ -254,7 +254,8 @@ def core() -> Any:
 def int3(value: Any, what: str) -> Int3:
     """Three integers that fit 32 bits, or ConfigError about ``what`` ("plan: grid")."""
     hint = "expected three integers (T, H, W)"
-    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or len(value) != 3:
+    sequence = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    if not sequence or isinstance(value, (str, bytes)) or len(value) != 3:
         raise ConfigError(f"fpsattention.{what} {shown(value)}, {hint}")
     t, h, w = (integer(v, what, value, hint) for v in value)
     return t, h, w
@@ -277,11 +278,12 @@ def integer(value: Any, what: str, whole: Any = None, hint: str = "expected an i
 
 def shown(value: Any) -> str:
     """A value for an error message, on one short line; tensors and arrays by type, for reading them may be slow."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
     try:
-        text = repr(value)
-    except Exception:
+        if isinstance(value, (Tensor, np.ndarray)):
+            text = f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
+        else:
+            text = repr(value)
+    except Exception:  # a repr of somebody else's, a tensor without a shape
         text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -304,10 +306,8 @@ def _canonical(device: torch.device | str) -> torch.device:
     """``cuda`` names the current device: tensors there say ``cuda:0``."""
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"fpsattention: device {shown(device)}, expected one that torch.device takes ({error})"
-        ) from None
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise ConfigError(f"fpsattention: device {shown(device)}, expected one that torch.device takes") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(
             f"fpsattention: device {device} was asked for, but torch sees no GPU: run `fpsattn doctor`"
