@@ -62,7 +62,8 @@ def attention(
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
         scale, softmax_scale: two names of the softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
-        pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error.
+        pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error. The same forward is
+            computed with and without gradients.
         text_len, text_position: text tokens of the same sequence, after ("suffix") or before ("prefix") the video.
         return_lse: also return the log-sum-exp of the scores, f32 ``(B, H, S)``, natural logarithm, not differentiable.
         backend: "sm90" (Hopper GPUs), "cpu", "reference" (slow, plain PyTorch), or "auto": by the device of q.
