@@ -59,13 +59,10 @@ def attend(
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
         "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),
-        "k_mean": k_mean,
-        "v_absmax": v_absmax,
     }
     if backend == "reference":
-        out, lse = reference_attention(q, k, v, lists, **options)
+        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, **options)
     else:
-        k_mean, v_absmax = options.pop("k_mean"), options.pop("v_absmax")
         out, lse, *_ = autograd.call(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
         )
