@@ -6,7 +6,7 @@ import torch.utils.checkpoint
 from cases import CASES, Case
 
 import fpsattention as fps
-from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.errors import ConfigError, UnsupportedError, of_library
 from fpsattention.ops import reference
 
 CASE = CASES[2]
@@ -236,3 +236,23 @@ def test_backward_with_bad_arguments(change, text):
         args[index] = function(args[index])
     with pytest.raises(ConfigError, match=text):
         torch.ops.fpsattn.backward(*args, softmax_scale=0.125)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("fpsattn.quantize: k has dtype Half, expected BFloat16", ConfigError),
+        ("fpsattn.forward: device 0 has compute capability 8.0, the kernels are built for 9.0", UnsupportedError),
+        (
+            "fpsattn.quantize: kernel: cudaLaunchKernelEx(&config) failed: an illegal memory access was encountered",
+            None,
+        ),
+        ("CUDA out of memory", None),
+    ],
+)
+def test_errors_of_the_library_become_ours(text, kind):
+    error = of_library(text)
+    if kind is None:
+        assert error is None
+    else:
+        assert type(error) is kind and str(error) == text.replace("fpsattn.", "fpsattention.")

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import BuildError, ConfigError, UnsupportedError
+from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
 from . import autograd, checks, cpu, fakes, lists, vmap
 from .reference import Forward, Quantized
@@ -184,19 +184,17 @@ def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
 
 
 def _translated(op: str) -> Callable[..., Any]:
-    """The kernel of whatever device, its C++ errors as ConfigError."""
+    """The kernel of whatever device, its C++ errors as ours."""
     overload = getattr(torch.ops.fpsattn, op).default
 
     def run(keyset: Any, *args: Any, **options: Any) -> Any:
         try:
             return overload.redispatch(keyset & _BELOW_BACKEND_SELECT, *args, **options)
-        except (ConfigError, UnsupportedError):
-            raise
         except RuntimeError as error:
-            text = str(error)
-            if not text.startswith("fpsattn."):
+            ours = None if isinstance(error, UnsupportedError) else of_library(str(error))
+            if ours is None:
                 raise
-            raise ConfigError(text.replace("fpsattn.", "fpsattention.", 1)) from None
+            raise ours from None
 
     return run
 
