@@ -208,12 +208,14 @@ class BlockMask:
                 f"fpsattention.BlockMask.select: index is {index.dtype} {tuple(index.shape)} on {index.device}, expected int32 or "
                 f"int64 [B] on {self.device}"
             )
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(index) and index.numel():
-            low, high = (int(x) for x in torch.aminmax(index))  # elsewhere reading it would wait for the device
-            if low < 0 or high >= self.shape[0]:
-                raise ConfigError(
-                    f"fpsattention.BlockMask.select: index holds {low} to {high}, expected 0 to {self.shape[0] - 1}"
-                )
+        try:
+            return self._selected(index)
+        except IndexError as error:  # on the CPU; elsewhere a wrong index cannot be seen without waiting
+            raise ConfigError(
+                f"fpsattention.BlockMask.select: index holds a value outside of 0 to {self.shape[0] - 1} ({error})"
+            ) from None
+
+    def _selected(self, index: Tensor) -> BlockMask:
         transposed = None
         if self._transposed is not None:
             transposed = (self._transposed[0].index_select(0, index), self._transposed[1].index_select(0, index))
