@@ -1,4 +1,4 @@
-// Forward and straight-through backward on the host, from their definition (docs/design.md section 3,
+// Forward and straight-through backward on the host, from their definition (docs/numerics.md,
 // docs/kernels/backward.md): plain loops in FP64 over the quantized operands.
 //
 // Besides the gradients themselves two yardsticks come out of the same loops:

@@ -1,4 +1,4 @@
-// Quantization on the host, from its definition (docs/design.md section 3): plain loops, FP32, IEEE division.
+// Quantization on the host, from its definition (docs/numerics.md): plain loops, FP32, IEEE division.
 #pragma once
 
 #include <cmath>

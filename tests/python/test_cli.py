@@ -47,6 +47,19 @@ def test_help_is_quick_and_does_without_torch():
     assert float(seconds) < 1 and torch == numpy == "False"
 
 
+def test_import_costs_little_above_torch():
+    code = (
+        "import sys, time, torch\n"
+        "start = time.process_time()\n"
+        "import fpsattention as fps\n"
+        "fps.attention, fps.plan, fps.BlockMask, fps.Schedule\n"
+        "print(time.process_time() - start, [m for m in ('torch._dynamo', 'torch._inductor', 'diffusers', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, _, heavy = done.stdout.splitlines()[-1].partition(" ")
+    assert float(seconds) < 0.3 and heavy == "[]"
+
+
 def test_public_names():
     assert dir(fps) == sorted([*fps.__all__, "__version__"])
     assert all(getattr(fps, name) is not None for name in dir(fps))
@@ -130,6 +143,11 @@ def test_bad_input(arguments, text, tmp_path, monkeypatch):
     ("error", "status", "text"),
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "error: the package 'torch' is not installed: fpsattn doctor says how to install it\n",
+        ),
         (MemoryError(), 2, "error: out of memory\n"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "error: Permission denied: /a/b\n"),
         (ConfigError("fpsattention.plan: two\nlines"), 2, "error: fpsattention.plan: two lines\n"),
@@ -205,7 +223,8 @@ def test_missing_package_in_demo(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "imageio.v2", None)
-    result = run("demo", "--small", "--out", tmp_path)
+    result = run("demo", "--small", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert (
         result.exit_code == 2 and "'imageio'" in result.stderr and 'pip install "fpsattention[demo]"' in result.stderr
     )

@@ -1,6 +1,6 @@
 """The package as users get it: the sdist holds the repository, a wheel built from it works, an editable install works.
 
-The builds are marked slow (a minute or two each, CPU part only): ``pytest -m slow tests/python/test_packaging.py``.
+The builds are marked slow (a minute or two each, CPU part only).
 """
 
 import json

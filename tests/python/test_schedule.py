@@ -233,3 +233,19 @@ def test_step_lists_with_other_schedulers_and_levels():
         Schedule.from_steps([], scheduler)
     with pytest.raises(ConfigError, match="strictly falling"):
         Schedule.from_steps(["dense"] * 2000, scheduler)
+
+
+def test_save_makes_its_folder_or_says_why_not(tmp_path):
+    schedule = Schedule.preset("fp8")
+    schedule.save(tmp_path / "new" / "folder" / "s.json")
+    assert Schedule.load(tmp_path / "new" / "folder" / "s.json") == schedule
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / "file" / "s.json", "File exists|Not a directory"),
+        (tmp_path / "new", "Is a directory"),
+    ):
+        with pytest.raises(ConfigError, match=rf"Schedule.save: {path} cannot be written \(({reason})"):
+            schedule.save(path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        Schedule.load(tmp_path / "binary")

@@ -56,6 +56,8 @@ def _message(error: Exception) -> str | None:
     """One line about something that a user caused; empty: all has been said; None: it is not of that kind."""
     if isinstance(error, (ConfigError, UnsupportedError, BuildError, FloatingPointError)):
         text = str(error)
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "fpsattention").partition(".")[0] != "fpsattention":
+        text = f"the package {error.name!r} is not installed: fpsattn doctor says how to install it"
     elif isinstance(error, OSError):
         text = f"{error.strerror or type(error).__name__}: {error.filename}" if error.filename else str(error)
     elif (

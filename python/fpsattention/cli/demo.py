@@ -42,7 +42,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Run a Wan pipeline dense and with FPSAttention from one seed; write videos, pictures and a report."""
-    from ..demo.demo import DemoConfig, run_demo
+    from ..demo.demo import DemoConfig, check_packages, run_demo
     from ..schedule import Schedule
 
     given = {
@@ -53,6 +53,7 @@ def command(
     changes |= {"out": out, "preset": preset, "seed": seed, "device": device, "control": control}
     config = DemoConfig.small(**changes) if small else DemoConfig(**changes)
     Schedule.resolve(preset)
+    check_packages()
     make_folder(out)
     with progress_bars(quiet=as_json) as progress:
         progress("loading", 0, 1)

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import click
 import typer
 
 from ..errors import ConfigError
@@ -16,7 +15,7 @@ from ..training.config import TrainConfig, load_recipe
 from .output import JsonOption, make_folder
 
 
-def command(synthetic: bool, recipe: str | None, as_json: bool, **options: Any) -> None:
+def command(context: typer.Context, synthetic: bool, recipe: str | None, as_json: bool, **options: Any) -> None:
     """Fine-tune a Wan transformer through the FP8 sparse forward."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,8 +25,7 @@ def command(synthetic: bool, recipe: str | None, as_json: bool, **options: Any) 
 
     # Arguments first: nothing is loaded, made or written before they hold.
     if recipe is not None:
-        source = click.get_current_context().get_parameter_source
-        given = {name for name in options if getattr(source(name), "name", "") == "COMMANDLINE"}
+        given = {name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
         options |= {name: value for name, value in load_recipe(recipe).items() if name not in given}
     output = Path(options["output"])
     if (options["data"] is None) != synthetic:
@@ -86,7 +84,7 @@ def _signature() -> inspect.Signature:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
     hints = get_type_hints(TrainConfig)
-    parameters = []
+    parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
     for setting in dataclasses.fields(TrainConfig):
         kind, default, names = hints[setting.name], setting.default, []
         if kind is bool:
@@ -100,7 +98,7 @@ def _signature() -> inspect.Signature:
         )
         parameters.append(parameter(setting.name, Annotated[kind, option], default))
     synthetic = typer.Option("--synthetic", help="Make and use a small data set of moving shapes instead of --data.")
-    parameters.insert(1, parameter("synthetic", Annotated[bool, synthetic], False))
+    parameters.insert(2, parameter("synthetic", Annotated[bool, synthetic], False))
     recipe = typer.Option(help="Settings to start from: 'paper' or a JSON file. Options given here win over it.")
     parameters.append(parameter("recipe", Annotated[str | None, recipe], None))
     parameters.append(parameter("as_json", JsonOption, False))

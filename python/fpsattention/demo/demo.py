@@ -248,10 +248,15 @@ def write_video(path: Path, frames: np.ndarray) -> Path:
     return path
 
 
+def check_packages() -> None:
+    """BuildError, before minutes are spent, if a package that the demo needs is missing."""
+    for module in ("diffusers", "imageio.v2", "imageio_ffmpeg", "matplotlib", "skimage.metrics", "safetensors"):
+        require(module, "demo")
+
+
 def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
     """Run everything, write all files to `config.out`, and return the report (also `report.json`)."""
-    for module in ("diffusers", "imageio.v2", "imageio_ffmpeg", "matplotlib", "skimage.metrics", "safetensors"):
-        require(module, "demo")  # before minutes are spent
+    check_packages()
     import fpsattention as fps
 
     from ..analysis.report import environment, write_report

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
+from ..layout.plain import constant
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
 from .graph import Packed, flag, pack
@@ -191,7 +192,7 @@ class LevelTables:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
         return torch.bucketize(sigma, self._edges_on(edges, sigma.device))
 
-    @torch.compiler.assume_constant_result
+    @constant
     def _edges_on(self, edges: tuple[float, ...], device: torch.device) -> Tensor:
         with self._lock:
             if (edges, device) not in self._edge_tensors:
@@ -225,7 +226,7 @@ class LevelTables:
                 mask = tables.on_device[key] = mask.to(device)
         return mask
 
-    @torch.compiler.assume_constant_result
+    @constant
     def _constant(
         self, tokens: Tokens, group: int, segment: int | None, device: torch.device
     ) -> tuple[Tensor, BlockMask | None]:

@@ -81,7 +81,7 @@ def attention_fp64(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
     return probabilities @ v
 
 
-# Quantization (section 2) ------------------------------------------------------------------------------------------------
+# Quantization (step 2) ---------------------------------------------------------------------------------------------------
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def quantize(
     pow2_scales: bool,
     k_mean_stride: int = 1,
 ) -> Quantized:
-    """Tile order, K smoothing, scales and e4m3 bytes (sections 1 and 2).
+    """Tile order, K smoothing, scales and e4m3 bytes (steps 1 and 2 of ``docs/numerics.md``).
 
     Args:
         q, k, v: ``(B, H, S, D)``.
@@ -175,7 +175,7 @@ def quantize(
     return Quantized(q8, k8, v8t, q_scale.contiguous(), k_scale.contiguous(), v_scale, k_mean.float(), q_k_mean)
 
 
-# Attention (sections 3 to 7) ---------------------------------------------------------------------------------------------
+# Attention (steps 3 to 7) ------------------------------------------------------------------------------------------------
 
 
 def v_slot_order() -> Tensor:
@@ -236,7 +236,7 @@ def forward(
             for i in range(num_blocks):
                 tile = int(tile_of_block[i])
                 if counts[tile] == 0:
-                    continue  # section 7: an empty row stays 0, with row_sum 0
+                    continue  # step 7: an empty row stays 0, with row_sum 0
                 m = q_raw.new_full((BLOCK,), -math.inf)
                 l = q_raw.new_zeros(BLOCK)
                 o = q_raw.new_zeros(BLOCK, dim)
@@ -284,7 +284,7 @@ def backward(
     *,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Straight-through gradients ``(dq, dk, dv)``, each ``(B, H, S, D)`` FP32 (section 8).
+    """Straight-through gradients ``(dq, dk, dv)``, each ``(B, H, S, D)`` FP32 (``docs/numerics.md``, Backward).
 
     The quantizers and the K smoothing pass gradients as identity. The probabilities are the quantized ones of the forward,
     ``p = e4m3(2^(x - m + 8)) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
@@ -345,7 +345,7 @@ def jvp(
     *,
     softmax_scale: float,
 ) -> Tensor:
-    """Straight-through tangent of ``out`` along the tangents of q, k, v (None: zero), ``(B, H, S, D)`` FP32 (section 9).
+    """Straight-through tangent of ``out`` along the tangents of q, k, v (None: zero), ``(B, H, S, D)`` FP32.
 
     The adjoint of :func:`backward`: ``<grad_out, jvp(t)> = <backward(grad_out), t>``.
     """

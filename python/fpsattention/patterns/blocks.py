@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask
+from ..layout.plain import constant
 from ..layout.tiles import _CLEAR_WITH_PLANS, BLOCK, TileLayout
 
 _TABLE_CACHE_SIZE = 64
@@ -52,7 +53,7 @@ def max_blocks(layout: TileLayout) -> int:
     return max(-(-math.prod(layout.tile) // BLOCK), min(4, num_text_blocks(layout)))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def tables(layout: TileLayout, device: torch.device) -> Tables:
     """The :class:`Tables` of a layout on a device, computed once and kept; constants of a compiled graph."""
     return _tables(layout.to(device))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import sliding_tile_mask
+from ..layout.plain import constant
 from ..layout.tiles import TileLayout
 from .blocks import (
     check_count,
@@ -49,7 +50,7 @@ def topk_mean(q: Tensor, k: Tensor, layout: TileLayout, ratio: float = 0.2) -> T
     return top_k(scores(q, k, layout), _count(layout, ratio), tables(layout, q.device).own)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _window(layout: TileLayout, window: tuple[int, int, int], device: torch.device) -> Tensor:
     return sliding_tile_mask(layout, window).to(device).to_blocks()
 

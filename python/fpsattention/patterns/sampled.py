@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..layout.plain import constant
 from ..layout.tiles import BLOCK, TileLayout
 from .blocks import check_count, check_number, gather_blocks, num_video_blocks, tables, top_p
 from .pattern import pattern
 from .token_rules import band_share
 
 
-@torch.compiler.assume_constant_result
+@constant
 def sample(population: int, count: int, seed: int, device: torch.device) -> Tensor:
     """``count`` distinct indices below ``population``, ascending, fixed by ``seed``: int64 on the device, kept there."""
     return _sample_on(population, min(count, population), seed, device)
@@ -32,7 +33,7 @@ def _svg_width(layout: TileLayout, share: float) -> int:
     return max(int(layout.num_video_tokens * (1.0 - math.sqrt(1.0 - share))), 1)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _svg_masks(layout: TileLayout, share: float, sink: bool, min_share: float, device: torch.device) -> Tensor:
     """Spatial and temporal mask, bool ``[2, num_tiles, num_blocks]``."""
     return _svg_masks_on(layout, share, sink, min_share, device)

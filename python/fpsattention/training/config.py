@@ -122,7 +122,7 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
         raise ConfigError(f"fpsattention.train: recipe {str(name)!r}, expected a JSON file or one of {known}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"fpsattention.train: recipe {path} is not JSON: {error}") from error
     known_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(settings) - known_fields) if isinstance(settings, dict) else [type(settings).__name__]
