@@ -22,17 +22,17 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ConfigError
-from .metrics import ErrorSum
+from ..ops.checks import GRANULARITIES
+from .metrics import ErrorSum, jsonable
 from .optional import require
 
-if TYPE_CHECKING:
-    import torch
-
 PARTS = ("quantization", "sparsity", "total", "quantization_same_mask")
-GRANULARITY_CODES = {"tile": 0, "block": 1, "token": 2}
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,6 @@ def _read_header(path: Path) -> Capture:
 
 def choose_tiles(layout: Any, max_rows: int | None, seed: int = 0) -> list[int]:
     """Query tiles to look at: all of them, or a random choice (fixed by `seed`) of about `max_rows` tokens, at least one."""
-    import torch
-
     if max_rows is None or layout.num_tokens <= max_rows:
         return list(range(layout.num_tiles))
     if max_rows < 1:
@@ -160,8 +158,6 @@ def split_error(
         granularity: "tile", "block" or "token".
         max_rows: look at about this many query tokens per head (None: all).
     """
-    import torch
-
     layout = mask.layout
     if q.ndim != 4 or q.shape[1] != layout.num_tokens:
         raise ConfigError(
@@ -203,8 +199,6 @@ def _fp8(
     smooth_k: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 outputs [S, D] (FP32) with every block attended and under the mask; rows of other tiles are zero."""
-    import torch
-
     import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
 
     q, k, v = head
@@ -218,7 +212,7 @@ def _fp8(
         v,
         token_of_slot,
         offsets,
-        granularity=GRANULARITY_CODES[granularity],
+        granularity=GRANULARITIES[granularity],
         smooth_k=smooth_k,
         pow2_scales=False,
     )
@@ -247,9 +241,6 @@ def _exact(
     tokens: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP32 outputs of the chosen tiles, concatenated [rows, D]: dense, and under the mask."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
     q, k, v = (x[0, 0].float() for x in head)
     slots = layout.token_of_slot.to(q.device).long().view(-1, 128)
     dense, masked = [], []
@@ -325,6 +316,16 @@ def _analyze(
         yield record
 
 
+def error_series(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Points of `plots.plot_error_vs_sigma`: relative L1 of quantization, sparsity and total, mean over the layers of a sigma."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for part in ("quantization", "sparsity", "total"):
+        for sigma in sorted({record["sigma"] for record in records}, reverse=True):
+            found = [r[part]["rel_l1"] if part in r else 0.0 for r in records if r["sigma"] == sigma]
+            series.setdefault(part, []).append((sigma, sum(found) / len(found)))
+    return series
+
+
 def level_mask(
     schedule: Any,
     level: Any,
@@ -335,8 +336,6 @@ def level_mask(
     text_position: str = "suffix",
 ) -> Any:
     """`BlockMask` of a level of `schedule` on a grid: one list for all heads, or one per head where heads have windows."""
-    import torch
-
     from ..integrations.levels import resolve_window
     from ..layout.masks import BlockMask, sliding_tile_mask
     from ..layout.tiles import plan
@@ -356,8 +355,6 @@ def level_mask(
 
 def save_json(path: str | Path, value: Any) -> Path:
     """Write strict JSON (NaN and infinities become null)."""
-    from .metrics import jsonable
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ..errors import ConfigError
 from .optional import require
-
-if TYPE_CHECKING:
-    import numpy as np
 
 COLORS = {
     "quantization": "#0072B2",
@@ -68,8 +67,6 @@ def mask_image(mask: Any) -> np.ndarray:
 
     Batch and head 0 are shown. Text is marked where the query tile or the key block is text.
     """
-    import numpy as np
-
     layout = mask.layout
     counts = mask.kv_num_blocks[0, 0].cpu().numpy()
     indices = mask.kv_indices[0, 0].cpu().numpy()
@@ -170,7 +167,6 @@ def plot_plan(mask: Any, path: str | Path, title: str) -> Path:
 
 def _draw_window(figure: Any, layout: Any, row: np.ndarray, center: int) -> None:
     """The tiles attended by tile `center`, one panel of H x W tiles per temporal tile."""
-    import numpy as np
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     tiles_t, tiles_h, tiles_w = layout.tile_grid
@@ -214,11 +210,11 @@ def plot_error_vs_sigma(
     title: str,
     ylabel: str = "relative L1 error",
 ) -> Path:
-    """Error against sigma, on a log scale, in the order of denoising (sigma falls from left to right).
+    """Error against sigma, in the order of denoising (sigma falls from left to right), over the sigmas that there are.
 
     Args:
-        series: name ("quantization", "sparsity", "total", ...) to (sigma, error) points. Errors that are not positive
-            (an exact result) cannot stand on a log scale: they are drawn on the lower edge and the legend says so.
+        series: name ("quantization", "sparsity", "total", ...) to (sigma, error) points. "total" is drawn as a wide band below the others,
+            so that a part that makes up nearly all of it is seen beside it.
         phases: (sigma high, sigma low, level) of the schedule; shaded, with the level's name on top.
     """
     points = [(s, e) for values in series.values() for s, e in values]
@@ -226,40 +222,33 @@ def plot_error_vs_sigma(
         raise ConfigError("fpsattention.plots: series has no points, wanted at least one (sigma, error)")
     figure = new_figure(9.0, 5.0)
     axis = figure.add_subplot()
-    positive = [e for _, e in points if math.isfinite(e) and e > 0]
-    low = 10 ** math.floor(math.log10(min(positive)) - 0.15) if positive else 1e-6
-    high = 10 ** (math.log10(max(positive)) + 0.25) if positive else 1.0
-    axis.set_yscale("log")
-    axis.set_ylim(low, high)
-    axis.set_xlim(1.02, -0.02)
+    sigmas = [sigma for sigma, _ in points]
+    margin = 0.04 * (max(sigmas) - min(sigmas)) or 0.05
+    left, right = max(sigmas) + margin, min(sigmas) - margin
+    axis.set_xlim(left, right)
+    axis.set_ylim(0.0, 1.15 * max([e for _, e in points if math.isfinite(e)] + [1e-9]))
     color_of: dict[str, str] = {}
-    for top, bottom, level in phases:
+    for high, low, level in phases:
         color = color_of.setdefault(level, _PHASE_COLORS[len(color_of) % len(_PHASE_COLORS)])
-        axis.axvspan(bottom, top, color=color, zorder=0, linewidth=0)
-        axis.axvline(bottom, color="white", linewidth=1.5, zorder=0.5)
-        axis.text(
-            (top + bottom) / 2, 1.01, level, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=9
-        )
-    dashes = {"quantization": "-", "sparsity": "--", "total": ":"}
+        high, low = min(high, left), max(low, right)
+        if high <= low:
+            continue
+        axis.axvspan(low, high, color=color, zorder=0, linewidth=0)
+        axis.axvline(low, color="white", linewidth=1.5, zorder=0.5)
+        place = axis.get_xaxis_transform()
+        axis.text((high + low) / 2, 1.01, level, transform=place, ha="center", va="bottom", fontsize=9)
     for index, (name, values) in enumerate(series.items()):
         ordered = sorted(values, reverse=True)
-        zero = any(not e > 0 for _, e in ordered)
+        band = name == "total"
         axis.plot(
-            [s for s, _ in ordered],
-            [max(e, low) if math.isfinite(e) else math.nan for _, e in ordered],
-            color=COLORS.get(name, f"C{index}"),
-            linestyle=dashes.get(name, "-"),
-            marker="os^Dv"[index % 5],
-            markersize=5,
-            linewidth=1.8,
-            label=name + (" (on the lower edge: exactly 0)" if zero else ""),
-            clip_on=False,
-            zorder=3,
-        )
+            [s for s, _ in ordered], [e if math.isfinite(e) else math.nan for _, e in ordered], label=name,
+            color=COLORS.get(name, f"C{index}"), alpha=0.3 if band else 1.0, linewidth=9 if band else 1.8,
+            solid_capstyle="round", marker="" if band and len(ordered) > 1 else "os^Dv"[index % 5], markersize=5, zorder=2 if band else 3,
+        )  # fmt: skip
     axis.grid(which="major", axis="y", color="white" if phases else "#DDDDDD", linewidth=0.8, zorder=1)
     axis.set_xlabel("sigma (1 = pure noise; denoising runs to the right)")
     axis.set_ylabel(ylabel)
-    axis.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
     axis.set_title(title, fontsize=12, pad=24 if phases else 10)
     return save_figure(figure, path)
 
@@ -272,8 +261,6 @@ def plot_layer_heatmap(
     Args:
         values: (layer, sigma) to error; missing pairs stay blank.
     """
-    import numpy as np
-
     if not values:
         raise ConfigError("fpsattention.plots: values is empty, wanted at least one (layer, sigma)")
     layers = sorted({layer for layer, _ in values})
@@ -304,34 +291,43 @@ def plot_layer_heatmap(
     return save_figure(figure, path)
 
 
+def frames_shown(frames: int, columns: int = 5) -> list[int]:
+    """The frames that `plot_side_by_side` shows of a video: first, last, and evenly between."""
+    columns = min(columns, frames)
+    return [round(i * (frames - 1) / max(columns - 1, 1)) for i in range(columns)]
+
+
 def plot_side_by_side(
     dense: np.ndarray,
     fps: np.ndarray,
     path: str | Path,
     title: str,
     psnr_per_frame: Sequence[float],
-    columns: int = 5,
+    ssim_per_frame: Sequence[float],
 ) -> Path:
     """Frames of two videos above one another, and their difference, amplified until its largest value is white.
 
     Args:
         dense, fps: frames [F, H, W, 3], uint8 or floating point in [0, 1].
-        psnr_per_frame: [F], in dB, written above each column.
+        psnr_per_frame, ssim_per_frame: [F], in dB and at most 1, written above each column; their ranges over the frames shown and over the
+            whole video go into the heading.
     """
-    import numpy as np
 
     def to_unit(frames: np.ndarray) -> np.ndarray:
         return frames.astype(np.float32) / 255.0 if frames.dtype == np.uint8 else frames.astype(np.float32)
 
     dense, fps = to_unit(np.asarray(dense)), to_unit(np.asarray(fps))
     frames, height, width, _ = dense.shape
-    columns = min(columns, frames)
-    chosen = [round(i * (frames - 1) / max(columns - 1, 1)) for i in range(columns)]
+    chosen = frames_shown(frames)
+    columns = len(chosen)
     difference = np.abs(dense - fps)
     gain = 1.0 / max(float(difference[chosen].max()), 1e-6)
     cell_width = 11.0 / columns
-    figure = new_figure(11.6, 3 * cell_width * height / width + 0.9)
-    figure.suptitle(title, fontsize=12)
+    figure = new_figure(11.6, 3 * cell_width * height / width + 1.1)
+    shown = _quality([psnr_per_frame[f] for f in chosen], [ssim_per_frame[f] for f in chosen])
+    figure.suptitle(
+        f"{title}. Frames shown: {shown}\nall {frames} frames: {_quality(psnr_per_frame, ssim_per_frame)}", fontsize=11
+    )
     rows = (
         ("dense", dense),
         ("FPSAttention", fps),
@@ -344,12 +340,23 @@ def plot_side_by_side(
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
-                value = psnr_per_frame[frame]
-                quality = "identical" if math.isinf(value) else f"PSNR {value:.1f} dB"
-                axis.set_title(f"frame {frame}, {quality}", fontsize=9)
+                axis.set_title(f"frame {frame}, {_decibels([psnr_per_frame[frame]])}", fontsize=9)
             if column == 0:
                 axis.set_ylabel(name, fontsize=10)
     return save_figure(figure, path)
+
+
+def _decibels(psnr: Sequence[float]) -> str:
+    """'identical', '31.2 dB' or '30.1 to 31.2 dB'."""
+    if all(math.isinf(value) for value in psnr):
+        return "identical"
+    low, high = f"{min(psnr):.1f}", "identical" if math.isinf(max(psnr)) else f"{max(psnr):.1f}"
+    return f"{low} dB" if low == high else f"{low} to {high} dB"
+
+
+def _quality(psnr: Sequence[float], ssim: Sequence[float]) -> str:
+    low, high = f"{min(ssim):.3f}", f"{max(ssim):.3f}"
+    return f"PSNR {_decibels(psnr)}, SSIM {low if low == high else f'{low} to {high}'}"
 
 
 def plot_time_split(runs: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> Path:

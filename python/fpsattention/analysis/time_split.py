@@ -6,6 +6,7 @@ as many keys as queries (cross-attention has fewer, and is part of the rest). Th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ def time_split(call: Callable[[], T], device: str) -> tuple[T, dict[str, float]]
     On "cuda" these are durations of kernels, by the op that launched them; on "cpu" the ops' own time, so that they sum to the time
     spent in ops.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes two lines to stderr each time
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:

@@ -145,12 +145,11 @@ def tiny_vae(colors: torch.Tensor) -> nn.Module:
         for name, parameter in vae.named_parameters():
             if not name.endswith("gamma"):
                 parameter.zero_()
-        vae.post_quant_conv.weight[:, :, 0, 0, 0] = torch.eye(CHANNELS)
-        decoder = vae.decoder
-        frames = _SUBFRAMES
-        weight = colors.reshape(CHANNELS, -1).T[:, :, None, None] * smooth
-        decoder.conv_in.weight[1 : 1 + frames * _COLORS, :, -1] = weight
-        decoder.conv_in.bias[0] = _REFERENCE
+        decoder, frames = vae.decoder, _SUBFRAMES
+        vae.post_quant_conv.weight[1 : 1 + frames * _COLORS, :, 0, 0, 0] = colors.reshape(CHANNELS, -1).T
+        vae.post_quant_conv.bias[0] = _REFERENCE
+        # Zero padding dims a border, the constant included, whose norm undoes that.
+        _keep(decoder.conv_in.weight[:, :, -1], 1 + frames * _COLORS, smooth)
         decoder.mid_block = _Shortcut(nn.Identity())
         for block in decoder.up_blocks:
             for resnet in block.resnets:
@@ -206,7 +205,8 @@ def scene(frames: int, rows: int, columns: int, generator: torch.Generator) -> t
     light = 5.0 * (y + bend_y) - 3.5 * (x + bend_x) + 1.2 * t + phase[5]
     palette = torch.tensor([0.0, 1.1, 2.4])[:, None, None]  # amber, rose, violet, blue, teal
     hues = 0.5 + 0.5 * torch.cos(hue[:, None] + palette)
-    colors = 0.10 + (0.55 + 0.3 * torch.sin(light)[:, None]) * hues + 0.08 * torch.sin(light)[:, None]
+    shade = torch.sin(light)[:, None]
+    colors = 0.22 + 0.08 * shade + (0.52 + 0.16 * shade) * hues
     return 2.0 * colors - 1.0, torch.stack([hue, light], dim=1)
 
 

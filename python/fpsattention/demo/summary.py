@@ -1,59 +1,11 @@
-"""The demo's report: what was run, on what, what came out, and what it does not say."""
+"""The demo's `report.md`: what was run, on what, what came out, and what it does not say."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("fpsattention", "torch", "diffusers", "transformers", "numpy", "scikit-image", "matplotlib")
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and hardware."""
-    import torch
-
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _number(value: float | None, digits: int) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return "identical" if math.isinf(value) else f"{value:.{digits}f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+from ..analysis.markdown import fixed, table
 
 
 def write_report(path: str | Path, report: dict[str, Any]) -> Path:
@@ -80,7 +32,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "",
         "## Distance between the two videos",
         "",
-        *_table(
+        table(
             ["compared with the dense run", "PSNR (dB)", "SSIM", "latents: relative L1", "latents: cosine"],
             [_quality_row("FPSAttention", video, latents), *_control_rows(report["control"])],
         ),
@@ -92,7 +44,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "Against dense full-precision attention of the same recorded q, k, v; mean over recorded layers and sigmas. "
         "*Quantization*: FP8, every block attended. *Sparsity*: full precision, blocks skipped. *Total*: both, what ran.",
         "",
-        *_table(
+        table(
             ["level", "scales", "density", "quantization L1", "sparsity L1", "total L1", "total cosine", "sigmas"],
             [_level_row(level) for level in report["levels"]],
         ),
@@ -106,8 +58,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 
 def _quality_row(name: str, video: dict[str, Any], latents: dict[str, Any]) -> list[str]:
-    psnr = "identical" if video["identical"] else _number(video["psnr_db"], 2)
-    return [name, psnr, _number(video["ssim"], 4), _number(latents["rel_l1"], 4), _number(latents["cosine"], 5)]
+    psnr = "identical" if video["identical"] else fixed(video["psnr_db"], 2)
+    return [name, psnr, fixed(video["ssim"], 4), fixed(latents["rel_l1"], 4), fixed(latents["cosine"], 5)]
 
 
 def _control_rows(control: dict[str, Any] | None) -> list[list[str]]:
@@ -124,7 +76,7 @@ def _control_text(control: dict[str, Any] | None) -> list[str]:
 
 def _level_row(level: dict[str, Any]) -> list[str]:
     def error(part: str, key: str = "rel_l1", digits: int = 4) -> str:
-        return _number(level[part][key], digits) if part in level else "0 (the model's own attention)"
+        return fixed(level[part][key], digits) if part in level else "0 (the model's own attention)"
 
     sigmas = ", ".join(f"{sigma:.3f}" for sigma in level["sigmas"])
     return [
@@ -146,9 +98,9 @@ def _time_lines(report: dict[str, Any]) -> list[str]:
     return [
         "## Time (seconds)",
         "",
-        *_table(["run", "quantize", "attention", "rest (other layers, VAE, recording)", "sum"], rows),
+        table(["run", "quantize", "attention", "rest (other layers, VAE, recording)", "sum"], rows),
         "",
-        f"Measured once on {report['environment']['device']}, waiting for the device around each part. The FPSAttention run also "
+        f"Measured once on {report['environment']['device']}, under torch's profiler. The FPSAttention run also "
         f"wrote q, k, v to disk. Everything together took {seconds['everything']:.1f} s.",
         "",
         "![time](time_split.png)",
@@ -178,7 +130,7 @@ def _honest_lines(report: dict[str, Any], tiny: bool) -> list[str]:
 
 
 def _version_lines(env: dict[str, Any]) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    versions = ", ".join(f"{name} {version or 'is no installed package'}" for name, version in env["versions"].items())
     return [
         "## Environment",
         "",
