@@ -39,8 +39,8 @@ _RATE = 2.4  # of denoising: over sigma from 1 to 0 about exp(-rate) of what a t
 _CONSTANT = 32.0  # of the residual stream, against about 7 of a token's latents
 _TINT = 0.02
 _WEIGHT_NOISE = 0.1  # of queries and keys
-_NOISE = 0.4  # standard deviation of the starting latents' noise; the picture's is about 0.5
-_GUIDE = 1.2  # amplitude of the latents that say which part of the scene a token shows; the decoder does not read them
+_NOISE = 0.35  # standard deviation of the starting latents' noise; the picture's is about 0.5
+_GUIDE = 1.7  # amplitude of the latents that say which part of the scene a token shows; the decoder does not read them
 _REFERENCE = 4.0  # constant channel of the decoder
 
 
@@ -136,7 +136,7 @@ def tiny_vae(colors: torch.Tensor) -> nn.Module:
     """`AutoencoderKLWan` with a linear decoder: channel 0 is a constant, then come the colours of 4, 2, 1 frames, stage by stage."""
     diffusers = require("diffusers", "demo")
     vae = diffusers.AutoencoderKLWan(
-        base_dim=16, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True, True],
+        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 2, 2], num_res_blocks=0, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,
     ).eval()  # fmt: skip
     smooth = torch.tensor([0.25, 0.5, 0.25])
@@ -206,7 +206,7 @@ def scene(frames: int, rows: int, columns: int, generator: torch.Generator) -> t
     palette = torch.tensor([0.0, 1.1, 2.4])[:, None, None]  # amber, rose, violet, blue, teal
     hues = 0.5 + 0.5 * torch.cos(hue[:, None] + palette)
     shade = torch.sin(light)[:, None]
-    colors = 0.22 + 0.08 * shade + (0.52 + 0.16 * shade) * hues
+    colors = 0.18 + 0.06 * shade + (0.60 + 0.20 * shade) * hues
     return 2.0 * colors - 1.0, torch.stack([hue, light], dim=1)
 
 
