@@ -209,7 +209,7 @@ def test_pictures_are_drawn_and_deterministic(tmp_path):
         lambda p: plots.plot_plan(mask, p, "plan"),
         lambda p: plots.plot_error_vs_sigma({"total": [(1.0, 0.1), (0.2, 0.0)]}, [(1.0, 0.0, "x")], p, "error"),
         lambda p: plots.plot_layer_heatmap({(0, 1.0): 0.1, (3, 0.5): 0.2}, p, "heat"),
-        lambda p: plots.plot_side_by_side(frames, frames * 0.9, p, "frames", [20.0] * 5),
+        lambda p: plots.plot_side_by_side(frames, frames * 0.9, p, "frames", [20.0] * 5, [0.9] * 5),
         lambda p: plots.plot_time_split({"dense": {"quantize": 0.0, "attention": 1.0, "rest": 2.0}}, p, "time"),
     ]
     for index, function in enumerate(draw):
@@ -221,6 +221,51 @@ def test_pictures_are_drawn_and_deterministic(tmp_path):
         plots.plot_block_masks({}, tmp_path / "x.png", "x")
     with pytest.raises(ConfigError, match="no points"):
         plots.plot_error_vs_sigma({}, [], tmp_path / "x.png", "x")
+
+
+def drawn(monkeypatch, call):
+    """The figure that a plot function draws, without writing it."""
+    kept = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
+    call()
+    return kept[0]
+
+
+def test_the_heading_agrees_with_the_frames_shown(monkeypatch):
+    frames = np.random.default_rng(0).random((9, 16, 32, 3))
+    psnr = [99.0 if frame in (1, 3, 5, 7) else 30.0 + frame for frame in range(9)]  # only even frames are shown
+    figure = drawn(
+        monkeypatch, lambda: plots.plot_side_by_side(frames, frames * 0.9, "x", "Same seed", psnr, [0.9] * 9)
+    )
+    heading = figure.get_suptitle()
+    shown, everything = heading.split("\n")
+    assert plots.frames_shown(9) == [0, 2, 4, 6, 8]
+    assert shown == "Same seed. Frames shown: PSNR 30.0 to 38.0 dB, SSIM 0.900"
+    assert everything == "all 9 frames: PSNR 30.0 to 99.0 dB, SSIM 0.900"
+    titles = [axis.get_title() for axis in figure.axes[:5]]
+    assert titles == [f"frame {frame}, {30 + frame:.1f} dB" for frame in (0, 2, 4, 6, 8)]
+
+
+def test_no_curve_hides_another_and_no_half_is_empty(monkeypatch):
+    sigmas = [1.0, 0.9, 0.7, 0.4]
+    series = {
+        "quantization": [(s, 0.02) for s in sigmas],
+        "sparsity": [(s, 0.1) for s in sigmas],
+        "total": [(s, 0.1) for s in sigmas],
+    }
+    figure = drawn(
+        monkeypatch, lambda: plots.plot_error_vs_sigma(series, [(1.0, 0.5, "a"), (0.5, 0.0, "b")], "x", "error")
+    )
+    (axis,) = figure.axes
+    lines = {line.get_label(): line for line in axis.lines}
+    total, sparsity = lines["total"], lines["sparsity"]
+    assert total.get_linewidth() > 3 * sparsity.get_linewidth() and total.get_zorder() < sparsity.get_zorder()
+    left, right = axis.get_xlim()
+    assert left > 1.0 and right < 0.4 and (1.0 - 0.4) / (left - right) > 0.85  # the data fills the width
+    low, high = axis.get_ylim()
+    assert low == 0.0 and 0.1 / high > 0.8
+    legend = figure.legends[0]
+    assert {text.get_text() for text in legend.get_texts()} == set(series) and axis.get_legend() is None
 
 
 def test_missing_package_names_the_command(monkeypatch, tmp_path):
