@@ -71,7 +71,7 @@ def command(
 
 def _draw(records: list[dict[str, Any]], schedule: Any, level: str | None, target: Path) -> list[Path]:
     from ..analysis import plots
-    from ..demo.demo import error_series
+    from ..analysis.captures import error_series
 
     pictures = []
     for model in dict.fromkeys(record["model"] for record in records):

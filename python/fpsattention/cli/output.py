@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..demo.demo import Progress
+    from ..demo.config import Progress
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 _UNLIMITED = 10_000  # columns: a pipe or a file has no width
