@@ -113,7 +113,7 @@ fi
 if [ $built = 0 ]; then
   only=()
   [ $quick = yes ] && only=(-E '\.(eager|random|truncated|seed11|fine|racecheck|strict)$|accumulation')
-  suite "C++" ctest.xml ctest --test-dir "$build" --output-on-failure -LE bench -j "$jobs" "${only[@]}" --output-junit "$results/ctest.xml"
+  suite "C++" ctest.xml ctest --test-dir "$build" --output-on-failure -j "$jobs" "${only[@]}" --output-junit "$results/ctest.xml"
 fi
 
 step "summary"

@@ -85,7 +85,7 @@ class BuildCMake(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_INSTALL_PREFIX={self.destination}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            "-DFPSATTN_BUILD_TESTS=OFF", "-DFPSATTN_BUILD_BENCHMARKS=OFF",
+            "-DFPSATTN_BUILD_TESTS=OFF",
             *cmake_options(), *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         jobs = max_jobs()

@@ -28,7 +28,7 @@
 // Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses), no spills; 4 (D=128) or 8 (D=64) CTAs per SM
 //            in flight 16 loads of 16 bytes a thread, in every role: 128 KiB per SM
 //            shared    one float per warp, one mbarrier and 8 floats
-//            bytes     1.05 of the ideal counted under an emulator (benchmarks/cpp/quantize_bytes.py, limit 1.10)
+//            bytes     1.05 of the ideal counted under an emulator (tests/static/test_quantize_bytes.py, limit 1.10)
 //            limit     memory, not yet measured on a GPU: 48 KiB a block are 2,600 clocks at 4.3 TB/s, 132 SMs and
 //                      1.755 GHz; the ALU needs at most about 2,300 of them (an upper estimate): not far behind
 //

@@ -16,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = os.environ.get("FPSATTN_EMULATOR") or str(ROOT / "tools/hopper-emu/bin/hopper-emu")
+BUILT = Path(os.environ.get("HOPPER_EMU_BUILD") or ROOT / "build/hopper-emu") / "lib"
+PACKAGE = os.environ.get("FPSATTN_BUILD_DIR", "")  # with the kernels just built, as run_tests.sh has it
 GRID, TILE, HEADS, DIM, MEAN_STRIDE = (7, 9, 8), (7, 9, 4), 2, 128, 8
 TOKENS = 7 * 9 * 8
 LIMIT = 1.10
@@ -25,18 +27,21 @@ import sys, torch, fpsattention as fps
 from fpsattention.ops import core
 if core.sm90_missing():
     sys.exit(77)
-namespace = torch.ops.fpsattn_sm90 if "fpsattn_sm90" in getattr(core, "NAMESPACES", ()) else torch.ops.fpsattn
 layout = fps.plan({GRID}, tile={TILE})
 q, k, v = (torch.randn(1, {TOKENS}, {HEADS}, {DIM}).bfloat16().transpose(1, 2) for _ in range(3))
-namespace.quantize(q, k, v, layout.token_of_slot, layout.tile_block_offsets, granularity=0, smooth_k=True, pow2_scales=False,
-                   k_mean_stride={MEAN_STRIDE})
+torch.ops.fpsattn.quantize(q, k, v, layout.token_of_slot, layout.tile_block_offsets, granularity=0, smooth_k=True,
+                           pow2_scales=False, k_mean_stride={MEAN_STRIDE})
 """
 
 
-@pytest.mark.skipif(not os.access(EMULATOR, os.X_OK), reason=f"no emulator at {EMULATOR}: FPSATTN_EMULATOR names one")
+@pytest.mark.skipif(
+    not os.access(EMULATOR, os.X_OK) or not (os.environ.get("FPSATTN_EMULATOR") or BUILT.is_dir()),
+    reason="no emulator: run_tests.sh builds tools/hopper-emu, FPSATTN_EMULATOR names another",
+)
 def test_bytes_moved(tmp_path):
     stats = tmp_path / "stats.json"
-    environment = {**os.environ, "FPSATTN_SM90_ON_HOST": "1"}
+    path = os.pathsep.join(filter(None, [PACKAGE, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "FPSATTN_SM90_ON_HOST": "1", "PYTHONPATH": path}
     command = [EMULATOR, "run", f"--stats={stats}", "--", sys.executable, "-c", PROGRAM]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     if run.returncode == 77:
