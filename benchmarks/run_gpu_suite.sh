@@ -13,4 +13,5 @@ esac
 # An installed package has the built kernels: the tree's own is used only where there is none.
 case " $missing " in *" fpsattention "*) PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" ;; esac
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+case " $* " in *" --full "*) set -- -o faulthandler_timeout=480 "$@" ;; esac  # a step of all 40 layers takes its time
 exec "$python" -m pytest -c benchmarks/pytest.ini --rootdir . "$@"

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from benchmarks import timing, workloads  # noqa: E402
 from benchmarks.bench_end_to_end import amdahl  # noqa: E402
 from benchmarks.bench_facts import rows_of  # noqa: E402
 from benchmarks.plugin import Results, read_lines  # noqa: E402
+from benchmarks.telemetry import Telemetry  # noqa: E402
 
 PEERS = textwrap.dedent(
     """
@@ -280,6 +282,30 @@ def test_workload_counts_what_the_kernel_multiplies() -> None:
     pairs = int((workload.mask.kv_num_blocks[0, 0] * blocks_of_tile).sum())
     assert workload.computed_flops == 4 * 128 * 128 * 64 * 2 * pairs and workload.mask.density <= 0.6
     assert workloads.build(workloads.TINY, 1.0, "cpu").dense
+
+
+def test_telemetry_sums_up_what_was_sampled_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = iter(range(100, 10_000, 100))
+    answers = {
+        "nvmlInit": lambda: None, "nvmlDeviceGetHandleByIndex": lambda i: "gpu", "nvmlDeviceGetClockInfo": lambda d, which: next(clocks),
+        "nvmlDeviceGetPowerUsage": lambda d: 650_000, "nvmlDeviceGetTemperature": lambda d, sensor: 60,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda d: 4, "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0,
+        "NVMLError": RuntimeError,
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**answers))
+    monkeypatch.setattr("benchmarks.telemetry.INTERVAL_S", 0.01)
+    telemetry = Telemetry()
+    start = time.time()
+    while (found := telemetry.between(start, time.time())) is None or found["samples"] < 3:
+        assert time.time() < start + 30
+        time.sleep(0.01)
+    telemetry.stop()
+    assert found["power_w"] == [650.0, 650.0, 650.0] and found["event_reasons"] == ["0x4"]
+    low, median, high = found["sm_mhz"]
+    assert 100 <= low < median < high
+    assert telemetry.between(start - 2, start - 1) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "pip install nvidia-ml-py" in Telemetry().static()["absent"]
 
 
 def test_rows_of_a_facts_file() -> None:
