@@ -121,6 +121,7 @@ def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
     assert "DRY RUN: TIMINGS ARE MEANINGLESS" in (tmp_path / "r.md").read_text()
 
 
+@pytest.mark.slow
 def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_file: Path) -> None:
     names = "good or raises or absent or dies or hangs or test_interleaved"
     status, lines, output = run(
@@ -144,6 +145,7 @@ def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_fil
     assert "planted: raises when interleaved" in late["raises-late"]
 
 
+@pytest.mark.slow
 def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file: Path) -> None:
     status, lines, output = run(
         tmp_path / "r.jsonl", "--peers-file", peers_file, "-k", "forward-tiny-0.3 and (good or own-zeros or own-dies)"
@@ -155,6 +157,7 @@ def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file
     assert outcome_of(lines, "good") == {"passed"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_it_had_and_is_resumed(tmp_path: Path, peers_file: Path) -> None:
     out = tmp_path / "r.jsonl"
     options = ("--peers-file", peers_file, "-k", "test_ceilings or (forward-tiny-0.3 and hangs)")
@@ -191,6 +194,7 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     assert out.read_text() == before
 
 
+@pytest.mark.slow
 def test_what_the_time_limit_leaves_is_left_for_resuming(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     status, lines, _ = run(out, "-k", "test_facts or test_ceilings", "--time-limit", "0.001")

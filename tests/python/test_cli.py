@@ -8,7 +8,7 @@ import time
 
 import pytest
 from rich.console import Console
-from test_evaluation import save_capture
+from test_analysis import save_capture
 from typer.testing import CliRunner
 
 import fpsattention as fps

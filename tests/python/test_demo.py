@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fpsattention.demo import DemoConfig, run_demo
+from fpsattention.demo.config import DemoConfig
+from fpsattention.demo.demo import run_demo
 from fpsattention.demo.pipeline import load_pipeline, run_pipeline
 from fpsattention.demo.tiny_wan import scene, tiny_inputs
 from fpsattention.errors import ConfigError

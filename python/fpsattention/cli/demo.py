@@ -42,7 +42,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Run a Wan pipeline dense and with FPSAttention from one seed; write videos, pictures and a report."""
-    from ..demo.demo import DemoConfig, check_packages, run_demo
+    from ..demo.config import DemoConfig, check_packages
     from ..schedule import Schedule
 
     given = {
@@ -57,6 +57,7 @@ def command(
     make_folder(out)
     with progress_bars(quiet=as_json) as progress:
         progress("loading", 0, 1)
+        from ..demo.demo import run_demo
 
         def show(what: str, done: int, total: int) -> None:
             progress("loading", 1, 1)

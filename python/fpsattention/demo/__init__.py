@@ -1,6 +1,4 @@
-"""``fpsattn demo``: one small video with and without FPSAttention, and where the error comes from."""
+"""``fpsattn demo``: one small video with and without FPSAttention, and where the error comes from.
 
-from .config import DemoConfig
-from .demo import run_demo
-
-__all__ = ["DemoConfig", "run_demo"]
+``config.DemoConfig`` is light; ``demo.run_demo`` needs torch and the packages of the extra ``demo``.
+"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..analysis.optional import require
 from ..errors import ConfigError
 
 #: progress(what, done, total)
@@ -64,3 +65,9 @@ def no_model(model: str, what: str) -> ConfigError:
         f"fpsattention.demo: model {model!r} {what}, wanted a folder or hub id of a diffusers Wan text-to-video pipeline such as "
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
+
+
+def check_packages() -> None:
+    """BuildError, before minutes are spent, if a package that the demo needs is missing."""
+    for module in ("diffusers", "imageio.v2", "imageio_ffmpeg", "matplotlib", "skimage.metrics", "safetensors"):
+        require(module, "demo")

@@ -19,10 +19,9 @@ from typing import Any
 from ..analysis.captures import PARTS, analyze_captures, find_captures, save_json
 from ..analysis.environment import environment
 from ..analysis.metrics import compare, compare_videos
-from ..analysis.optional import require
 from ..schedule import Schedule
 from ..schedule.presets import PRESETS
-from .config import DemoConfig, Progress
+from .config import DemoConfig, Progress, check_packages
 from .pictures import draw
 from .pipeline import load_pipeline, resolve_device, run_pipeline
 from .summary import write_report
@@ -33,8 +32,7 @@ RECORDED_LAYERS = 2  # first and last layer of a model are recorded
 
 def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
     """Run everything, write all files to `config.out`, and return the report (also `report.json`)."""
-    for module in ("diffusers", "imageio.v2", "imageio_ffmpeg", "matplotlib", "skimage.metrics", "safetensors"):
-        require(module, "demo")  # before minutes are spent
+    check_packages()
     import fpsattention as fps
 
     Schedule.resolve(config.preset)  # a wrong name must not cost a model's loading time
