@@ -247,6 +247,8 @@ def test_time_split_sees_the_ops_by_their_names() -> None:
         sdpa = torch.nn.functional.scaled_dot_product_attention
         _, dense = time_split(lambda: sdpa(*(x.transpose(1, 2) for x in (q, k, v))), "cpu")
         assert dense["attention"] > 0 and dense["quantize"] == 0
+        _, dense = time_split(lambda: sdpa(query=q, key=k, value=v), "cpu")
+        assert dense["attention"] > 0 and dense["quantize"] == 0
         _, cross = time_split(lambda: sdpa(q.transpose(1, 2), *(x[:, :9].transpose(1, 2) for x in (k, v))), "cpu")
         assert cross["rest"] > 0 and cross["attention"] == 0
     with pytest.raises(ValueError, match="no self-attention was seen"):

@@ -11,26 +11,33 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, record_function
 
 PARTS = ("quantize", "attention", "rest")
-_PART_OF_OP = {"fpsattn::quantize": "quantize", "fpsattn::forward": "attention"}
+_SELF_ATTENTION = "fpsattention: self-attention"
+_PART_OF = {"fpsattn::quantize": "quantize", "fpsattn::forward": "attention", _SELF_ATTENTION: "attention"}
 T = TypeVar("T")
 
 
-def part_of(event: Any) -> str | None:
-    """The part that a profiler event (an op's ``FunctionEvent``) belongs to by itself; None: look at its parent."""
-    if event.name == "aten::scaled_dot_product_attention":
-        query, key = event.input_shapes[:2]
-        return "attention" if query[-2] == key[-2] else "rest"
-    return _PART_OF_OP.get(event.name)
+class _MarkSelfAttention(TorchFunctionMode):
+    """Puts torch's own self-attention under a name. (The profiler could tell shapes, but keeps the tensors' memory for it.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            query, key = (kwargs[name] if name in kwargs else args[i] for i, name in enumerate(("query", "key")))
+            if query.shape[-2] == key.shape[-2]:
+                with record_function(_SELF_ATTENTION):
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _part(event: Any) -> str:
     while event is not None:
-        part = part_of(event)
-        if part is not None:
-            return part
+        if event.name in _PART_OF:
+            return _PART_OF[event.name]
         event = event.cpu_parent
     return "rest"
 
@@ -44,7 +51,7 @@ def time_split(call: Callable[[], T], device: str) -> tuple[T, dict[str, float]]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes two lines to stderr each time
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
+    with torch.profiler.profile(activities=activities) as recorded, _MarkSelfAttention():
         result = call()
         if on_gpu:
             torch.cuda.synchronize()
