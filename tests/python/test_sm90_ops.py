@@ -237,7 +237,7 @@ def test_ops_refuse_bad_tensors():
         SM90.quantize(q, k, v, *tables, **{**options, "granularity": 7})
     with pytest.raises(ConfigError, match="q has dtype Float, the sm_90a kernels take BFloat16 or Half"):
         SM90.quantize(q.float(), k.float(), v.float(), *tables, **options)
-    with pytest.raises(RuntimeError, match="tile_block_offsets has 1 entries, expected num_tiles"):
+    with pytest.raises(ConfigError, match="tile_block_offsets has 1 entries, expected num_tiles"):
         SM90.quantize(q, k, v, tables[0], tables[1][:1], **options)
 
 
@@ -250,19 +250,19 @@ def test_ops_refuse_tables_that_point_out_of_range():
     options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}
     broken = tokens.clone()
     broken[3] = layout.num_tokens
-    with pytest.raises(RuntimeError, match=rf"token_of_slot\[3\] is {layout.num_tokens}, expected -1 to"):
+    with pytest.raises(ConfigError, match=rf"token_of_slot\[3\] is {layout.num_tokens}, expected -1 to"):
         SM90.quantize(q, k, v, broken, offsets, **options)
     padding_first = tokens.clone()
     padding_first[128] = -1
-    with pytest.raises(RuntimeError, match=r"token_of_slot\[128\] is padding: valid slots come first"):
+    with pytest.raises(ConfigError, match=r"token_of_slot\[128\] is padding: valid slots come first"):
         SM90.quantize(q, k, v, padding_first, offsets, **options)
-    with pytest.raises(RuntimeError, match=r"tile_block_offsets\[1\] is 1000, expected 0 to"):
+    with pytest.raises(ConfigError, match=r"tile_block_offsets\[1\] is 1000, expected 0 to"):
         SM90.quantize(q, k, v, tokens, torch.where(torch.arange(len(offsets)) == 1, 1000, offsets).int(), **options)
     z = SM90.quantize(q, k, v, tokens, offsets, **options)
     tiles = layout.tile_of_block.clone()
     tiles[2] = -1
     scalars = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.bfloat16}
-    with pytest.raises(RuntimeError, match=r"tile_of_block\[2\] is -1, expected 0 to"):
+    with pytest.raises(ConfigError, match=r"tile_of_block\[2\] is -1, expected 0 to"):
         SM90.forward(*z[:6], tokens, tiles, mask.kv_num_blocks, mask.kv_indices, **scalars)
 
 
