@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
 from .layout import masks
 from .layout.masks import Lists
+from .layout.tiles import TEXT_POSITIONS, int3, integer, shown
 from .ops.attend import attend
-from .ops.checks import CPU_DTYPES, GRANULARITIES, HEAD_DIMS, kernel_dim
+from .ops.backends import BACKENDS
+from .ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
 from .ops.lists import planned_lists, traced
 
 LAYOUTS = ("NHD", "HND")
+FP32_MAX = float(np.finfo(np.float32).max)
 
 
 def _fail(text: str) -> ConfigError:
@@ -44,6 +47,7 @@ def attention(
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
     deterministic: bool = False,
+    softmax_scale: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
@@ -56,15 +60,18 @@ def attention(
             ``block_mask``: every token attends every token.
         block_mask: any pattern, made for this grid and text length; instead of ``tile`` and ``window``.
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
-        scale: softmax scale, > 0; None: ``1 / sqrt(D)``.
+        scale, softmax_scale: two names of the softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
-        pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error.
+        pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error. The same forward is
+            computed with and without gradients.
         text_len, text_position: text tokens of the same sequence, after ("suffix") or before ("prefix") the video.
         return_lse: also return the log-sum-exp of the scores, f32 ``(B, H, S)``, natural logarithm, not differentiable.
         backend: "sm90" (Hopper GPUs), "cpu", "reference" (slow, plain PyTorch), or "auto": by the device of q.
         k_mean: f32 ``(B, H, D)``, subtracted instead of the computed mean.
         v_absmax: f32 ``(B, H, D)``, taken for V's scales instead of the computed maximum; values beyond it saturate.
         deterministic: same bits on repeat in the backward too.
+
+    Under autocast q, k and v are cast as those of ``scaled_dot_product_attention`` are.
 
     Returns:
         ``out`` in the shape, layout and dtype of q; with ``return_lse`` the pair ``(out, lse)``.
@@ -75,27 +82,24 @@ def attention(
     A row with nothing to attend gives 0 (lse -inf). A NaN or Inf in q, k or v makes every output that attends it NaN.
     Numerics: ``docs/numerics.md``. Method: FPSAttention, arXiv 2506.04648; windows: Sliding Tile Attention, arXiv 2502.04507.
     """
+    _choice("tensor_layout", tensor_layout, LAYOUTS)
     _check_tensors(q, k, v, tensor_layout)
-    num_tokens, heads = (q.shape[1], q.shape[2]) if tensor_layout == "NHD" else (q.shape[2], q.shape[1])
-    if granularity not in GRANULARITIES:
-        raise _fail(f"granularity {granularity!r}, expected one of {', '.join(map(repr, GRANULARITIES))}")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise _fail(f"scale {scale}, expected a finite number > 0")
-    extra = [_statistic(name, x, q, heads) for name, x in (("k_mean", k_mean), ("v_absmax", v_absmax))]
+    _choice("granularity", granularity, tuple(GRANULARITIES))
+    _choice("backend", backend, BACKENDS)
+    heads = q.shape[2 if tensor_layout == "NHD" else 1]
+    mask = _resolve_lists(grid, tile, window, block_mask, text_len, text_position, q, tensor_layout)
     if k_mean is not None and not smooth_k:
         raise _fail("k_mean is given but smooth_k is False: nothing would be subtracted")
-    mask = _resolve_lists(
-        grid, tile, window, block_mask, text_len, text_position, (q.shape[0], heads, num_tokens), q.device
-    )
+    return_lse = _flag("return_lse", return_lse)
     out, lse = attend(
         q, k, v, mask,
         granularity=granularity,
-        scale=scale,
-        smooth_k=bool(smooth_k),
-        pow2_scales=bool(pow2_scales),
-        k_mean=extra[0],
-        v_absmax=extra[1],
-        deterministic=bool(deterministic),
+        scale=_scale(scale, softmax_scale),
+        smooth_k=_flag("smooth_k", smooth_k),
+        pow2_scales=_flag("pow2_scales", pow2_scales),
+        k_mean=_statistic("k_mean", k_mean, q, heads),
+        v_absmax=_statistic("v_absmax", v_absmax, q, heads),
+        deterministic=_flag("deterministic", deterministic),
         tensor_layout=tensor_layout,
         backend=backend,
     )  # fmt: skip
@@ -103,21 +107,18 @@ def attention(
 
 
 # Arguments ---------------------------------------------------------------------------------------------------------------
+# Only what the caller's words mean is checked here; dtypes, head dimensions and the like are the ops' to check.
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str) -> None:
-    if tensor_layout not in LAYOUTS:
-        raise _fail(f"tensor_layout {tensor_layout!r}, expected 'NHD' for (B, S, H, D) or 'HND' for (B, H, S, D)")
     axes = "(B, S, H, D)" if tensor_layout == "NHD" else "(B, H, S, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise _fail(f"{name} is a {type(x).__name__}, expected a tensor")
+        if x.is_nested or x.layout != torch.strided:
+            raise _fail(f"{name} is a nested or sparse tensor, expected a dense one: call once per length")
         if x.dim() != 4:
             raise _fail(f"{name} has shape {tuple(x.shape)}, expected {axes} for tensor_layout={tensor_layout!r}")
-        if x.dtype not in CPU_DTYPES:
-            raise _fail(f"{name} has dtype {x.dtype}, expected bfloat16, float16 or, on the CPU, float32")
-        if x.dtype != q.dtype:
-            raise _fail(f"{name} has dtype {x.dtype}, expected {q.dtype} like q")
         if x.device != q.device:
             raise _fail(f"{name} is on {x.device}, expected {q.device} like q")
         if x.shape != q.shape:
@@ -128,42 +129,84 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str) -> None:
         raise _fail(f"q has head dimension {q.shape[3]}, supported are 1 to {HEAD_DIMS[-1]}")
 
 
-def _statistic(name: str, x: Tensor | None, q: Tensor, heads: int) -> Tensor | None:
+def _choice(name: str, value: Any, options: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in options:
+        raise _fail(f"{name} {shown(value)}, expected one of {', '.join(map(repr, options))}")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _fail(f"{name} {shown(value)}, expected True or False")
+    return bool(value)
+
+
+def _scale(scale: Any, softmax_scale: Any) -> float | None:
+    if scale is not None and softmax_scale is not None:
+        raise _fail("scale and softmax_scale are both given, expected one of them: they mean the same")
+    name, value = ("softmax_scale", softmax_scale) if scale is None else ("scale", scale)
+    if value is None:
+        return None
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.complexfloating))
+    if not number or not 0 < value <= FP32_MAX:
+        raise _fail(f"{name} {shown(value)}, expected a finite number > 0")
+    return float(value)
+
+
+def _statistic(name: str, x: Any, q: Tensor, heads: int) -> Tensor | None:
     """``k_mean`` or ``v_absmax``: f32 ``(B, H, D)`` beside q."""
     if x is None:
         return None
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:
+        what = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise _fail(f"{name} {what}, expected a tensor of floats (B, H, D)")
     want = (q.shape[0], heads, q.shape[3])
     if tuple(x.shape) != want or x.device != q.device:
         raise _fail(f"{name} has shape {tuple(x.shape)} on {x.device}, expected (B, H, D) = {want} on {q.device}")
     return x.detach().float()
 
 
+def _sizes(name: str, value: Any) -> Any:
+    """Three sizes as a tuple. Sizes that a graph leaves open stay so: the op that plans checks them when it runs."""
+    if torch.compiler.is_compiling() and isinstance(value, (tuple, list)) and len(value) == 3:
+        if all(isinstance(size, int) for size in value):
+            return tuple(value)
+        raise _fail(f"{name} {value}, expected three integers (T, H, W)")
+    return int3(value, f"attention: {name}")
+
+
 # Mask --------------------------------------------------------------------------------------------------------------------
 
 
 def _resolve_lists(
-    grid: Sequence[int],
-    tile: Sequence[int] | None,
-    window: Sequence[int] | None,
-    block_mask: masks.BlockMask | None,
-    text_len: int,
-    text_position: str,
-    sizes: tuple[int, int, int],
-    device: torch.device,
+    grid: Any,
+    tile: Any,
+    window: Any,
+    block_mask: Any,
+    text_len: Any,
+    text_position: Any,
+    q: Tensor,
+    tensor_layout: str,
 ) -> masks.BlockMask | Lists:
-    """The mask of the call on ``device``. ``sizes``: batch, heads, tokens of q."""
-    batch, heads, num_tokens = sizes
-    grid = _constants(grid)
-    _check_tokens(grid, text_len, num_tokens)
+    """The mask of the call on the device of q."""
+    grid, tile, window = (
+        x if x is None else _sizes(name, x) for name, x in (("grid", grid), ("tile", tile), ("window", window))
+    )
+    if grid is None:
+        raise _fail("grid None, expected three integers (T, H, W)")
+    if not (torch.compiler.is_compiling() and isinstance(text_len, int)):
+        text_len = integer(text_len, "attention: text_len")
+    _choice("text_position", text_position, TEXT_POSITIONS)
+    _check_tokens(grid, text_len, q, tensor_layout)
     if block_mask is None:
-        lists = (grid, _constants(tile), _constants(window), text_len, text_position, device)
-        return Lists(*torch.ops.fpsattn.lists(*lists)) if traced(device) else planned_lists(*lists)
-    if window is not None:
-        raise _fail(f"window {tuple(window)} and block_mask are both given: pass one of them")
+        lists = (grid, tile, window, text_len, text_position, q.device)
+        return Lists(*torch.ops.fpsattn.lists(*lists)) if traced(q.device) else planned_lists(*lists)
     if not isinstance(block_mask, masks.BlockMask):
         raise _fail(
             f"block_mask is a {type(block_mask).__name__}, expected fpsattention.BlockMask (BlockMask.from_flex converts)"
         )
+    if window is not None:
+        raise _fail(f"window {window} and block_mask are both given: pass one of them")
     layout = block_mask.layout
     if tuple(layout.grid) != grid or layout.text_len != text_len:
         raise _fail(
@@ -172,28 +215,27 @@ def _resolve_lists(
         )
     if text_len and layout.text_position != text_position:
         raise _fail(f"block_mask was made for text_position {layout.text_position!r}, the call says {text_position!r}")
-    if tile is not None and tuple(layout.tile) != _constants(tile):
-        raise _fail(f"block_mask was made for tile {tuple(layout.tile)}, the call says {tuple(tile)}: leave tile out")
-    of_batch, of_heads = block_mask.kv_num_blocks.shape[:2]
+    if tile is not None and tuple(layout.tile) != tile:
+        raise _fail(f"block_mask was made for tile {tuple(layout.tile)}, the call says {tile}: leave tile out")
+    batch, heads = q.shape[0], q.shape[2 if tensor_layout == "NHD" else 1]
+    of_batch, of_heads = block_mask.shape
     if of_batch not in (1, batch) or of_heads not in (1, heads):
         raise _fail(
             f"block_mask has lists for {of_batch} samples and {of_heads} heads, "
             f"expected {batch} or 1 samples and {heads} or 1 heads like q"
         )
-    return block_mask.to(device)
+    return block_mask
 
 
-def _check_tokens(grid: Sequence[int] | None, text_len: int, num_tokens: int) -> None:
-    if grid is None or len(grid) != 3 or not isinstance(text_len, int):
-        return  # the planner says what is wrong
-    video = grid[0] * grid[1] * grid[2]
+def _check_tokens(grid: tuple[int, int, int], text_len: int, q: Tensor, tensor_layout: str) -> None:
+    axis, other = (1, 2) if tensor_layout == "NHD" else (2, 1)
+    num_tokens, video = q.shape[axis], grid[0] * grid[1] * grid[2]
     if min(grid) < 1 or text_len < 0 or video + text_len == num_tokens:
-        return
+        return  # the planner says what is wrong with sizes below 1
     has = f"{video} tokens" if text_len == 0 else f"{video} tokens and {text_len} text tokens (text_len)"
-    hint = f"pass text_len={num_tokens - video} or fix grid" if num_tokens > video else "fix grid"
+    if q.shape[other] == video + text_len:
+        layout, axes = ("HND", "(B, H, S, D)") if tensor_layout == "NHD" else ("NHD", "(B, S, H, D)")
+        hint = f'if q is {axes}, pass tensor_layout="{layout}"'
+    else:
+        hint = f"pass text_len={num_tokens - video} or fix grid" if num_tokens > video else "fix grid"
     raise _fail(f"grid {grid} has {has} but q has {num_tokens}: {hint}")
-
-
-def _constants(sizes: Any) -> Any:
-    """Three sizes as a tuple where they are a sequence; anything else is left to the planner's error."""
-    return tuple(sizes) if isinstance(sizes, (tuple, list, torch.Size)) else sizes

@@ -227,7 +227,7 @@ def call(**changes):
         ({"tile": (0, 3, 2)}, "tile"),
         ({"grid": (2, 3)}, "grid"),
         ({"granularity": "head"}, "granularity 'head', expected one of 'tile', 'block', 'token'"),
-        ({"tensor_layout": "BSHD"}, "tensor_layout 'BSHD', expected 'NHD'"),
+        ({"tensor_layout": "BSHD"}, "tensor_layout 'BSHD', expected one of 'NHD', 'HND'"),
         ({"backend": "cuda"}, "backend 'cuda', expected one of"),
         ({"scale": float("nan")}, "scale nan, expected a finite number > 0"),
         ({"k_mean": torch.zeros(3)}, r"k_mean has shape \(3,\)"),

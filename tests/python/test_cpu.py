@@ -90,8 +90,8 @@ def test_forward_and_backward_equal_the_reference(case, granularity):
         "out_dtype": torch.float32,
         "q_k_mean": z.q_k_mean,
     }
-    want = reference.forward(*z[:6], *lists, **options)
-    got = cpu.forward(*z[:6], *lists, **options)
+    want = reference.forward(*z.operands, *lists, **options)
+    got = cpu.forward(*z.operands, *lists, **options)
     # Equal but for FP32 rounding. A score off by one ulp can move a P across a rounding boundary by one e4m3 step, 2^-3 of
     # itself at most; that is rare, so nearly all elements agree to FP32 rounding and none is off by more than such steps explain.
     difference, size = (got[0] - want.out).abs(), want.out.abs().max()
@@ -105,7 +105,7 @@ def test_forward_and_backward_equal_the_reference(case, granularity):
     torch.testing.assert_close(got[3][same], want.row_sum[same], rtol=2e-3, atol=0)
 
     grad = torch.randn(want.out.shape, generator=torch.Generator().manual_seed(5))
-    saved = (*z[:6], want.row_max, want.row_sum, *lists)
+    saved = (*z.operands, want.row_max, want.row_sum, *lists)
     ours = cpu.backward(grad, want.out, *saved, softmax_scale=case.dim**-0.5)
     theirs = reference.backward(grad, want.out, *saved, softmax_scale=case.dim**-0.5)
     for name, a, b in zip(("dq", "dk", "dv"), ours, theirs, strict=True):
@@ -121,7 +121,7 @@ def test_empty_rows_and_per_head_lists():
     )
     lists = (layout.token_of_slot, layout.tile_of_block, counts, indices)
     options = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.float32}
-    want, got = reference.forward(*z[:6], *lists, **options), cpu.forward(*z[:6], *lists, **options)
+    want, got = reference.forward(*z.operands, *lists, **options), cpu.forward(*z.operands, *lists, **options)
     torch.testing.assert_close(got[0], want.out, rtol=1e-3, atol=2e-3)
     assert (got[0][:, 1] == 0).all() and (got[1][:, 1] == -torch.inf).all()
     assert torch.equal(got[0] == 0, want.out == 0) and torch.equal(got[1].isinf(), want.lse.isinf())
@@ -140,7 +140,7 @@ def test_huge_scores_are_attention_and_not_nan(magnitude, granularity):
     )  # fmt: skip
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
     options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": torch.float32}
-    want = reference.forward(*z[:6], *lists, **options)
+    want = reference.forward(*z.operands, *lists, **options)
     slots = layout.slot_of_token.long()
     q8, k8 = (
         (x.float() * reference._per_slot(s).unsqueeze(-1)).flatten(2, 3)[:, :, slots]
@@ -148,8 +148,8 @@ def test_huge_scores_are_attention_and_not_nan(magnitude, granularity):
     )
     v8 = (reference._dequantized_v(z.v8t)[0] * z.v_scale[:, :, None, None]).flatten(2, 3)[:, :, slots]
     exact = reference.attention_fp64(q8, k8, v8, mask.to_token_mask())
-    for out, lse, row_max, row_sum in (want, cpu.forward(*z[:6], *lists, **options)):
+    for out, lse, row_max, row_sum in (want, cpu.forward(*z.operands, *lists, **options)):
         assert (out - exact).abs().max() <= 2.0**-4 * v.abs().max()
         assert not lse.isnan().any() and row_sum.max() <= 512
-        grads = cpu.backward(out, out, *z[:6], row_max, row_sum, *lists, softmax_scale=case.dim**-0.5)
+        grads = cpu.backward(out, out, *z.operands, row_max, row_sum, *lists, softmax_scale=case.dim**-0.5)
         assert all(bool(g.isfinite().all()) for g in grads)

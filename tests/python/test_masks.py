@@ -309,7 +309,7 @@ def test_stack_and_select():
 
 def test_stack_errors():
     other = plan((5, 9, 7), (3, 4, 4), text_len=600)
-    with pytest.raises(ConfigError, match="masks is empty"):
+    with pytest.raises(ConfigError, match=r"masks \[\], expected a list of one BlockMask or more"):
         BlockMask.stack([])
     with pytest.raises(ConfigError, match=r"masks\[1\] has tiles \(3, 4, 4\) .* expected one layout"):
         BlockMask.stack([dense_mask(LAYOUT), dense_mask(other)])

@@ -6,7 +6,7 @@ import torch.utils.checkpoint
 from cases import CASES, Case
 
 import fpsattention as fps
-from fpsattention.errors import ConfigError, UnsupportedError
+from fpsattention.errors import ConfigError, UnsupportedError, of_library
 from fpsattention.ops import reference
 
 CASE = CASES[2]
@@ -46,12 +46,14 @@ def test_opcheck_quantize_forward_backward():
     torch.library.opcheck(
         torch.ops.fpsattn.quantize.default, (q, k, v, token_of_slot, offsets), options, test_utils=ALL_CHECKS
     )
-    z = torch.ops.fpsattn.quantize(q, k, v, token_of_slot, offsets, **options)
+    z = reference.Quantized(*torch.ops.fpsattn.quantize(q, k, v, token_of_slot, offsets, **options))
     lists = (token_of_slot, tile_of_block, counts, indices)
     options = {"num_tokens": q.shape[2], "softmax_scale": 0.1, "out_dtype": torch.bfloat16}
-    torch.library.opcheck(torch.ops.fpsattn.forward.default, (*z[:6], *lists, z[7]), options, test_utils=NO_FP8_MUL)
-    out, _, row_max, row_sum = torch.ops.fpsattn.forward(*z[:6], *lists, z[7], **options)
-    args = (torch.randn_like(out), out, *z[:6], row_max, row_sum, *lists, q_counts, q_indices)
+    torch.library.opcheck(
+        torch.ops.fpsattn.forward.default, (*z.operands, *lists, z.q_k_mean), options, test_utils=NO_FP8_MUL
+    )
+    out, _, row_max, row_sum = torch.ops.fpsattn.forward(*z.operands, *lists, z.q_k_mean, **options)
+    args = (torch.randn_like(out), out, *z.operands, row_max, row_sum, *lists, q_counts, q_indices)
     torch.library.opcheck(torch.ops.fpsattn.backward.default, args, {"softmax_scale": 0.1}, test_utils=NO_FP8_MUL)
 
 
@@ -73,8 +75,8 @@ def test_gradients_equal_the_reference(dtype):
         granularity=0, smooth_k=True, pow2_scales=True,
     )  # fmt: skip
     lists = (layout.token_of_slot, layout.tile_of_block, *args[6:8])
-    f = reference.forward(*z[:6], *lists, num_tokens=q.shape[2], softmax_scale=0.125, out_dtype=dtype)
-    want = reference.backward(grad, f.out, *z[:6], f.row_max, f.row_sum, *lists, softmax_scale=0.125)
+    f = reference.forward(*z.operands, *lists, num_tokens=q.shape[2], softmax_scale=0.125, out_dtype=dtype)
+    want = reference.backward(grad, f.out, *z.operands, f.row_max, f.row_sum, *lists, softmax_scale=0.125)
     limit = 1e-3 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for name, a, b in zip("qkv", gradients, want, strict=True):
         assert a.dtype == dtype and (a.float() - b).norm() <= limit * b.norm(), name
@@ -104,7 +106,7 @@ def test_missing_transpose_and_ops_without_gradient():
     with pytest.raises(ConfigError, match="q_num_blocks and q_indices are missing"):
         torch.ops.fpsattn.attention(*args[:8], **OPTIONS)
     options = {k: v for k, v in OPTIONS.items() if k != "softmax_scale"}
-    z = torch.ops.fpsattn.quantize(*args[:4], args[5], **options)
+    z = reference.Quantized(*torch.ops.fpsattn.quantize(*args[:4], args[5], **options))
     with pytest.raises(UnsupportedError, match="torch.ops.fpsattn.quantize, which has none"):
         z[3].sum().backward()
 
@@ -224,13 +226,33 @@ def test_direct_calls_with_bad_arguments(change, text):
 def test_backward_with_bad_arguments(change, text):
     q, k, v, token_of_slot, tile_of_block, offsets, counts, indices, q_counts, q_indices = arguments()
     options = {name: value for name, value in OPTIONS.items() if name != "softmax_scale"}
-    z = torch.ops.fpsattn.quantize(q, k, v, token_of_slot, offsets, **options)
+    z = reference.Quantized(*torch.ops.fpsattn.quantize(q, k, v, token_of_slot, offsets, **options))
     lists = (token_of_slot, tile_of_block, counts, indices)
     out, _, row_max, row_sum = torch.ops.fpsattn.forward(
-        *z[:6], *lists, num_tokens=q.shape[2], softmax_scale=0.125, out_dtype=torch.float32
+        *z.operands, *lists, num_tokens=q.shape[2], softmax_scale=0.125, out_dtype=torch.float32
     )
-    args = [torch.ones_like(out), out, *z[:6], row_max, row_sum, *lists, q_counts, q_indices]
+    args = [torch.ones_like(out), out, *z.operands, row_max, row_sum, *lists, q_counts, q_indices]
     for index, function in change.items():
         args[index] = function(args[index])
     with pytest.raises(ConfigError, match=text):
         torch.ops.fpsattn.backward(*args, softmax_scale=0.125)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("fpsattn.quantize: k has dtype Half, expected BFloat16", ConfigError),
+        ("fpsattn.forward: device 0 has compute capability 8.0, the kernels are built for 9.0", UnsupportedError),
+        (
+            "fpsattn.quantize: kernel: cudaLaunchKernelEx(&config) failed: an illegal memory access was encountered",
+            None,
+        ),
+        ("CUDA out of memory", None),
+    ],
+)
+def test_errors_of_the_library_become_ours(text, kind):
+    error = of_library(text)
+    if kind is None:
+        assert error is None
+    else:
+        assert type(error) is kind and str(error) == text.replace("fpsattn.", "fpsattention.")

@@ -55,7 +55,7 @@ def problem(granularity, *, pow2=False, smooth=True, dim=64, mask=MASK, sizes=SI
         q, k, v, token_of_slot, offsets, granularity=granularity, smooth_k=smooth, pow2_scales=pow2
     )
     result = ref.forward(
-        *quantized[:6], token_of_slot, tile_of_block, counts, indices, num_tokens=total, softmax_scale=dim**-0.5,
+        *quantized.operands, token_of_slot, tile_of_block, counts, indices, num_tokens=total, softmax_scale=dim**-0.5,
         out_dtype=torch.float32, q_k_mean=quantized.q_k_mean,
     )  # fmt: skip
     token_mask = mask[tile_of_token][:, tile_of_token]
@@ -102,7 +102,7 @@ def test_one_key_returns_its_value_row():
     counts, indices = lists([[0, 1], [0, 1]], offsets)
     z = ref.quantize(randn(1, 1, 6, 64, seed=1), randn(1, 1, 6, 64, seed=2), v, token_of_slot, offsets, granularity=0,
                      smooth_k=True, pow2_scales=False)  # fmt: skip
-    out = ref.forward(*z[:6], token_of_slot, tile_of_block, counts, indices, num_tokens=6, softmax_scale=1.0,
+    out = ref.forward(*z.operands, token_of_slot, tile_of_block, counts, indices, num_tokens=6, softmax_scale=1.0,
                       out_dtype=torch.float32).out  # fmt: skip
     key = token_of_slot[ref.BLOCK].long()
     expected = ref.to_e4m3(v[0, 0, key] / z.v_scale[0, 0]).float() * z.v_scale[0, 0]
@@ -114,7 +114,7 @@ def test_backward_is_the_gradient_of_the_fake_quantized_attention(granularity):
     """Autograd through ``fake_quantize`` with the probabilities' rounding as identity too, at FP64, is what backward computes."""
     q, k, v, mask, z, result, (tos, tob, counts, indices) = problem(granularity)
     grad = randn(*q.shape, seed=9)
-    dq, dk, dv = ref.backward(grad, result.out, *z[:6], result.row_max, result.row_sum, tos, tob, counts, indices,
+    dq, dk, dv = ref.backward(grad, result.out, *z.operands, result.row_max, result.row_sum, tos, tob, counts, indices,
                               softmax_scale=q.shape[-1] ** -0.5)  # fmt: skip
 
     def values(x8, scale):  # dequantized, in token order
@@ -138,7 +138,7 @@ def test_backward_keys_sum_to_zero():
     """sum_j dS_ij = 0, hence dK of a constant shift of K, through which the smoothing's gradient would flow, is zero."""
     q, k, v, mask, z, result, (tos, tob, counts, indices) = problem(ref.TOKEN)
     grad = randn(*q.shape, seed=9)
-    _, dk, _ = ref.backward(grad, result.out, *z[:6], result.row_max, result.row_sum, tos, tob, counts, indices,
+    _, dk, _ = ref.backward(grad, result.out, *z.operands, result.row_max, result.row_sum, tos, tob, counts, indices,
                             softmax_scale=q.shape[-1] ** -0.5)  # fmt: skip
     # The only slack is that m may have moved after a subnormal P was rounded (docs/numerics.md, backward).
     assert dk.sum(2).abs().max() < 2e-3 * dk.abs().sum(2).max()
@@ -174,7 +174,7 @@ def test_a_bad_value_is_never_silently_finite(which, bad):
     z = ref.quantize(
         x["q"], x["k"], x["v"], token_of_slot, offsets, granularity=ref.TOKEN, smooth_k=False, pow2_scales=False
     )
-    result = ref.forward(*z[:6], token_of_slot, tile_of_block, counts, indices, num_tokens=total, softmax_scale=0.125,
+    result = ref.forward(*z.operands, token_of_slot, tile_of_block, counts, indices, num_tokens=total, softmax_scale=0.125,
                          out_dtype=torch.float32)  # fmt: skip
     out = result.out[0, 0]
     if which == "q":

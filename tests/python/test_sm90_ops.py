@@ -99,8 +99,8 @@ def test_forward_is_as_accurate_as_the_reference(case, granularity, dtype):
     )
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
     options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": dtype}
-    want = reference.forward(*z[:6], *lists, z.q_k_mean, **options)
-    out, lse, row_max, row_sum = (x.cpu() for x in SM90.forward(*on_device(*z[:6], *lists, z.q_k_mean), **options))
+    want = reference.forward(*z.operands, *lists, z.q_k_mean, **options)
+    out, lse, row_max, row_sum = (x.cpu() for x in SM90.forward(*on_device(*z.operands, *lists, z.q_k_mean), **options))
     exact = reference.attention_fp64(q, k, v, mask.to_token_mask())
     ours, theirs = (out.double() - exact).abs(), (want.out.double() - exact).abs()
     assert ours.sum() <= 1.05 * theirs.sum() + 1e-6
@@ -133,15 +133,15 @@ def test_the_bounds_of_forward_find_planted_errors(case):
     )
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
     options = {"num_tokens": layout.num_tokens, "out_dtype": torch.bfloat16}
-    want = reference.forward(*z[:6], *lists, softmax_scale=case.dim**-0.5, **options)
+    want = reference.forward(*z.operands, *lists, softmax_scale=case.dim**-0.5, **options)
     bounds = forward_bounds(z, *lists[1:], softmax_scale=case.dim**-0.5, cuts=True)
     assert beyond(bounds, want, want, layout) == []
     # Scores 2 % too large; the last block of every list forgotten; two neighbours of V in each other's slot.
-    scaled = reference.forward(*z[:6], *lists, softmax_scale=1.02 * case.dim**-0.5, **options)
+    scaled = reference.forward(*z.operands, *lists, softmax_scale=1.02 * case.dim**-0.5, **options)
     assert "out" in beyond(bounds, scaled, want, layout)
     shorter = (*lists[:2], (lists[2] - 1).clamp_min(1), lists[3])
     if bool((lists[2] > 1).any()):
-        forgetful = reference.forward(*z[:6], *shorter, softmax_scale=case.dim**-0.5, **options)
+        forgetful = reference.forward(*z.operands, *shorter, softmax_scale=case.dim**-0.5, **options)
         assert {"out", "lse", "row_sum"} <= set(beyond(bounds, forgetful, want, layout))
     v8t = z.v8t.clone().view(torch.uint8)
     v8t[..., :-8, 4:6] = v8t[..., :-8, [5, 4]]
@@ -163,8 +163,8 @@ def test_huge_scores_are_attention_and_not_nan(magnitude):
     )
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
     options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5, "out_dtype": torch.bfloat16}
-    want = reference.forward(*z[:6], *lists, **options)
-    operands = on_device(*z[:6], *lists)
+    want = reference.forward(*z.operands, *lists, **options)
+    operands = on_device(*z.operands, *lists)
     out, lse, row_max, row_sum = SM90.forward(*operands, **options)
     # Where an accumulator drops bits, the winner may be a runner-up whose score is 2^-9 of the largest away.
     wrong = ((out.cpu().float() - want.out.float()).abs() > 2.0**-6 * want.out.abs().float().amax()).any(-1)
@@ -188,9 +188,9 @@ def test_backward_equals_the_reference(case, dtype, deterministic):
     )
     lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
     scale = case.dim**-0.5
-    f = reference.forward(*z[:6], *lists, num_tokens=layout.num_tokens, softmax_scale=scale, out_dtype=dtype)
+    f = reference.forward(*z.operands, *lists, num_tokens=layout.num_tokens, softmax_scale=scale, out_dtype=dtype)
     grad = torch.randn(f.out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    args = (grad, f.out, *z[:6], f.row_max, f.row_sum, *lists)
+    args = (grad, f.out, *z.operands, f.row_max, f.row_sum, *lists)
     want = reference.backward(*args, softmax_scale=scale)
     runs = [
         [
@@ -258,12 +258,12 @@ def test_ops_refuse_tables_that_point_out_of_range():
         SM90.quantize(q, k, v, padding_first, offsets, **options)
     with pytest.raises(ConfigError, match=r"tile_block_offsets\[1\] is 1000, expected 0 to"):
         SM90.quantize(q, k, v, tokens, torch.where(torch.arange(len(offsets)) == 1, 1000, offsets).int(), **options)
-    z = SM90.quantize(q, k, v, tokens, offsets, **options)
+    z = reference.Quantized(*SM90.quantize(q, k, v, tokens, offsets, **options))
     tiles = layout.tile_of_block.clone()
     tiles[2] = -1
     scalars = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.bfloat16}
     with pytest.raises(ConfigError, match=r"tile_of_block\[2\] is -1, expected 0 to"):
-        SM90.forward(*z[:6], tokens, tiles, mask.kv_num_blocks, mask.kv_indices, **scalars)
+        SM90.forward(*z.operands, tokens, tiles, mask.kv_num_blocks, mask.kv_indices, **scalars)
 
 
 def test_forward_and_backward_take_lists_that_are_wider_than_there_are_blocks():
@@ -274,15 +274,15 @@ def test_forward_and_backward_take_lists_that_are_wider_than_there_are_blocks():
         q, k, v, layout.token_of_slot, layout.tile_block_offsets, layout.tile_of_block,
         mask.kv_num_blocks, mask.kv_indices, *mask.transpose(),
     )  # fmt: skip
-    z = SM90.quantize(q, k, v, tokens, offsets, granularity=0, smooth_k=True, pow2_scales=True)
+    z = reference.Quantized(*SM90.quantize(q, k, v, tokens, offsets, granularity=0, smooth_k=True, pow2_scales=True))
     results = []
     for extra in (0, layout.num_blocks + 3):
         counts, indices, q_counts, q_indices = lists
         wide = [torch.nn.functional.pad(x, (0, extra), value=1 << 30) for x in (indices, q_indices)]  # never read
         scalars = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.bfloat16}
-        f = SM90.forward(*z[:6], tokens, tiles, counts, wide[0], **scalars)
+        f = SM90.forward(*z.operands, tokens, tiles, counts, wide[0], **scalars)
         grads = SM90.backward(
-            f[0], f[0], *z[:6], f[2], f[3], tokens, tiles, counts, wide[0], q_counts, wide[1],
+            f[0], f[0], *z.operands, f[2], f[3], tokens, tiles, counts, wide[0], q_counts, wide[1],
             softmax_scale=0.125, deterministic=True,
         )  # fmt: skip
         results.append([f[0], *grads])

@@ -118,6 +118,8 @@ def _timed_ops(watch: _Stopwatch) -> Any:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from ..ops.reference import Quantized
+
     names = ("softmax_scale", "granularity", "smooth_k", "pow2_scales", "k_mean_stride", "k_mean", "v_absmax")
 
     class Timed(TorchDispatchMode):
@@ -141,13 +143,15 @@ def _timed_ops(watch: _Stopwatch) -> Any:
             q, k, v = given["q"], given["k"], given["v"]
             tables = [given[name] for name in ("token_of_slot", "tile_of_block", "kv_num_blocks", "kv_indices")]
             with watch.part("quantize"):
-                quantized = ops.quantize(q, k, v, given["token_of_slot"], given["tile_block_offsets"], **options)
+                quantized = Quantized(
+                    *ops.quantize(q, k, v, given["token_of_slot"], given["tile_block_offsets"], **options)
+                )
             with watch.part("attention"):
                 out, lse, row_max, row_sum = ops.forward(
-                    *quantized[:6], *tables, num_tokens=q.shape[2], softmax_scale=given["softmax_scale"],
-                    out_dtype=q.dtype, q_k_mean=quantized[7],
+                    *quantized.operands, *tables, num_tokens=q.shape[2], softmax_scale=given["softmax_scale"],
+                    out_dtype=q.dtype, q_k_mean=quantized.q_k_mean,
                 )  # fmt: skip
-            return (out, lse, *quantized[:6], row_max, row_sum)
+            return (out, lse, *quantized.operands, row_max, row_sum)
 
     return Timed()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .tiles import BLOCK, TileLayout
+from .tiles import BLOCK, TileLayout, check_layout
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -77,6 +77,14 @@ def from_flex(layout: TileLayout, block_mask: FlexBlockMask) -> Tensor:
         ConfigError: if sizes differ, if the query blocks of a tile differ, or if ``mask_mod`` drops single keys of an attended
             block (other than padding): block lists cannot say that.
     """
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+    check_layout(layout, "BlockMask.from_flex")
+    if not isinstance(block_mask, FlexBlockMask):
+        raise ConfigError(
+            f"fpsattention.BlockMask.from_flex: block_mask is a {type(block_mask).__name__}, expected one of "
+            "torch.nn.attention.flex_attention"
+        )
     slots, name = layout.num_slots, "fpsattention.BlockMask.from_flex: block_mask"
     if tuple(block_mask.seq_lengths) != (slots, slots):
         raise ConfigError(

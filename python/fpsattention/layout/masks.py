@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from . import flex
 from .plain import Cache, constant, on_default_stream, plain_tensors
-from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, core, int3
+from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, check_layout, core, int3, shown
 
 _MASK_CACHE_SIZE = 64
 
@@ -95,20 +95,28 @@ class BlockMask:
             tiles: bool ``[num_tiles, num_tiles]`` or ``[num_tiles, num_blocks]``, with ``[Hm]`` or ``[Bm, Hm]`` in front if wanted.
                 Text tiles are the last rows and columns; nothing is added to what the matrix says. Read on the CPU.
         """
-        matrix = torch.as_tensor(tiles)
-        shown = tuple(matrix.shape)
+        check_layout(layout, "BlockMask.from_tiles")
+        try:
+            matrix = tiles if isinstance(tiles, Tensor) else torch.as_tensor(tiles, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ConfigError(
+                f"fpsattention.BlockMask.from_tiles: tiles {shown(tiles)}, expected a boolean matrix"
+            ) from None
+        if matrix.is_nested or matrix.is_meta:
+            raise ConfigError("fpsattention.BlockMask.from_tiles: tiles is a nested or a meta tensor, expected values")
+        shape = tuple(matrix.shape)
         if matrix.dtype != torch.bool:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles is {matrix.dtype}, expected torch.bool")
         columns = (layout.num_tiles, layout.num_blocks)
         if not 2 <= matrix.ndim <= 4 or matrix.shape[-2] != layout.num_tiles or matrix.shape[-1] not in columns:
             raise ConfigError(
-                f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected [num_tiles, num_tiles] = "
+                f"fpsattention.BlockMask.from_tiles: tiles has shape {shape}, expected [num_tiles, num_tiles] = "
                 f"[{columns[0]}, {columns[0]}] or [num_tiles, num_blocks] = [{columns[0]}, {columns[1]}], with [Hm] or [Bm, Hm] "
                 "in front if wanted"
             )
-        if 0 in shown:
-            raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shown}, expected no empty size")
-        matrix = matrix.reshape((1,) * (4 - matrix.ndim) + shown)
+        if 0 in shape:
+            raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shape}, expected no empty size")
+        matrix = matrix.reshape((1,) * (4 - matrix.ndim) + shape)
         with plain_tensors():
             offsets = layout.cpu().tile_block_offsets.numpy()
             mask = _from_numpy(layout.cpu(), core().lists_from_matrix(offsets, matrix.cpu().contiguous().numpy()))
@@ -163,9 +171,10 @@ class BlockMask:
 
         With one mask per level, ``stack(levels).select(level)`` gives every sample its own, without leaving the device.
         """
-        masks = list(masks)
-        if not masks:
-            raise ConfigError("fpsattention.BlockMask.stack: masks is empty, expected at least one BlockMask")
+        if not isinstance(masks, Sequence) or not masks or not all(isinstance(mask, BlockMask) for mask in masks):
+            raise ConfigError(
+                f"fpsattention.BlockMask.stack: masks {shown(masks)}, expected a list of one BlockMask or more"
+            )
         first = masks[0]
         heads = max(mask.kv_num_blocks.shape[1] for mask in masks)
         width = max(mask.kv_indices.shape[-1] for mask in masks)
@@ -190,11 +199,23 @@ class BlockMask:
 
         The transpose is gathered, too, where the mask has it.
         """
+        if not isinstance(index, Tensor) or index.is_nested:
+            raise ConfigError(
+                f"fpsattention.BlockMask.select: index {shown(index)}, expected an int32 or int64 tensor [B] on {self.device}"
+            )
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != self.device:
             raise ConfigError(
                 f"fpsattention.BlockMask.select: index is {index.dtype} {tuple(index.shape)} on {index.device}, expected int32 or "
                 f"int64 [B] on {self.device}"
             )
+        try:
+            return self._selected(index)
+        except IndexError as error:  # on the CPU; elsewhere a wrong index cannot be seen without waiting
+            raise ConfigError(
+                f"fpsattention.BlockMask.select: index holds a value outside of 0 to {self.shape[0] - 1} ({error})"
+            ) from None
+
+    def _selected(self, index: Tensor) -> BlockMask:
         transposed = None
         if self._transposed is not None:
             transposed = (self._transposed[0].index_select(0, index), self._transposed[1].index_select(0, index))
@@ -348,12 +369,12 @@ def sliding_tile_mask(layout: TileLayout, window: Sequence[int]) -> BlockMask:
     Raises:
         ConfigError: if a size is below 1 or larger than the grid of tiles.
     """
-    return _windowed(layout, int3(window, "sliding_tile_mask: window"))
+    return _windowed(check_layout(layout, "sliding_tile_mask"), int3(window, "sliding_tile_mask: window"))
 
 
 def dense_mask(layout: TileLayout) -> BlockMask:
     """Every tile attends every tile."""
-    return _windowed(layout, layout.tile_grid)
+    return _windowed(check_layout(layout, "dense_mask"), layout.tile_grid)
 
 
 def _windowed(layout: TileLayout, window: Int3) -> BlockMask:
@@ -448,6 +469,7 @@ def _transpose_on_device(mask: BlockMask) -> tuple[Tensor, Tensor]:
 
 
 def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tensor) -> None:
+    check_layout(layout, "BlockMask")
     for name, tensor, ndim, wanted in (
         ("kv_num_blocks", kv_num_blocks, 3, "[Bm, Hm, num_tiles]"),
         ("kv_indices", kv_indices, 4, "[Bm, Hm, num_tiles, max_kv]"),
@@ -475,4 +497,4 @@ def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tens
 
 def _is_fake(tensor: Tensor) -> bool:
     """True for tensors without memory of their own (FakeTensor, functional wrappers): their values cannot be read."""
-    return type(tensor) is not Tensor
+    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

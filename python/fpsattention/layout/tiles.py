@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BuildError, ConfigError
+from ..errors import BuildError, ConfigError, UnsupportedError
 from .plain import Cache, constant, on_default_stream, plain_tensors
 
 BLOCK = 128  # slots of a block
@@ -114,6 +115,11 @@ class TileLayout:
         Args:
             token_order: integer ``[num_tokens]``, a permutation of all tokens, in the order of the valid slots.
         """
+        if not isinstance(token_order, Tensor) or token_order.is_floating_point() or token_order.dtype == torch.bool:
+            raise ConfigError(
+                f"fpsattention.TileLayout.permuted: token_order {shown(token_order)}, expected a tensor of integers "
+                f"[{self.num_tokens}]"
+            )
         with plain_tensors():
             order = token_order.to(self.device, torch.int32)
             expected = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
@@ -131,7 +137,7 @@ class TileLayout:
 
     def same_as(self, other: TileLayout) -> bool:
         """True if tokens, slots and tiles are the same (wherever the tensors are)."""
-        a, b = self.cpu(), other.cpu()
+        a, b = self.cpu(), check_layout(other, "TileLayout.same_as").cpu()
         return a is b or (
             (a.grid, a.tile_sizes, a.text_len, a.text_position) == (b.grid, b.tile_sizes, b.text_len, b.text_position)
             and torch.equal(a.token_of_slot, b.token_of_slot)
@@ -198,10 +204,10 @@ def _checked(
 ) -> tuple[Int3, Int3 | None, int, str]:
     if not isinstance(text_position, str) or text_position not in TEXT_POSITIONS:
         raise ConfigError(
-            f"fpsattention.plan: text_position {text_position!r}, expected one of {', '.join(map(repr, TEXT_POSITIONS))}"
+            f"fpsattention.plan: text_position {shown(text_position)}, expected one of {', '.join(map(repr, TEXT_POSITIONS))}"
         )
     wanted = None if tile is None else int3(tile, "plan: tile")
-    return int3(grid, "plan: grid"), wanted, _integer(text_len, "plan: text_len"), text_position
+    return int3(grid, "plan: grid"), wanted, integer(text_len, "plan: text_len"), text_position
 
 
 @constant
@@ -245,26 +251,51 @@ def core() -> Any:
     return _C
 
 
-def int3(value: Sequence[int], what: str) -> Int3:
+def int3(value: Any, what: str) -> Int3:
     """Three integers that fit 32 bits, or ConfigError about ``what`` ("plan: grid")."""
     hint = "expected three integers (T, H, W)"
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
-        raise ConfigError(f"fpsattention.{what} {value!r}, {hint}")
-    t, h, w = (_integer(v, what, shown=value, hint=hint) for v in value)
+    sequence = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    if not sequence or isinstance(value, (str, bytes)) or len(value) != 3:
+        raise ConfigError(f"fpsattention.{what} {shown(value)}, {hint}")
+    t, h, w = (integer(v, what, value, hint) for v in value)
     return t, h, w
 
 
-def _integer(value: Any, what: str, shown: Any = None, hint: str = "expected an integer") -> int:
-    shown = value if shown is None else shown
+def integer(value: Any, what: str, whole: Any = None, hint: str = "expected an integer") -> int:
+    """An integer that fits 32 bits, or ConfigError about ``what``, which shows ``whole`` (None: the value)."""
+    problem = ""
     try:
         if isinstance(value, (bool, Tensor)):  # True is no size; reading a tensor could synchronize with a device
             raise TypeError
         number = operator.index(value)
+        if abs(number) < 2**31:
+            return number
+        problem, hint = " is too large", f"{hint} below 2^31"
     except TypeError:
-        raise ConfigError(f"fpsattention.{what} {shown!r}, {hint}") from None
-    if abs(number) >= 2**31:
-        raise ConfigError(f"fpsattention.{what} {shown!r} is too large, {hint} below 2^31")
-    return number
+        pass
+    raise ConfigError(f"fpsattention.{what} {shown(value if whole is None else whole)}{problem}, {hint}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, on one short line; tensors and arrays by type, for reading them may be slow."""
+    try:
+        if isinstance(value, (Tensor, np.ndarray)):
+            text = f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
+        else:
+            text = repr(value)
+    except Exception:  # a repr of somebody else's, a tensor without a shape
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_layout(layout: Any, what: str) -> TileLayout:
+    """A layout, or ConfigError about ``what`` ("dense_mask")."""
+    if not isinstance(layout, TileLayout):
+        raise ConfigError(
+            f"fpsattention.{what}: layout is a {type(layout).__name__}, expected one of fpsattention.plan"
+        )
+    return layout
 
 
 def _by(sizes: Sequence[int]) -> str:
@@ -275,8 +306,12 @@ def _canonical(device: torch.device | str) -> torch.device:
     """``cuda`` names the current device: tensors there say ``cuda:0``."""
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"fpsattention: device {device!r}, expected one that torch.device takes ({error})") from None
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise ConfigError(f"fpsattention: device {shown(device)}, expected one that torch.device takes") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"fpsattention: device {device} was asked for, but torch sees no GPU: run `fpsattn doctor`"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

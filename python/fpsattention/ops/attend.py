@@ -49,6 +49,7 @@ def attend(
         ConfigError, UnsupportedError: from the backend and the ops, which check shapes, dtypes and devices.
     """
     backend = resolve_backend(backend, q)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -65,15 +66,20 @@ def attend(
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
         "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),
-        "k_mean": k_mean,
-        "v_absmax": v_absmax,
     }
     if backend == "reference":
-        out, lse = reference_attention(q, k, v, lists, **options)
+        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, **options)
     else:
-        k_mean, v_absmax = options.pop("k_mean"), options.pop("v_absmax")
         out, lse, *_ = autograd.call(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
         )
     out = out[..., :dim] if zeros[1] else out
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse
+
+
+def autocast(x: Tensor) -> Tensor:
+    """As the inputs of ``scaled_dot_product_attention`` under autocast: floats, FP64 aside, in the dtype of autocast."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x

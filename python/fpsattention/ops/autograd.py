@@ -23,7 +23,7 @@ from . import vmap
 
 _NUM_OUTPUTS = 10
 _ONCE = "only first derivatives are supported: those of fpsattention.attention are not differentiable"
-_MESSAGES = {
+MESSAGES = {
     "backward": f"fpsattention.backward: double backward was asked for, {_ONCE} (drop create_graph=True)",
     "jvp": f"fpsattention.jvp: a derivative of a forward-mode derivative was asked for, {_ONCE} (detach the tangent)",
     **{
@@ -96,15 +96,14 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _refusing(op: str) -> type[torch.autograd.Function]:
-    """The op as it is, and an error where a derivative of it is asked."""
-    message = _MESSAGES[op]
+def refusing(op: str, run: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """``run(*args, **options)`` as it is, and the error of ``op`` where a derivative of it is asked."""
 
     class Refusing(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> Any:
             *args, options = inputs
-            return _below_autograd(op, *args, **options)
+            return run(*args, **options)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -112,11 +111,11 @@ def _refusing(op: str) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *_: Any) -> Any:
-            raise UnsupportedError(message)
+            raise UnsupportedError(MESSAGES[op])
 
         @staticmethod
         def jvp(ctx: Any, *_: Any) -> Any:
-            raise UnsupportedError(message)
+            raise UnsupportedError(MESSAGES[op])
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -128,7 +127,7 @@ def _refusing(op: str) -> type[torch.autograd.Function]:
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "attention": _Attention,
-    **{op: _refusing(op) for op in _MESSAGES},
+    **{op: refusing(op, partial(_below_autograd, op)) for op in MESSAGES},
 }
 
 

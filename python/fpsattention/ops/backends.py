@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import Lists
 from ..layout.plain import constant
-from . import core, reference
-from .checks import KERNEL_DTYPES
+from . import autograd, core, reference
+from .checks import check_quantize
 
 BACKENDS = ("auto", "sm90", "cpu", "reference")
 _DOCTOR = "run `fpsattn doctor` for what is missing and how to mend it"
@@ -48,8 +48,6 @@ def resolve_backend(backend: str, q: Tensor) -> str:
             raise UnsupportedError(
                 f"fpsattention.attention: the sm_90a kernels cannot take q on {device}: {problem}; {_DOCTOR}"
             )
-        if q.dtype not in KERNEL_DTYPES:
-            raise _fail(f"q has dtype {q.dtype}, the sm_90a kernels take bfloat16 or float16: cast q, k and v")
     return backend
 
 
@@ -76,30 +74,53 @@ def _fail(text: str) -> ConfigError:
     return ConfigError(f"fpsattention.attention: {text}")
 
 
+_BACKWARD = autograd.refusing("backward", reference.backward)
+_JVP = autograd.refusing("jvp", reference.jvp)
+
+
 class _Reference(torch.autograd.Function):
-    """``reference.py`` with its straight-through backward."""
+    """``reference.py`` with its straight-through derivatives."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, options: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         quantized = reference.quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
-        tables = (lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices)
         result = reference.forward(
-            *quantized.operands, *tables, quantized.q_k_mean,
-            num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
+            *quantized.operands, lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices,
+            quantized.q_k_mean, num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
         )  # fmt: skip
-        ctx.save_for_backward(result.out, *quantized.operands, result.row_max, result.row_sum, *tables)
-        ctx.softmax_scale = softmax_scale
-        ctx.mark_non_differentiable(result.lse)
-        return result.out, result.lse
+        return (result.out, result.lse, *quantized.operands, result.row_max, result.row_sum)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        lists, ctx.softmax_scale = inputs[3], inputs[4]
+        out, lse, *saved = output
+        ctx.mark_non_differentiable(lse, *saved)
+        ctx.set_materialize_grads(False)
+        tables = (lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices)
+        ctx.save_for_backward(out, *saved, *tables)
+        ctx.save_for_forward(out, *saved, *tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 6
         out, *saved = ctx.saved_tensors
-        gradients = reference.backward(grad_out, out, *saved, softmax_scale=ctx.softmax_scale)
+        gradients = _BACKWARD.apply(grad_out, out, *saved, {"softmax_scale": ctx.softmax_scale})
         return (*(g.to(out.dtype) for g in gradients), None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, q: Tensor | None, k: Tensor | None, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        out, *saved = ctx.saved_for_forward
+        tangent = _JVP.apply(q, k, v, out, *saved, {"softmax_scale": ctx.softmax_scale})
+        return (tangent.to(out.dtype), *(None,) * 9)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise UnsupportedError(
+            "fpsattention.attention: vmap of backend 'reference' was asked for: backend 'cpu' has it"
+        )
 
 
 def reference_attention(
@@ -111,7 +132,8 @@ def reference_attention(
         q, k, v: ``(B, H, S, D)``.
         options: of :func:`reference.quantize`.
     """
+    check_quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
     on_cpu = lists.to("cpu")
     options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
-    out, lse = _Reference.apply(q.cpu(), k.cpu(), v.cpu(), on_cpu, softmax_scale, options)
+    out, lse, *_ = _Reference.apply(q.cpu(), k.cpu(), v.cpu(), on_cpu, softmax_scale, options)
     return out.to(q.device), lse.to(q.device)

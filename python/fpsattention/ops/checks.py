@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from .reference import BLOCK, V_EXTRA_ROWS, Operands
 
 HEAD_DIMS = (64, 128)  # of the kernels; attend() pads others to the next one
+_HEAD_DIMS_TEXT = " and ".join(map(str, HEAD_DIMS))
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
@@ -84,7 +85,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             _fail(op, name, f"has dtype {x.dtype}, expected {q.dtype} like q")
         _shape(op, name, x, tuple(q.shape))
     if q.shape[3] not in HEAD_DIMS:
-        _fail(op, "q", f"has head dimension {q.shape[3]}, supported are 64 and 128")
+        _fail(op, "q", f"has head dimension {q.shape[3]}, supported are {_HEAD_DIMS_TEXT}")
     if 0 in q.shape:
         _fail(op, "q", f"has shape {tuple(q.shape)}: no size may be 0")
 
@@ -156,7 +157,7 @@ def check_quantized(
     _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, "D"))
     batch, heads, num_blocks, _, dim = q8.shape
     if dim not in HEAD_DIMS:
-        _fail(op, "q8", f"has head dimension {dim}, supported are 64 and 128")
+        _fail(op, "q8", f"has head dimension {dim}, supported are {_HEAD_DIMS_TEXT}")
     check_slots(op, token_of_slot)
     _shape(op, "token_of_slot", token_of_slot, (num_blocks * BLOCK,))
     for name, x, want in (("k8", k8, q8.shape), ("v8t", v8t, (batch, heads, num_blocks, dim + V_EXTRA_ROWS, BLOCK))):

@@ -38,8 +38,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import BuildError, ConfigError, UnsupportedError
+from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
 from . import autograd, checks, cpu, fakes, lists, vmap
 from .reference import Forward, Quantized
@@ -131,6 +132,9 @@ def _attention(
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
     """The composite; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    _keep_for_stream(
+        q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
+    )
     z = Quantized(
         *torch.ops.fpsattn.quantize(
             q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax,
@@ -144,6 +148,18 @@ def _attention(
         )
     )  # fmt: skip
     return (f.out, f.lse, *z.operands, f.row_max, f.row_sum)
+
+
+def _keep_for_stream(q: Tensor, *tables: Tensor | None) -> None:
+    """Cached tables are of the default stream (``layout.plain``): another one must be known to the allocator, or a table that leaves
+    the cache could be overwritten while a kernel still reads it."""
+    if q.device.type != "cuda" or isinstance(q, FakeTensor):
+        return
+    stream = torch.cuda.current_stream(q.device)
+    if stream != torch.cuda.default_stream(q.device):
+        for table in tables:
+            if table is not None:
+                table.record_stream(stream)
 
 
 def _checked(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,19 +184,17 @@ def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
 
 
 def _translated(op: str) -> Callable[..., Any]:
-    """The kernel of whatever device, its C++ errors as ConfigError."""
+    """The kernel of whatever device, its C++ errors as ours."""
     overload = getattr(torch.ops.fpsattn, op).default
 
     def run(keyset: Any, *args: Any, **options: Any) -> Any:
         try:
             return overload.redispatch(keyset & _BELOW_BACKEND_SELECT, *args, **options)
-        except (ConfigError, UnsupportedError):
-            raise
         except RuntimeError as error:
-            text = str(error)
-            if not text.startswith("fpsattn."):
+            ours = None if isinstance(error, UnsupportedError) else of_library(str(error))
+            if ours is None:
                 raise
-            raise ConfigError(text.replace("fpsattn.", "fpsattention.", 1)) from None
+            raise ours from None
 
     return run
 
