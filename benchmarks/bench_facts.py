@@ -11,7 +11,7 @@ import pytest
 
 from .plugin import REPOSITORY
 
-BUILT = REPOSITORY / "tools/hopper-facts/build/static/hopper-facts"
+BUILT = REPOSITORY / "build/hopper-facts/static/hopper-facts"
 
 
 def rows_of(document: object) -> dict[str, list[object]]:
