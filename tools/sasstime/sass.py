@@ -32,6 +32,11 @@ def control_words(text):
     return out
 
 
+def matches(function, pattern):
+    """Whether the regex is found in the name, mangled or not."""
+    return re.search(pattern, function.demangled) or re.search(pattern, function.name)
+
+
 def load(path, pattern=None, arch="sm_90"):
     """Functions of a cubin, object, library or SASS text (with encodings) whose name matches."""
     data = read_bytes(path)
@@ -61,7 +66,7 @@ def load(path, pattern=None, arch="sm_90"):
     for f, nice in zip(found, demangle([f.name for f in found]), strict=False):
         f.demangled = nice
     if pattern:
-        found = [f for f in found if re.search(pattern, f.demangled) or re.search(pattern, f.name)]
+        found = [f for f in found if matches(f, pattern)]
     return found
 
 
