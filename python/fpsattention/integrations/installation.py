@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
-from .adapters import ADAPTERS, Adapter
+from .adapters import ADAPTERS, Adapter, Geometry
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
@@ -111,13 +111,23 @@ class Installation:
 
     def _before_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads grid and sigma from the arguments of the transformer and leaves its layers their calls."""
+        if torch.compiler.is_compiling():
+            self._trace_forward(transformer, args, kwargs)
+        else:  # asked here: the functions below run with Dynamo off
+            callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+            self._begin_forward(transformer, args, kwargs, compiled=callback is not None and callback is not False)
+
+    def _geometry(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Geometry:
         arguments = dict(zip(self._arguments, args, strict=False))
         arguments.update(kwargs)
-        geometry = self.adapter.geometry(transformer, arguments)
+        return self.adapter.geometry(transformer, arguments)
+
+    def _begin_forward(
+        self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> None:
+        """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
+        geometry = self._geometry(transformer, args, kwargs)
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
-        if torch.compiler.is_compiling():
-            self._trace_forward(geometry, timestep)
-            return
         t, h, w = geometry.grid
         tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
         device = geometry.latents.device
@@ -137,7 +147,7 @@ class Installation:
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
-        elif self._compiled():
+        elif compiled or self.compiled_modules():
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
@@ -146,8 +156,10 @@ class Installation:
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
 
-    def _trace_forward(self, geometry: Any, timestep: Tensor) -> None:
+    def _trace_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-hook inside a graph that is being traced: nothing is counted, nothing is read from the device."""
+        geometry = self._geometry(transformer, args, kwargs)
+        timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         if geometry.text_len is None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
@@ -172,7 +184,7 @@ class Installation:
         CURRENT.forward = forward.before
         if forward.tokens is None:  # no attention ran
             return
-        executed = None if self._compiled() else tuple(forward.executed)
+        executed = None if forward.graph_calls else tuple(forward.executed)
         with self._lock:
             if isinstance(forward.segments, Tensor):
                 self._count_on_device(forward.tokens, forward.segments, executed)
@@ -189,13 +201,6 @@ class Installation:
 
     def _paths(self) -> list[str]:
         return [site.name.removeprefix(f"{self.name}.") for site in self.sites]
-
-    def _compiled(self) -> bool:
-        """Whether layers run compiled, where Python cannot count."""
-        callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-        if callback is not None and callback is not False:  # inside torch.compile(transformer)
-            return True
-        return self.compiled_modules()
 
     def compiled_modules(self) -> bool:
         """Whether the transformer or blocks of it have been compiled in place (``compile``, ``compile_repeated_blocks``)."""
@@ -326,18 +331,24 @@ def _constant(size: int) -> int:
     return int(size)
 
 
-def _skip_in_dynamo(*functions: Any) -> None:
-    """Frames that run uncompiled where Dynamo meets them first (``torch.compile(transformer)`` calls hooks on their own), and
-    that are traced like any other code where they are called from code that is being traced."""
+def _outside_of_dynamo() -> None:
+    """``torch.compile(transformer)`` runs hooks as frames of their own: they stay Python there, where the host knows the level.
+
+    Where they are called by code that is being traced (an outer function is compiled, the model is exported) they are traced.
+    """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-    except ImportError:  # the hooks are then compiled on their own, as a graph of each
+    except ImportError:  # an older torch: the hooks become graphs of their own
         return
-    for function in functions:
-        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    for function, below in (
+        (Installation._before_forward, _FrameAction.DEFAULT),
+        (Installation._begin_forward, _FrameAction.SKIP),
+        (Installation._after_forward, _FrameAction.SKIP),
+    ):
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
 
 
-_skip_in_dynamo(Installation._before_forward, Installation._after_forward)
+_outside_of_dynamo()
 
 
 def installation_of(transformer: Any) -> Installation | None:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
-from ..layout.plain import constant
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
 from .graph import Packed, flag, pack
@@ -175,13 +174,34 @@ class LevelTables:
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
         self._edge_tensors: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._lock = threading.RLock()
 
+        # Dynamo calls such functions while it traces and keeps the result; it knows no such methods.
+        @torch.compiler.assume_constant_result
+        def constant(
+            grid: Grid, text_len: int, text_position: str, group: int, segment: int | None, device: torch.device
+        ) -> tuple[Tensor, ...]:
+            tokens = Tokens(grid, text_len, text_position)
+            dense = all(level.precision == "bf16" for level in self.group_levels[group])
+            lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
+            return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose
+
+        @torch.compiler.assume_constant_result
+        def constant_edges(device: torch.device) -> Tensor:
+            return self._edges_on(self.edges, device)
+
+        self._constant, self._constant_edges = constant, constant_edges
+
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_edge_tensors": {}, "_lock": None}
+        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges"))
+        return {**self.__dict__, **dropped, "_tables": OrderedDict(), "_edge_tensors": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state)
+        self._prepare()
 
     @property
     def needs_host(self) -> bool:
@@ -190,9 +210,10 @@ class LevelTables:
 
     def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
+        if torch.compiler.is_compiling():
+            return torch.bucketize(sigma, self._constant_edges(sigma.device))
         return torch.bucketize(sigma, self._edges_on(edges, sigma.device))
 
-    @constant
     def _edges_on(self, edges: tuple[float, ...], device: torch.device) -> Tensor:
         with self._lock:
             if (edges, device) not in self._edge_tensors:
@@ -226,24 +247,15 @@ class LevelTables:
                 mask = tables.on_device[key] = mask.to(device)
         return mask
 
-    @constant
-    def _constant(
-        self, tokens: Tokens, group: int, segment: int | None, device: torch.device
-    ) -> tuple[Tensor, BlockMask | None]:
-        slot_of_token = self.tables(tokens).on(device).slot_of_token
-        if all(level.precision == "bf16" for level in self.group_levels[group]):
-            return slot_of_token, None
-        return slot_of_token, self._mask(tokens, group, segment, device, backward=True)
-
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
         calls = []
         for group, levels in enumerate(self.group_levels):
             switched = len(levels) > 1
-            slot_of_token, mask = self._constant(tokens, group, None if switched else 0, device)
-            lists = None
-            if mask is not None:
-                lists = (mask.select(segments) if switched else mask).lists(transposed=True)
+            slot_of_token, *tables = self._constant(*tokens, group, None if switched else 0, device)
+            if tables and switched:  # the lists are stacked: every sample takes those of its segment
+                tables[3:] = [table.index_select(0, segments) for table in tables[3:]]
+            lists = Lists(*tables) if tables else None
             calls.append(Call(slot_of_token, _branches(levels, lists, segments, None)))
         return tuple(calls)
 
