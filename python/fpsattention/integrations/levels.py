@@ -103,6 +103,7 @@ class TokenTables:
         self._stacked: dict[int, BlockMask] = {}
         self._densities: dict[tuple[Grid, ...], float] = {}
         self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
+        self.packed: dict[tuple[int, int | None, torch.device, bool], Packed] = {}
 
     def on(self, device: torch.device) -> TileLayout:
         """The layout on a device."""
@@ -247,6 +248,16 @@ class LevelTables:
                 mask = tables.on_device[key] = mask.to(device)
         return mask
 
+    def _packed(
+        self, tokens: Tokens, group: int, segment: int | None, device: torch.device, backward: bool
+    ) -> tuple[BlockMask, Packed]:
+        mask, tables = self._mask(tokens, group, segment, device, backward), self.tables(tokens)
+        key = (group, segment, device, backward)
+        if key not in tables.packed:
+            with self._lock, ordinary_tensors():
+                tables.packed[key] = pack(mask, backward, per_sample=False)
+        return mask, tables.packed[key]
+
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
         calls = []
@@ -272,8 +283,9 @@ class LevelTables:
             packed = None
             if any(level.precision == "fp8" for level in levels):
                 switched = len(levels) > 1
-                mask = self._mask(tokens, group, None if switched else 0, device, backward)
-                packed = pack(mask.select(index) if switched else mask, backward, per_sample=switched)
+                mask, packed = self._packed(tokens, group, None if switched else 0, device, backward)
+                if switched:
+                    packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
             calls.append(Call(slot_of_token, _branches(levels, packed, index, known)))
         return tuple(calls)
 
