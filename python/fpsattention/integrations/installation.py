@@ -133,14 +133,17 @@ class Installation:
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
+        schedule, edges = self.tables.schedule, self.tables.edges
+        if schedule.axis == "steps" and edges and (run := self.reader.trajectory(timestep)) is not None:
+            edges = schedule.edges_of(run)
         if self.tables.needs_host or self.recorder is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
                 self.recorder.begin(self.name, sigmas, tokens.grid)
         if self.tables.needs_host:
-            segments = tuple(self.tables.schedule.segment(sigma) for sigma in sigmas)
+            segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:
-            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), edges)
         before = CURRENT.forward
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
