@@ -13,7 +13,18 @@ import fpsattention as fps
 
 PRESETS = ("training_free", "paper", "fp8", "dense")
 TIMESTEPS = ([950.0], [300.0], [30.0], [980.0, 100.0])  # the last: samples of different kernel classes in one batch
-GRIDS = [(3, 8, 12), (3, 8, 8), (3, 6, 12), (5, 8, 12), (2, 10, 8), (4, 4, 4), (3, 4, 6), (2, 6, 10), (1, 8, 8), (5, 5, 7)]
+GRIDS = [
+    (3, 8, 12),
+    (3, 8, 8),
+    (3, 6, 12),
+    (5, 8, 12),
+    (2, 10, 8),
+    (4, 4, 4),
+    (3, 4, 6),
+    (2, 6, 10),
+    (1, 8, 8),
+    (5, 5, 7),
+]
 
 
 class Counting:

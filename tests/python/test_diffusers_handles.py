@@ -98,7 +98,9 @@ def test_a_processor_set_later_is_noticed_and_kept():
     handle = fps.apply(model, SWITCHED)
     mine = WanAttnProcessor()
     model.blocks[1].attn1.set_processor(mine)
-    with pytest.warns(UserWarning, match=r"blocks\.1\.attn1 has the processor WanAttnProcessor now, which somebody set after apply"):
+    with pytest.warns(
+        UserWarning, match=r"blocks\.1\.attn1 has the processor WanAttnProcessor now, which somebody set after apply"
+    ):
         tiny_wan.run(model, [300.0])
     report = handle.report()
     assert report.replaced == {"transformer.blocks.1.attn1": "WanAttnProcessor"}
@@ -126,7 +128,9 @@ def test_caches_find_the_swapped_class():
     with fps.apply(model, "fp8"):
         assert AttentionProcessorRegistry.get(type(model.blocks[0].attn1.processor)) is metadata
     model.blocks[0].attn1.set_processor(Mine())
-    with pytest.raises(fps.UnsupportedError, match=r"blocks\.0\.attn1 has the processor Mine, whose code does not call"):
+    with pytest.raises(
+        fps.UnsupportedError, match=r"blocks\.0\.attn1 has the processor Mine, whose code does not call"
+    ):
         fps.apply(model, "fp8")
 
 
@@ -223,7 +227,13 @@ def family() -> dict[str, tuple[Any, dict[str, torch.Tensor], int]]:
     from diffusers import SkyReelsV2Transformer3DModel, WanAnimateTransformer3DModel, WanVACETransformer3DModel
 
     torch.manual_seed(0)
-    common = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2, "ffn_dim": 64}
+    common = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "num_layers": 2,
+        "ffn_dim": 64,
+    }
     common |= {"text_dim": tiny_wan.TEXT, "out_channels": 16, "freq_dim": 64, "rope_max_seq_len": 64}
     vace = WanVACETransformer3DModel(**common, in_channels=16, vace_layers=[0], vace_in_channels=96)
     for block in vace.vace_blocks:
@@ -272,7 +282,11 @@ def test_the_wan_family(name):
         return float((out - dense).norm() / dense.norm())
 
     dense = run()
-    narrow = {**SWITCHED, "levels": {"narrow": {"precision": "fp8", "window": [1, 1, 1]}}, "phases": [{"sigma": [1, 0], "level": "narrow"}]}
+    narrow = {
+        **SWITCHED,
+        "levels": {"narrow": {"precision": "fp8", "window": [1, 1, 1]}},
+        "phases": [{"sigma": [1, 0], "level": "narrow"}],
+    }
     assert 0 < error("fp8") < 0.01
     assert error(narrow) > 2 * error("fp8")
     assert error("dense") == 0 and torch.equal(run(), dense)

@@ -222,10 +222,14 @@ def test_presets_follow_the_scheduler_and_say_what_they_cannot_follow():
             assert handle.schedule.flow_shift == shift
     integration._warned.clear()
     three = {**SWITCHED, "tile": None, "model": {"flow_shift": 3.0}}
-    with pytest.warns(UserWarning, match=r"made for flow shift 3\.0, FlowMatchEulerDiscreteScheduler of this pipeline has 8"):
+    with pytest.warns(
+        UserWarning, match=r"made for flow shift 3\.0, FlowMatchEulerDiscreteScheduler of this pipeline has 8"
+    ):
         fps.apply(pipe, three).remove()
     pipe.scheduler = Unreadable()
-    with pytest.warns(UserWarning, match=r"the steps of Unreadable cannot be read: .*needs a key.* placed for flow shift 5\.0"):
+    with pytest.warns(
+        UserWarning, match=r"the steps of Unreadable cannot be read: .*needs a key.* placed for flow shift 5\.0"
+    ):
         fps.apply(pipe, "training_free", num_train_timesteps=1000).remove()
 
 

@@ -6,6 +6,7 @@ import inspect
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,13 +62,14 @@ class Installation:
         self.name = name
         self.copied = False
         self.tables = LevelTables(schedule, len(attentions), heads)
-        self.reader = SigmaReader(scheduler, num_train_timesteps, adapter.sigma)
+        self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
         self.sites: list[Site] = []
         self.modules: list[Any] = []
         self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
+        self._blocks = _containers(transformer, attentions)
         self._clear()
         for layer, (path, module) in enumerate(attentions.items()):
             core = core_of(module.processor, adapter.core)
@@ -207,14 +209,10 @@ class Installation:
 
     def compiled_modules(self) -> bool:
         """Whether the transformer or blocks of it have been compiled in place (``compile``, ``compile_repeated_blocks``)."""
-        tops = {id(m): m for m in (self.transformer, *self.modules, *(self._block(path) for path in self._paths()))}
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in tops.values())
-
-    def _block(self, path: str) -> Any:
-        module = self.transformer
-        for name in path.split(".")[:-1]:
-            module = getattr(module, name, self.transformer)
-        return module
+        blocks = [
+            container._modules.get(name) for container, name in self._blocks
+        ]  # looked up: they may be replaced, or gone
+        return any(_is_compiled(module) for module in (self.transformer, *blocks, *self.modules))
 
     def replaced(self) -> dict[str, str]:
         """Attention modules whose processor somebody replaced after ``apply``: name to the class of what is there now."""
@@ -320,6 +318,17 @@ def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
     heads = {getattr(module, "heads", None) for module in attentions.values()}
     return heads.pop() if len(heads) == 1 else None
+
+
+def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tuple[torch.nn.Module, str]]:
+    """Where the blocks are that hold the attentions at ``paths``: a module, and the name of the block in it."""
+    found = dict.fromkeys(path.rpartition(".")[0] for path in paths if "." in path)
+    places = (path.rpartition(".") for path in found)
+    return [(transformer.get_submodule(container), name) for container, _, name in places]
+
+
+def _is_compiled(module: Any) -> bool:
+    return module is not None and (module._compiled_call_impl is not None or "_orig_mod" in module._modules)
 
 
 def _set_processor(module: Any, processor: Any) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..schedule.scheduler import shifts_dynamically
+from .adapters import Adapter
 
 KEPT_RUNS = 32  # sampling runs whose timesteps are kept on the host: requests that are served at the same time
 
@@ -34,8 +34,7 @@ class SigmaReader:
 
     Args:
         scheduler: returns the pipeline's current scheduler, or None (a transformer on its own).
-        num_train_timesteps: see ``convention``.
-        convention: ``(timestep, num_train_timesteps)`` to sigma, for floats and tensors: ``Adapter.sigma``.
+        num_train_timesteps, adapter: ``adapter.sigma(timestep, num_train_timesteps)`` is sigma.
 
     The host path: a pipeline hands its transformer a view of one entry of ``scheduler.timesteps``. That tensor is copied to the host
     once per ``set_timesteps``; afterwards the view's storage and offset say which entry it is, and nothing waits for the device.
@@ -43,10 +42,10 @@ class SigmaReader:
     layer. Requests with schedulers of their own are served alike: the view knows what it is a view of.
     """
 
-    def __init__(self, scheduler: SchedulerOf, num_train_timesteps: int, convention: Callable[[Any, int], Any]):
+    def __init__(self, scheduler: SchedulerOf, num_train_timesteps: int, adapter: Adapter):
         self.scheduler = scheduler
         self.num_train_timesteps = num_train_timesteps
-        self.convention = convention
+        self.adapter = adapter
         self.host_reads = 0
         self._read: OrderedDict[int, tuple[Tensor, int, list[float]]] = OrderedDict()  # id -> tensor, version, values
         self._lock = threading.Lock()
@@ -65,7 +64,7 @@ class SigmaReader:
 
     def on_device(self, timestep: Tensor) -> Tensor:
         """FP64 sigma ``[B]``: in FP64, so that the device and the host agree at the borders of phases."""
-        sigma = self.convention(timestep.to(torch.float64), self.num_train_timesteps)
+        sigma = self.adapter.sigma(timestep.to(torch.float64), self.num_train_timesteps)
         return sigma if sigma.ndim == 1 else sigma.amax(dim=1)
 
     def on_host(self, timestep: Tensor) -> list[float]:
@@ -102,7 +101,7 @@ class SigmaReader:
         return None
 
     def _sigma(self, value: float) -> float:
-        return min(max(float(self.convention(value, self.num_train_timesteps)), 0.0), 1.0)
+        return min(max(float(self.adapter.sigma(value, self.num_train_timesteps)), 0.0), 1.0)
 
     def _entries(self, timestep: Tensor) -> tuple[list[float], list[int]] | None:
         """The host's copy of the tensor that ``timestep`` is a view of, and where in it its elements are."""
