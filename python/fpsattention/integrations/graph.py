@@ -68,10 +68,10 @@ def pack(mask: BlockMask, backward: bool, per_sample: bool, layout: Packed | Non
     lists = mask.lists(backward)
     packed = [None if x is None else _dynamic(_longer(x)) for x in lists[3:]]
     if layout is not None:
-        return Packed(*layout[:3], *packed, per_sample, mask.shape[1] > 1)  # type: ignore[arg-type]
+        return Packed(*layout[:3], *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
     # Copies, as these two are shared with code that takes them for constants, and are marked here.
     tables = (lists.token_of_slot.clone(), _longer(lists.tile_of_block), lists.tile_block_offsets.clone())
-    return Packed(*map(_dynamic, tables), *packed, per_sample, mask.shape[1] > 1)  # type: ignore[arg-type]
+    return Packed(*map(_dynamic, tables), *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
 
 
 def _longer(x: Tensor) -> Tensor:

@@ -386,7 +386,7 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
     for path, module in attentions.items():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if is_swapped(processor):
             processor = processor.original
         try:

@@ -117,7 +117,7 @@ class SigmaReader:
                 and whole.untyped_storage().data_ptr() == timestep.untyped_storage().data_ptr()
             ):
                 first = timestep.storage_offset() - whole.storage_offset()
-                indices = [first + i * timestep.stride(0) for i in range(timestep.shape[0])]
+                indices = [int(first + i * timestep.stride(0)) for i in range(timestep.shape[0])]
                 if all(0 <= i < whole.shape[0] for i in indices):
                     return self._values(whole, count=whole is not own), indices
         return None

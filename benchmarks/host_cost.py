@@ -1,7 +1,7 @@
 """What ``fpsattention.apply`` costs the host: microseconds per attention layer and per transformer forward, on the cached path.
 
 The kernels are replaced by a function that returns at once, so that only this library's Python is left: from the core call of the
-model's processor to the call of the op, and the hooks of the transformer. ``python -m benchmarks.python.bench_integration``.
+model's processor to the call of the op, and the hooks of the transformer. ``python -m benchmarks.host_cost``.
 """
 
 from __future__ import annotations
