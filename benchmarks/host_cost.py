@@ -11,7 +11,6 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,7 @@ import torch
 import fpsattention as fps
 from fpsattention.integrations.cores import CoreCall
 from fpsattention.integrations.state import CURRENT
-from fpsattention.ops import attend
+from fpsattention.ops import autograd
 
 LAYERS = 40
 SCHEDULES = ("paper", "training_free")
@@ -49,18 +48,11 @@ def measure(schedule: str, batch: int) -> dict[str, float]:
     arguments["encoder_hidden_states"] = torch.randn(batch, 8, 32)
     q = torch.randn(batch, 288, 2, 64)
 
-    def kernel(*tensors: Any, **_: Any) -> tuple[Any, Any]:
-        return tensors[0], None
+    def kernel(_op: str, q: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return q, None
 
-    op = SimpleNamespace(attention=kernel)
-    fake_torch = SimpleNamespace(
-        ops=SimpleNamespace(fpsattn=op, fpsattn_sm90=op), is_grad_enabled=torch.is_grad_enabled
-    )
-    with (
-        torch.no_grad(),
-        fps.apply(model, fps.Schedule.preset(schedule)) as handle,
-        mock.patch.object(attend, "torch", fake_torch),
-    ):
+    schedule_of_name = fps.Schedule.preset(schedule)
+    with torch.no_grad(), fps.apply(model, schedule_of_name) as handle, mock.patch.object(autograd, "call", kernel):
         installation = handle.installations[0]
 
         def hooks() -> None:

@@ -327,7 +327,7 @@ def test_an_adapter_of_ones_own():
             self.qkv = torch.nn.Linear(128, 384)
 
     class Model(torch.nn.Module):
-        class config:  # noqa: N801
+        class config:
             patch_size = (1, 1, 1)
 
         def __init__(self) -> None:

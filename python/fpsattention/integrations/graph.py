@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
+from ..layout.plain import plain_tensors
 from ..layout.tiles import BLOCK
-from .ordinary import ordinary_tensors
 
 
 class Packed(NamedTuple):
@@ -92,5 +92,5 @@ def _dynamic(x: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 def flag(value: bool) -> Tensor:
     """A predicate that the host knows: a branch on it waits for no device."""
-    with ordinary_tensors():
+    with plain_tensors():
         return torch.tensor(value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..layout.plain import plain_tensors
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter, Geometry
@@ -20,7 +21,6 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
 from .levels import LevelTables, Tokens
-from .ordinary import ordinary_tensors
 from .record import Recorder
 from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
@@ -199,7 +199,7 @@ class Installation:
     def _count_on_device(self, tokens: Tokens, segments: Tensor, executed: Executed) -> None:
         key = (tokens, segments.device, executed)
         if key not in self._device_counts:
-            with ordinary_tensors():
+            with plain_tensors():
                 zeros = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64)
                 self._device_counts[key] = zeros.to(segments.device)
         self._device_counts[key].index_add_(0, segments, torch.ones_like(segments))

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
+from ..layout.plain import constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
 from .graph import Packed, flag, pack
-from .ordinary import ordinary_tensors
 
 Grid = tuple[int, int, int]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB
@@ -109,7 +109,7 @@ class TokenTables:
         """The layout on a device."""
         if device == self.layout.device:
             return self.layout
-        with ordinary_tensors():
+        with plain_tensors():
             return self.layout.to(device)
 
     def windows(self, group: int, segment: int) -> tuple[Grid, ...]:
@@ -181,8 +181,8 @@ class LevelTables:
         self._lock = threading.RLock()
 
         # Dynamo calls such functions while it traces and keeps the result; it knows no such methods.
-        @torch.compiler.assume_constant_result
-        def constant(
+        @constant
+        def tables_on(
             grid: Grid, text_len: int, text_position: str, group: int, segment: int | None, device: torch.device
         ) -> tuple[Tensor, ...]:
             tokens = Tokens(grid, text_len, text_position)
@@ -190,11 +190,11 @@ class LevelTables:
             lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
             return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose
 
-        @torch.compiler.assume_constant_result
-        def constant_edges(device: torch.device) -> Tensor:
+        @constant
+        def edges_on(device: torch.device) -> Tensor:
             return self._edges_on(self.edges, device)
 
-        self._constant, self._constant_edges = constant, constant_edges
+        self._constant, self._constant_edges = tables_on, edges_on
 
     def __getstate__(self) -> dict[str, object]:
         dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges"))
@@ -220,7 +220,7 @@ class LevelTables:
             if (edges, device) not in self._edge_tensors:
                 if len(self._edge_tensors) > 64:  # one per trajectory: a server may see many
                     self._edge_tensors.clear()
-                with ordinary_tensors():
+                with plain_tensors():
                     self._edge_tensors[edges, device] = torch.tensor(edges, dtype=torch.float64).to(device)
             return self._edge_tensors[edges, device]
 
@@ -228,7 +228,7 @@ class LevelTables:
         """Tables of a token grid, from a bounded cache."""
         with self._lock:
             if tokens not in self._tables:
-                with ordinary_tensors():
+                with plain_tensors():
                     self._tables[tokens] = TokenTables(tokens, self.schedule, self._windows)
                 while len(self._tables) > CACHED_GRIDS:
                     self._tables.popitem(last=False)
@@ -241,7 +241,7 @@ class LevelTables:
         key = (group, segment, device, backward)
         mask = tables.on_device.get(key)
         if mask is None:
-            with self._lock, ordinary_tensors():
+            with self._lock, plain_tensors():
                 mask = tables.stacked(group) if segment is None else tables.mask(group, segment)
                 if backward:
                     mask.transpose()  # on the CPU, where it is compact; it travels with the mask
@@ -254,7 +254,7 @@ class LevelTables:
         mask, tables = self._mask(tokens, group, segment, device, backward), self.tables(tokens)
         key = (group, segment, device, backward)
         if key not in tables.packed:
-            with self._lock, ordinary_tensors():
+            with self._lock, plain_tensors():
                 tables.packed[key] = pack(mask, backward, per_sample=False)
         return mask, tables.packed[key]
 
@@ -339,7 +339,7 @@ class LevelTables:
 
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
 def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with ordinary_tensors():
+    with plain_tensors():
         return torch.tensor(values).to(device)
 
 
