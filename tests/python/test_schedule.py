@@ -93,7 +93,8 @@ def test_round_trip(tmp_path):
 
 BAD = {
     "unknown key": (changed(phase=[]), "phase is an unknown key"),
-    "format": (changed(format="fpsattn-schedule/2"), r"format is 'fpsattn-schedule/2', wanted 'fpsattn-schedule/1'"),
+    "format": (changed(format="fpsattn-schedule/3"), r"format is 'fpsattn-schedule/3', wanted 'fpsattn-schedule/1' or"),
+    "axis of version 1": (changed(axis="steps"), r"axis is 'steps', wanted one of sigma"),
     "axis": (changed(axis="step"), "axis is 'step'"),
     "gap": (
         changed(phases__1__sigma=[0.8, 0.4]),
@@ -194,7 +195,7 @@ def test_presets_point_where_they_should():
         paper = Schedule.preset("paper", flow_shift=shift)
         early, middle, late = (paper.at(sigma_at(p, shift)) for p in (0.0, 0.5, 0.99))
         assert early.window < late.window < middle.window
-        assert early.granularity == late.granularity == "tile" and middle.granularity == "block"
+        assert len({level.kernel_class for level in paper.levels.values()}) == 1  # switched on the device
         free = Schedule.preset("training_free", flow_shift=shift)
         assert free.at(1.0).precision == "bf16" and free.at(sigma_at(0.3, shift)).precision == "fp8"
     assert Schedule.preset("fp8").at(0.5).window is None
@@ -216,6 +217,62 @@ def test_step_lists_round_trip(steps, shift):
     assert schedule.to_steps(scheduler, len(steps)) == steps
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert scheduler.timesteps.equal(before)
+
+
+def test_fractions_of_steps_follow_the_steps():
+    """A quarter of the steps is a quarter of the steps, whatever their sigmas; without a scheduler the flow shift places it."""
+    free = Schedule.preset("training_free")
+    for sigmas in (
+        [1.0, 0.9, 0.8, 0.1],
+        [1.0, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0],
+        [0.99 - 0.02 * i for i in range(40)],
+    ):
+        edges = free.edges_of(sigmas)
+        dense = [free.segment_levels()[free.segment(s, edges)].name for s in sigmas].count("dense")
+        assert dense == len(sigmas) // 4
+    assert free.edges_of([0.7]) == (1.0,)  # one step: no quarter of it is dense
+    for shift, border in ((1.0, 0.75), (3.0, 0.9), (5.0, 0.9375)):  # s u / (1 + (s - 1) u) at u = 3 / 4
+        assert free.with_flow_shift(shift).edges == pytest.approx((border,))
+    assert free.edges == free.with_flow_shift(5.0).edges
+    sigma = Schedule.from_dict(FULL)
+    assert sigma.with_flow_shift(9.0) is sigma and sigma.edges_of([1.0, 0.5]) == sigma.edges
+
+
+def test_files_of_both_versions_and_axes(tmp_path):
+    data = {
+        "format": "fpsattn-schedule/2",
+        "axis": "steps",
+        "levels": {"a": {"precision": "bf16"}, "b": {"precision": "fp8"}},
+        "phases": [{"steps": [0, 0.2], "level": "a"}, {"steps": [0.2, 1], "level": "b"}],
+        "layers": {"1": [{"steps": [0, 0.5], "level": "b"}, {"steps": [0.5, 1], "level": "a"}]},
+    }
+    schedule = Schedule.from_dict(data)
+    assert schedule.to_steps(None, 10) == ["a"] * 2 + ["b"] * 8
+    assert schedule.to_steps(None, 10, layer=1) == ["b"] * 5 + ["a"] * 5
+    assert schedule.to_dict()["phases"] == data["phases"] and schedule.to_dict()["layers"] == data["layers"]
+    old = Schedule.from_dict(FULL)
+    assert FULL["format"] == "fpsattn-schedule/1" and old.axis == "sigma"
+    assert Schedule.from_dict(old.to_dict()) == old and old.to_dict()["format"] == "fpsattn-schedule/2"
+    with pytest.raises(ConfigError, match=r"phases\[0\]\.sigma is an unknown key, wanted one of steps, level"):
+        Schedule.from_dict({**data, "phases": [{"sigma": [1, 0], "level": "a"}]})
+
+
+def test_the_flow_shift_of_schedulers():
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    from fpsattention.schedule.scheduler import flow_shift_of
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for shift in (1.0, 3.0, 12.0):
+        assert flow_shift_of(FlowMatchEulerDiscreteScheduler(shift=shift)) == shift
+        assert flow_shift_of(UniPCMultistepScheduler(flow_shift=shift, **flow)) == shift
+    assert 0.8 < flow_shift_of(DDIMScheduler()) <= 1.0  # timesteps fall evenly, from 945 in 64 steps
+    curved = flow_shift_of(FlowMatchEulerDiscreteScheduler(shift=3.0, use_beta_sigmas=True))
+    assert curved != 3.0 and curved > 0
+    with pytest.raises(ConfigError, match="the steps of FlowMatchEulerDiscreteScheduler cannot be read"):
+        flow_shift_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ConfigError, match="the steps of object cannot be read"):
+        flow_shift_of(object())
 
 
 def test_step_lists_with_other_schedulers_and_levels():

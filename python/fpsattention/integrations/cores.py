@@ -172,7 +172,7 @@ def _swapped_class(original: type, core: str) -> type:
 
 def swap(processor: Any, core: str, site: Site) -> Any:
     """What stands in for ``processor`` at ``site``. Attributes are shared with it, so settings made on either reach both."""
-    stand_in = object.__new__(_swapped_class(type(processor), core))
+    stand_in: Any = object.__new__(_swapped_class(type(processor), core))  # type: ignore[arg-type]
     stand_in.__setstate__((processor, site))
     return stand_in
 

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError, UnsupportedError
 from ..schedule import Schedule
+from ..schedule.scheduler import flow_shift_of, shifts_dynamically
 from .adapters import Adapter, find
 from .handle import Handle
 from .installation import Installation, installation_of, unsupported
@@ -64,6 +65,7 @@ def apply(
     if num_train_timesteps is None:
         num_train_timesteps = getattr(getattr(scheduler(), "config", None), "num_train_timesteps", 1000)
 
+    resolved = _follow(resolved, scheduler())
     adapters = {name: adapter or find(transformer) for name, transformer in transformers.items()}
     skipped = {}
     for name, transformer in transformers.items():
@@ -192,6 +194,39 @@ def _unwrap(module: Any) -> Any:
     if type(module).__module__.startswith("peft.") and hasattr(module, "get_base_model"):
         return _unwrap(module.get_base_model())
     return module
+
+
+def _follow(schedule: Schedule, scheduler: Any) -> Schedule:
+    """A schedule of fractions of steps takes the flow shift of the pipeline; another one is compared with it."""
+    made_for = schedule.model.get("flow_shift")
+    if scheduler is None or (schedule.axis == "sigma" and made_for is None):
+        return schedule
+    name = type(scheduler).__name__
+    if shifts_dynamically(scheduler):
+        if schedule.axis == "sigma":
+            _warn_once(
+                f"fpsattention.apply: the schedule was made for flow shift {made_for}, and {name} shifts with the size of the video: its phases "
+                "cover other shares of the steps at other sizes"
+            )
+        return schedule  # its steps are looked at in every run
+    try:
+        shift = flow_shift_of(scheduler)
+    except ConfigError as error:
+        _warn_once(
+            f"fpsattention.apply: {error}: the phases of the schedule are placed for flow shift {schedule.flow_shift}, and may cover other "
+            "shares of the steps than they say"
+        )
+        return schedule
+    if made_for is not None and abs(shift - made_for) > 1e-6 * shift:
+        follows = (
+            "follow the scheduler"
+            if schedule.axis == "steps"
+            else "cover other shares of the steps than it was made for"
+        )
+        _warn_once(
+            f"fpsattention.apply: the schedule was made for flow shift {made_for}, {name} of this pipeline has {shift:g}: the phases {follows}"
+        )
+    return schedule.with_flow_shift(shift)
 
 
 def _warn_paper(schedule: Schedule, transformers: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
+from ..layout.plain import plain_tensors
 from ..layout.tiles import BLOCK
-from .ordinary import ordinary_tensors
 
 
 class Packed(NamedTuple):
@@ -63,14 +63,15 @@ def _shaped(counts: Tensor, indices: Tensor, batch: int, heads: int, rows: int) 
     )
 
 
-def pack(mask: BlockMask, backward: bool, per_sample: bool) -> Packed:
-    """The tables of a mask, on its device."""
+def pack(mask: BlockMask, backward: bool, per_sample: bool, layout: Packed | None = None) -> Packed:
+    """The tables of a mask, on its device; ``layout``: of another mask, whose tables of the layout are taken over."""
     lists = mask.lists(backward)
-    flat = [
-        None if x is None else _dynamic(x if name in ("token_of_slot", "tile_block_offsets") else _longer(x))
-        for name, x in zip(Lists._fields, lists, strict=True)
-    ]
-    return Packed(*flat, per_sample, mask.shape[1] > 1)  # type: ignore[arg-type]
+    packed = [None if x is None else _dynamic(_longer(x)) for x in lists[3:]]
+    if layout is not None:
+        return Packed(*layout[:3], *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
+    # Copies, as these two are shared with code that takes them for constants, and are marked here.
+    tables = (lists.token_of_slot.clone(), _longer(lists.tile_of_block), lists.tile_block_offsets.clone())
+    return Packed(*map(_dynamic, tables), *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
 
 
 def _longer(x: Tensor) -> Tensor:
@@ -91,5 +92,5 @@ def _dynamic(x: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 def flag(value: bool) -> Tensor:
     """A predicate that the host knows: a branch on it waits for no device."""
-    with ordinary_tensors():
+    with plain_tensors():
         return torch.tensor(value)

@@ -6,20 +6,21 @@ import inspect
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..layout.plain import plain_tensors
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
-from .adapters import ADAPTERS, Adapter
+from .adapters import ADAPTERS, Adapter, Geometry
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
 from .levels import LevelTables, Tokens
-from .ordinary import ordinary_tensors
 from .record import Recorder
 from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
@@ -61,13 +62,14 @@ class Installation:
         self.name = name
         self.copied = False
         self.tables = LevelTables(schedule, len(attentions), heads)
-        self.reader = SigmaReader(scheduler, num_train_timesteps, adapter.sigma)
+        self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
         self.sites: list[Site] = []
         self.modules: list[Any] = []
         self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
+        self._blocks = _containers(transformer, attentions)
         self._clear()
         for layer, (path, module) in enumerate(attentions.items()):
             core = core_of(module.processor, adapter.core)
@@ -111,33 +113,46 @@ class Installation:
 
     def _before_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads grid and sigma from the arguments of the transformer and leaves its layers their calls."""
+        if torch.compiler.is_compiling():
+            self._trace_forward(transformer, args, kwargs)
+        else:  # asked here: the functions below run with Dynamo off
+            callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+            self._begin_forward(transformer, args, kwargs, compiled=callback is not None and callback is not False)
+
+    def _geometry(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Geometry:
         arguments = dict(zip(self._arguments, args, strict=False))
         arguments.update(kwargs)
-        geometry = self.adapter.geometry(transformer, arguments)
+        return self.adapter.geometry(transformer, arguments)
+
+    def _begin_forward(
+        self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> None:
+        """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
+        geometry = self._geometry(transformer, args, kwargs)
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
-        if torch.compiler.is_compiling():
-            self._trace_forward(geometry, timestep)
-            return
         t, h, w = geometry.grid
         tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
+        schedule, edges = self.tables.schedule, self.tables.edges
+        if schedule.axis == "steps" and edges and (run := self.reader.trajectory(timestep)) is not None:
+            edges = schedule.edges_of(run)
         if self.tables.needs_host or self.recorder is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
                 self.recorder.begin(self.name, sigmas, tokens.grid)
         if self.tables.needs_host:
-            segments = tuple(self.tables.schedule.segment(sigma) for sigma in sigmas)
+            segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:
-            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+            segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), edges)
         before = CURRENT.forward
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
-        elif self._compiled():
+        elif compiled or self.compiled_modules():
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
@@ -146,8 +161,10 @@ class Installation:
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
 
-    def _trace_forward(self, geometry: Any, timestep: Tensor) -> None:
+    def _trace_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-hook inside a graph that is being traced: nothing is counted, nothing is read from the device."""
+        geometry = self._geometry(transformer, args, kwargs)
+        timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         if geometry.text_len is None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
@@ -172,7 +189,7 @@ class Installation:
         CURRENT.forward = forward.before
         if forward.tokens is None:  # no attention ran
             return
-        executed = None if self._compiled() else tuple(forward.executed)
+        executed = None if forward.graph_calls else tuple(forward.executed)
         with self._lock:
             if isinstance(forward.segments, Tensor):
                 self._count_on_device(forward.tokens, forward.segments, executed)
@@ -182,7 +199,7 @@ class Installation:
     def _count_on_device(self, tokens: Tokens, segments: Tensor, executed: Executed) -> None:
         key = (tokens, segments.device, executed)
         if key not in self._device_counts:
-            with ordinary_tensors():
+            with plain_tensors():
                 zeros = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64)
                 self._device_counts[key] = zeros.to(segments.device)
         self._device_counts[key].index_add_(0, segments, torch.ones_like(segments))
@@ -190,23 +207,12 @@ class Installation:
     def _paths(self) -> list[str]:
         return [site.name.removeprefix(f"{self.name}.") for site in self.sites]
 
-    def _compiled(self) -> bool:
-        """Whether layers run compiled, where Python cannot count."""
-        callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-        if callback is not None and callback is not False:  # inside torch.compile(transformer)
-            return True
-        return self.compiled_modules()
-
     def compiled_modules(self) -> bool:
         """Whether the transformer or blocks of it have been compiled in place (``compile``, ``compile_repeated_blocks``)."""
-        tops = {id(m): m for m in (self.transformer, *self.modules, *(self._block(path) for path in self._paths()))}
-        return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in tops.values())
-
-    def _block(self, path: str) -> Any:
-        module = self.transformer
-        for name in path.split(".")[:-1]:
-            module = getattr(module, name, self.transformer)
-        return module
+        blocks = [
+            container._modules.get(name) for container, name in self._blocks
+        ]  # looked up: they may be replaced, or gone
+        return any(_is_compiled(module) for module in (self.transformer, *blocks, *self.modules))
 
     def replaced(self) -> dict[str, str]:
         """Attention modules whose processor somebody replaced after ``apply``: name to the class of what is there now."""
@@ -314,6 +320,17 @@ def _num_heads(attentions: dict[str, Any]) -> int | None:
     return heads.pop() if len(heads) == 1 else None
 
 
+def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tuple[torch.nn.Module, str]]:
+    """Where the blocks are that hold the attentions at ``paths``: a module, and the name of the block in it."""
+    found = dict.fromkeys(path.rpartition(".")[0] for path in paths if "." in path)
+    places = (path.rpartition(".") for path in found)
+    return [(transformer.get_submodule(container), name) for container, _, name in places]
+
+
+def _is_compiled(module: Any) -> bool:
+    return module is not None and (module._compiled_call_impl is not None or "_orig_mod" in module._modules)
+
+
 def _set_processor(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
@@ -326,18 +343,24 @@ def _constant(size: int) -> int:
     return int(size)
 
 
-def _skip_in_dynamo(*functions: Any) -> None:
-    """Frames that run uncompiled where Dynamo meets them first (``torch.compile(transformer)`` calls hooks on their own), and
-    that are traced like any other code where they are called from code that is being traced."""
+def _outside_of_dynamo() -> None:
+    """``torch.compile(transformer)`` runs hooks as frames of their own: they stay Python there, where the host knows the level.
+
+    Where they are called by code that is being traced (an outer function is compiled, the model is exported) they are traced.
+    """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-    except ImportError:  # the hooks are then compiled on their own, as a graph of each
+    except ImportError:  # an older torch: the hooks become graphs of their own
         return
-    for function in functions:
-        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    for function, below in (
+        (Installation._before_forward, _FrameAction.DEFAULT),
+        (Installation._begin_forward, _FrameAction.SKIP),
+        (Installation._after_forward, _FrameAction.SKIP),
+    ):
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
 
 
-_skip_in_dynamo(Installation._before_forward, Installation._after_forward)
+_outside_of_dynamo()
 
 
 def installation_of(transformer: Any) -> Installation | None:
@@ -363,7 +386,7 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
     for path, module in attentions.items():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if is_swapped(processor):
             processor = processor.original
         try:

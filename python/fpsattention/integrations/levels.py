@@ -21,11 +21,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
-from ..layout.plain import constant
+from ..layout.plain import constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
 from ..schedule import Level, Schedule, Window
 from .graph import Packed, flag, pack
-from .ordinary import ordinary_tensors
 
 Grid = tuple[int, int, int]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB
@@ -104,12 +103,13 @@ class TokenTables:
         self._stacked: dict[int, BlockMask] = {}
         self._densities: dict[tuple[Grid, ...], float] = {}
         self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
+        self.packed: dict[tuple[int, int | None, torch.device, bool], Packed] = {}
 
     def on(self, device: torch.device) -> TileLayout:
         """The layout on a device."""
         if device == self.layout.device:
             return self.layout
-        with ordinary_tensors():
+        with plain_tensors():
             return self.layout.to(device)
 
     def windows(self, group: int, segment: int) -> tuple[Grid, ...]:
@@ -175,13 +175,34 @@ class LevelTables:
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
         self._edge_tensors: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._lock = threading.RLock()
 
+        # Dynamo calls such functions while it traces and keeps the result; it knows no such methods.
+        @constant
+        def tables_on(
+            grid: Grid, text_len: int, text_position: str, group: int, segment: int | None, device: torch.device
+        ) -> tuple[Tensor, ...]:
+            tokens = Tokens(grid, text_len, text_position)
+            dense = all(level.precision == "bf16" for level in self.group_levels[group])
+            lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
+            return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose
+
+        @constant
+        def edges_on(device: torch.device) -> Tensor:
+            return self._edges_on(self.edges, device)
+
+        self._constant, self._constant_edges = tables_on, edges_on
+
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_edge_tensors": {}, "_lock": None}
+        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges"))
+        return {**self.__dict__, **dropped, "_tables": OrderedDict(), "_edge_tensors": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state)
+        self._prepare()
 
     @property
     def needs_host(self) -> bool:
@@ -190,15 +211,16 @@ class LevelTables:
 
     def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
+        if torch.compiler.is_compiling():
+            return torch.bucketize(sigma, self._constant_edges(sigma.device))
         return torch.bucketize(sigma, self._edges_on(edges, sigma.device))
 
-    @constant
     def _edges_on(self, edges: tuple[float, ...], device: torch.device) -> Tensor:
         with self._lock:
             if (edges, device) not in self._edge_tensors:
                 if len(self._edge_tensors) > 64:  # one per trajectory: a server may see many
                     self._edge_tensors.clear()
-                with ordinary_tensors():
+                with plain_tensors():
                     self._edge_tensors[edges, device] = torch.tensor(edges, dtype=torch.float64).to(device)
             return self._edge_tensors[edges, device]
 
@@ -206,7 +228,7 @@ class LevelTables:
         """Tables of a token grid, from a bounded cache."""
         with self._lock:
             if tokens not in self._tables:
-                with ordinary_tensors():
+                with plain_tensors():
                     self._tables[tokens] = TokenTables(tokens, self.schedule, self._windows)
                 while len(self._tables) > CACHED_GRIDS:
                     self._tables.popitem(last=False)
@@ -219,31 +241,32 @@ class LevelTables:
         key = (group, segment, device, backward)
         mask = tables.on_device.get(key)
         if mask is None:
-            with self._lock, ordinary_tensors():
+            with self._lock, plain_tensors():
                 mask = tables.stacked(group) if segment is None else tables.mask(group, segment)
                 if backward:
                     mask.transpose()  # on the CPU, where it is compact; it travels with the mask
                 mask = tables.on_device[key] = mask.to(device)
         return mask
 
-    @constant
-    def _constant(
-        self, tokens: Tokens, group: int, segment: int | None, device: torch.device
-    ) -> tuple[Tensor, BlockMask | None]:
-        slot_of_token = self.tables(tokens).on(device).slot_of_token
-        if all(level.precision == "bf16" for level in self.group_levels[group]):
-            return slot_of_token, None
-        return slot_of_token, self._mask(tokens, group, segment, device, backward=True)
+    def _packed(
+        self, tokens: Tokens, group: int, segment: int | None, device: torch.device, backward: bool
+    ) -> tuple[BlockMask, Packed]:
+        mask, tables = self._mask(tokens, group, segment, device, backward), self.tables(tokens)
+        key = (group, segment, device, backward)
+        if key not in tables.packed:
+            with self._lock, plain_tensors():
+                tables.packed[key] = pack(mask, backward, per_sample=False)
+        return mask, tables.packed[key]
 
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
         calls = []
         for group, levels in enumerate(self.group_levels):
             switched = len(levels) > 1
-            slot_of_token, mask = self._constant(tokens, group, None if switched else 0, device)
-            lists = None
-            if mask is not None:
-                lists = (mask.select(segments) if switched else mask).lists(transposed=True)
+            slot_of_token, *tables = self._constant(*tokens, group, None if switched else 0, device)
+            if tables and switched:  # the lists are stacked: every sample takes those of its segment
+                tables[3:] = [table.index_select(0, segments) for table in tables[3:]]
+            lists = Lists(*tables) if tables else None
             calls.append(Call(slot_of_token, _branches(levels, lists, segments, None)))
         return tuple(calls)
 
@@ -260,8 +283,9 @@ class LevelTables:
             packed = None
             if any(level.precision == "fp8" for level in levels):
                 switched = len(levels) > 1
-                mask = self._mask(tokens, group, None if switched else 0, device, backward)
-                packed = pack(mask.select(index) if switched else mask, backward, per_sample=switched)
+                mask, packed = self._packed(tokens, group, None if switched else 0, device, backward)
+                if switched:
+                    packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
             calls.append(Call(slot_of_token, _branches(levels, packed, index, known)))
         return tuple(calls)
 
@@ -315,7 +339,7 @@ class LevelTables:
 
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
 def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with ordinary_tensors():
+    with plain_tensors():
         return torch.tensor(values).to(device)
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..schedule.scheduler import shifts_dynamically
+from .adapters import Adapter
+
+KEPT_RUNS = 32  # sampling runs whose timesteps are kept on the host: requests that are served at the same time
 
 
 class SchedulerOf:
@@ -29,26 +34,24 @@ class SigmaReader:
 
     Args:
         scheduler: returns the pipeline's current scheduler, or None (a transformer on its own).
-        num_train_timesteps: see ``convention``.
-        convention: ``(timestep, num_train_timesteps)`` to sigma, for floats and tensors: ``Adapter.sigma``.
+        num_train_timesteps, adapter: ``adapter.sigma(timestep, num_train_timesteps)`` is sigma.
 
-    The host path: a pipeline hands its transformer a view into ``scheduler.timesteps``. That tensor is copied to the host once per
-    ``set_timesteps``; afterwards the view's storage and offset say which entry it is, and nothing waits for the device. Any other
-    tensor (training, timesteps computed per token) is read once per transformer forward (``host_reads`` counts), never per layer.
+    The host path: a pipeline hands its transformer a view of one entry of ``scheduler.timesteps``. That tensor is copied to the host
+    once per ``set_timesteps``; afterwards the view's storage and offset say which entry it is, and nothing waits for the device.
+    Any other tensor (training, timesteps computed per token) is read once per transformer forward (``host_reads`` counts), never per
+    layer. Requests with schedulers of their own are served alike: the view knows what it is a view of.
     """
 
-    def __init__(self, scheduler: SchedulerOf, num_train_timesteps: int, convention: Callable[[Any, int], Any]):
+    def __init__(self, scheduler: SchedulerOf, num_train_timesteps: int, adapter: Adapter):
         self.scheduler = scheduler
         self.num_train_timesteps = num_train_timesteps
-        self.convention = convention
+        self.adapter = adapter
         self.host_reads = 0
-        self._known: tuple[Tensor, int, list[float]] | None = (
-            None  # timesteps, their version, their values: replaced as a whole
-        )
+        self._read: OrderedDict[int, tuple[Tensor, int, list[float]]] = OrderedDict()  # id -> tensor, version, values
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "host_reads": 0, "_known": None, "_lock": None}
+        return {**self.__dict__, "host_reads": 0, "_read": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -61,36 +64,77 @@ class SigmaReader:
 
     def on_device(self, timestep: Tensor) -> Tensor:
         """FP64 sigma ``[B]``: in FP64, so that the device and the host agree at the borders of phases."""
-        sigma = self.convention(timestep.to(torch.float64), self.num_train_timesteps)
+        sigma = self.adapter.sigma(timestep.to(torch.float64), self.num_train_timesteps)
         return sigma if sigma.ndim == 1 else sigma.amax(dim=1)
 
     def on_host(self, timestep: Tensor) -> list[float]:
         """Sigma of every sample, clipped to [0, 1]."""
-        values = self._lookup(timestep)
-        if values is None:
+        entries = self._entries(timestep)
+        if entries is None:
             with self._lock:
                 self.host_reads += 1
             return [min(max(sigma, 0.0), 1.0) for sigma in self.on_device(timestep).tolist()]
-        return [min(max(float(self.convention(value, self.num_train_timesteps)), 0.0), 1.0) for value in values]
+        values, indices = entries
+        return [self._sigma(values[i]) for i in indices]
 
-    def _lookup(self, timestep: Tensor) -> list[float] | None:
-        steps = getattr(self.scheduler(), "timesteps", None)
-        if (
-            timestep.ndim != 1
-            or not isinstance(steps, Tensor)
-            or steps.ndim != 1
-            or steps.dtype != timestep.dtype
-            or not steps.is_contiguous()
-            or steps.untyped_storage().data_ptr() != timestep.untyped_storage().data_ptr()
-        ):
+    def trajectory(self, timestep: Tensor) -> tuple[float, ...] | None:
+        """The sigmas of all steps of the sampling run that this forward is a step of, or None: training, or not to be seen.
+
+        A forward is a step of a run if the schedule is applied to a pipeline, nothing wants gradients, and the timestep is an entry of
+        a falling tensor of timesteps. Where a model is given something computed from it, the shift of the pipeline's scheduler
+        stands in, if that has one; a scheduler that shifts with the size is looked at as it is.
+        """
+        scheduler = self.scheduler()
+        if scheduler is None or torch.is_grad_enabled():
             return None
-        version = (
-            0 if steps.is_inference() else steps._version
-        )  # inference tensors have no version: nobody writes to them
-        known = self._known
-        if known is None or known[0] is not steps or known[1] != version:
-            known = self._known = (steps, version, steps.tolist())
-        first = timestep.storage_offset() - steps.storage_offset()
-        indices = [first + i * timestep.stride(0) for i in range(timestep.shape[0])]
-        values = known[2]
-        return [values[i] for i in indices] if all(0 <= i < len(values) for i in indices) else None
+        entries = self._entries(timestep)
+        if entries is not None:
+            values, indices = entries
+            sigmas = tuple(self._sigma(value) for value in values)
+            return sigmas if len(set(indices)) == 1 and _falls(sigmas) else None
+        steps = getattr(scheduler, "timesteps", None)
+        if isinstance(steps, Tensor) and shifts_dynamically(scheduler):
+            total = scheduler.config.num_train_timesteps
+            sigmas = tuple(min(max(value / total, 0.0), 1.0) for value in self._values(steps))
+            sigmas = tuple(1.0 - sigma for sigma in sigmas) if sigmas[0] < sigmas[-1] else sigmas
+            return sigmas if _falls(sigmas) else None
+        return None
+
+    def _sigma(self, value: float) -> float:
+        return min(max(float(self.adapter.sigma(value, self.num_train_timesteps)), 0.0), 1.0)
+
+    def _entries(self, timestep: Tensor) -> tuple[list[float], list[int]] | None:
+        """The host's copy of the tensor that ``timestep`` is a view of, and where in it its elements are."""
+        if timestep.ndim != 1:
+            return None
+        own = getattr(self.scheduler(), "timesteps", None)
+        for whole in (own, timestep._base):
+            if (
+                isinstance(whole, Tensor)
+                and whole.ndim == 1
+                and whole.dtype == timestep.dtype
+                and whole.is_contiguous()
+                and whole.untyped_storage().data_ptr() == timestep.untyped_storage().data_ptr()
+            ):
+                first = timestep.storage_offset() - whole.storage_offset()
+                indices = [int(first + i * timestep.stride(0)) for i in range(timestep.shape[0])]
+                if all(0 <= i < whole.shape[0] for i in indices):
+                    return self._values(whole, count=whole is not own), indices
+        return None
+
+    def _values(self, whole: Tensor, count: bool = False) -> list[float]:
+        # Inference tensors have no version: nobody writes to timesteps there.
+        version = 0 if whole.is_inference() else whole._version
+        with self._lock:
+            known = self._read.get(id(whole))  # the tensor is held, so its id is its own
+            if known is None or known[0] is not whole or known[1] != version:
+                known = (whole, version, whole.tolist())
+                self._read[id(whole)] = known
+                self.host_reads += count
+                while len(self._read) > KEPT_RUNS:
+                    self._read.popitem(last=False)
+            return known[2]
+
+
+def _falls(sigmas: tuple[float, ...]) -> bool:
+    return all(a >= b for a, b in zip(sigmas, sigmas[1:], strict=False)) and sigmas[0] > sigmas[-1]

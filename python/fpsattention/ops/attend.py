@@ -65,7 +65,7 @@ def attend(
         "softmax_scale": dim**-0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
-        "k_mean_stride": max(1, min(K_MEAN_MAX_STRIDE, q.shape[2] // K_MEAN_TOKENS)),
+        "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
     if backend == "reference":
         out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, **options)
@@ -83,3 +83,10 @@ def autocast(x: Tensor) -> Tensor:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _k_mean_stride(tokens: int) -> int:
+    """By branches: torch.export gets ``max(1, min(8, n))`` of a symbolic size inside ``torch.cond`` wrong."""
+    if tokens < 2 * K_MEAN_TOKENS:
+        return 1
+    return K_MEAN_MAX_STRIDE if tokens >= K_MEAN_MAX_STRIDE * K_MEAN_TOKENS else tokens // K_MEAN_TOKENS

@@ -8,6 +8,7 @@ have in common. ``docs/schedule.md`` describes the file format and the presets.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,10 @@ from typing import Any
 
 from ..errors import ConfigError
 
-FORMAT = "fpsattn-schedule/1"
+FORMAT = "fpsattn-schedule/2"
+FORMATS = ("fpsattn-schedule/1", FORMAT)  # read; version 2 added the axis "steps"
+AXES = ("sigma", "steps")
+DEFAULT_FLOW_SHIFT = 5.0  # Wan at 720p
 PRECISIONS = ("fp8", "bf16")
 GRANULARITIES = ("tile", "block", "token")
 
@@ -56,7 +60,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Phase:
-    """Sigmas in ``(low, high]`` run at ``level``; the last phase includes 0."""
+    """Positions in ``(low, high]`` run at ``level``; the last phase includes 0.
+
+    On the axis "sigma" a position is a sigma. On "steps" it is the fraction of the denoising steps that remain: 1 at the first step.
+    """
 
     high: float
     low: float
@@ -69,7 +76,9 @@ class Schedule:
 
     Attributes:
         levels: name to :class:`Level`.
-        phases: cover sigma from 1.0 down to 0.0 without gaps or overlaps, highest first.
+        phases: cover the axis from 1.0 down to 0.0 without gaps or overlaps, highest first.
+        axis: "sigma", or "steps": phases are fractions of the denoising steps, and their sigmas follow the scheduler that
+            takes these steps. Where there is none (training), ``model["flow_shift"]`` says how sigma falls, by default 5.
         model: what the schedule was made for: any of ``class``, ``num_layers``, ``num_heads``, ``flow_shift``.
         tile: explicit tile ``(t, h, w)`` in tokens, or None: the planner picks one per grid.
         layers: layer index to phases of its own.
@@ -86,8 +95,11 @@ class Schedule:
     heads: Mapping[tuple[int | None, int], Window | Mapping[str, Window]] = field(default_factory=dict)
     required: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    axis: str = "sigma"
 
     def __post_init__(self) -> None:
+        if self.axis not in AXES:
+            raise _error("axis", f"is {self.axis!r}", "'sigma' or 'steps'")
         if not self.levels:
             raise _error("levels", "is empty", "at least one level")
         _check_phases(self.phases, self.levels, "phases")
@@ -102,23 +114,56 @@ class Schedule:
     # Reading a schedule --------------------------------------------------------------------------------------------------
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        """Inner phase borders of all layers, ascending: they cut (0, 1] into ``len(edges) + 1`` segments."""
+    def _borders(self) -> tuple[float, ...]:
+        """Inner phase borders of all layers, ascending, on the axis of the schedule."""
         tables = (self.phases, *self.layers.values())
         return tuple(sorted({phase.low for phases in tables for phase in phases} - {0.0}))
 
-    def segment(self, sigma: float) -> int:
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Inner phase borders of all layers as sigmas, ascending: they cut (0, 1] into ``len(edges) + 1`` segments."""
+        if self.axis == "sigma":
+            return self._borders
+        shift = self.flow_shift
+        return tuple(shift * u / (1.0 + (shift - 1.0) * u) for u in self._borders)
+
+    @property
+    def flow_shift(self) -> float:
+        """``model["flow_shift"]``, by default 5: of flow matching's shifted line ``sigma = s u / (1 + (s - 1) u)``."""
+        return float(self.model.get("flow_shift", DEFAULT_FLOW_SHIFT))
+
+    def with_flow_shift(self, flow_shift: float) -> Schedule:
+        """On the axis "steps", the schedule with its phases where ``flow_shift`` puts them; other schedules are as they are."""
+        if self.axis == "sigma":
+            return self
+        return dataclasses.replace(self, model={**self.model, "flow_shift": flow_shift})
+
+    def edges_of(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """``edges`` for a scheduler that visits ``sigmas``, noisiest first.
+
+        On the axis "steps" a border after the fraction p of n steps lies midway between the sigmas of the steps before and after
+        ``round(p n)``, so that the phases get their shares of the steps whatever the curve is.
+        """
+        if self.axis == "sigma":
+            return self._borders
+        n, edges = len(sigmas), []
+        for u in self._borders:
+            k = math.floor((1.0 - u) * n + 0.5)  # steps before the border
+            edges.append(1.0 if k == 0 else -1.0 if k == n else (sigmas[k - 1] + sigmas[k]) / 2)
+        return tuple(edges)
+
+    def segment(self, sigma: float, edges: Sequence[float] | None = None) -> int:
         """Index of the segment (0 = lowest sigmas) that holds ``sigma``: the number of ``edges`` below it."""
         if not 0.0 <= sigma <= 1.0:  # also NaN
             raise ConfigError(
                 f"fpsattention.Schedule: sigma {sigma}, wanted a number in [0, 1]: timestep / num_train_timesteps"
             )
-        return sum(edge < sigma for edge in self.edges)
+        return sum(edge < sigma for edge in (self.edges if edges is None else edges))
 
     def segment_levels(self, layer: int | None = None) -> tuple[Level, ...]:
         """The level of every segment, lowest sigmas first, in ``layer`` (None: a layer without an override)."""
         phases = self.layers.get(layer, self.phases) if layer is not None else self.phases
-        uppers = (*self.edges, 1.0)
+        uppers = (*self._borders, 1.0)
         return tuple(next(self.levels[p.level] for p in phases if p.low < upper <= p.high) for upper in uppers)
 
     def at(self, sigma: float, layer: int | None = None) -> Level:
@@ -171,13 +216,15 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object; ``from_dict`` of it equals this schedule."""
-        data: dict[str, Any] = {"format": FORMAT, "axis": "sigma"}
+        data: dict[str, Any] = {"format": FORMAT, "axis": self.axis}
         if self.model:
             data["model"] = copy.deepcopy(dict(self.model))
         data["tile"] = None if self.tile is None else list(self.tile)
         data["levels"] = {name: level.to_dict() for name, level in self.levels.items()}
-        data["phases"] = [_phase_to_json(phase) for phase in self.phases]
-        data["layers"] = {str(layer): [_phase_to_json(p) for p in phases] for layer, phases in self.layers.items()}
+        data["phases"] = [_phase_to_json(phase, self.axis) for phase in self.phases]
+        data["layers"] = {
+            str(layer): [_phase_to_json(p, self.axis) for p in phases] for layer, phases in self.layers.items()
+        }
         heads: dict[str, dict[str, Any]] = {}
         for (layer, head), windows in self.heads.items():
             entry = (
@@ -220,11 +267,11 @@ class Schedule:
     # Presets and step lists ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def preset(cls, name: str, flow_shift: float = 5.0) -> Schedule:
+    def preset(cls, name: str, flow_shift: float | None = None) -> Schedule:
         """``"paper"``, ``"training_free"``, ``"fp8"`` or ``"dense"`` (docs/schedule.md says when to use which).
 
-        ``flow_shift``: the presets place their borders at fractions of the denoising steps; the shift turns these into
-        sigmas (5.0: Wan at 720p, 3.0: Wan at 480p).
+        The borders of presets are fractions of the denoising steps: applied to a pipeline, they follow its scheduler. ``flow_shift``
+        says where these fractions lie in sigma without one (None: 5.0, Wan at 720p; 3.0: Wan at 480p).
         """
         from .presets import preset
 
@@ -266,6 +313,8 @@ class Schedule:
         names = [step.name if isinstance(step, Level) else step for step in steps]
         for index, name in enumerate(names):
             _check_level_name(name, known, f"steps[{index}]")
+        from .scheduler import step_sigmas
+
         sigmas = step_sigmas(scheduler, len(steps))
         phases, high = [], 1.0
         for i, name in enumerate(names):
@@ -278,24 +327,15 @@ class Schedule:
         return cls(levels={name: known[name] for name in dict.fromkeys(names)}, phases=tuple(phases), **fields)
 
     def to_steps(self, scheduler: Any, num_steps: int, layer: int | None = None) -> list[str]:
-        """Level names step by step, for the ``num_steps`` sigmas that ``scheduler`` visits."""
-        return [self.at(sigma, layer).name for sigma in step_sigmas(scheduler, num_steps)]
+        """Level names step by step, for the ``num_steps`` steps that ``scheduler`` takes."""
+        from .scheduler import step_sigmas
 
-
-def step_sigmas(scheduler: Any, num_steps: int) -> list[float]:
-    """The sigmas, noisiest first, that a diffusers scheduler visits in ``num_steps`` steps. The scheduler is left as it is."""
-    if num_steps < 1:
-        raise ConfigError(f"fpsattention.Schedule: {num_steps} steps, wanted at least 1")
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_steps)
-    total = scheduler.config.num_train_timesteps
-    sigmas = [min(float(t) / total, 1.0) for t in scheduler.timesteps.tolist()]
-    if len(sigmas) != num_steps or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
-        raise ConfigError(
-            f"fpsattention.Schedule: {type(scheduler).__name__} gives sigmas {sigmas} for {num_steps} steps, "
-            f"wanted {num_steps} strictly falling ones: use a first-order scheduler or fewer steps"
-        )
-    return sigmas
+        if self.axis == "steps" and num_steps >= 1:  # whatever the sigmas are: here each step stands for its place
+            sigmas = [1.0 - step / num_steps for step in range(num_steps)]
+        else:
+            sigmas = step_sigmas(scheduler, num_steps)
+        edges, levels = self.edges_of(sigmas), self.segment_levels(layer)
+        return [levels[self.segment(sigma, edges)].name for sigma in sigmas]
 
 
 def window_to_json(window: Window) -> Any:
@@ -305,8 +345,10 @@ def window_to_json(window: Window) -> Any:
     return {"density": window} if isinstance(window, float) else list(window)
 
 
-def _phase_to_json(phase: Phase) -> dict[str, Any]:
-    return {"sigma": [phase.high, phase.low], "level": phase.level}
+def _phase_to_json(phase: Phase, axis: str) -> dict[str, Any]:
+    if axis == "sigma":
+        return {"sigma": [phase.high, phase.low], "level": phase.level}
+    return {"steps": [round(1.0 - phase.high, 12), round(1.0 - phase.low, 12)], "level": phase.level}
 
 
 def _error(path: str, came: str, wanted: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Parser of schedule files (format ``fpsattn-schedule/1``). Every error names the JSON path it is about."""
+"""Parser of schedule files (format ``fpsattn-schedule/2``; version 1, which knows the axis "sigma" only, is read too). Every error names the JSON path it is about."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .schedule import FORMAT, GRANULARITIES, PRECISIONS, Level, Phase, Schedule, Window
+from .schedule import AXES, FORMAT, FORMATS, GRANULARITIES, PRECISIONS, Level, Phase, Schedule, Window
 
 _TOP = ("format", "axis", "model", "tile", "levels", "phases", "layers", "heads", "required", "provenance")
 _MODEL = ("class", "num_layers", "num_heads", "flow_shift")
@@ -17,10 +17,9 @@ def parse(data: Any) -> Schedule:
     """Build a Schedule from the JSON object ``data``."""
     _object(data, "the file")
     _keys(data, "", _TOP, required=("format", "levels", "phases"))
-    if data["format"] != FORMAT:
-        raise _error("format", data["format"], repr(FORMAT))
-    if data.get("axis", "sigma") != "sigma":
-        raise _error("axis", data["axis"], "'sigma'")
+    if data["format"] not in FORMATS:
+        raise _error("format", data["format"], " or ".join(map(repr, FORMATS)))
+    axis = _choice(data.get("axis", "sigma"), AXES if data["format"] == FORMAT else AXES[:1], "axis")
     required = data.get("required", False)
     if not isinstance(required, bool):
         raise _error("required", required, "true or false")
@@ -28,13 +27,14 @@ def parse(data: Any) -> Schedule:
     levels = _levels(data["levels"])
     return Schedule(
         levels=levels,
-        phases=_phases(data["phases"], "phases"),
+        phases=_phases(data["phases"], "phases", axis),
         model=_model(data.get("model", {})),
         tile=None if tile is None else _triple(tile, "tile"),
-        layers=_layers(data.get("layers", {})),
+        layers=_layers(data.get("layers", {}), axis),
         heads=_heads(data.get("heads", {}), levels),
         required=required,
         provenance=dict(_object(data.get("provenance", {}), "provenance")),
+        axis=axis,
     )
 
 
@@ -66,28 +66,30 @@ def _levels(data: Any) -> dict[str, Level]:
     return levels
 
 
-def _phases(data: Any, path: str) -> tuple[Phase, ...]:
+def _phases(data: Any, path: str, axis: str) -> tuple[Phase, ...]:
+    bounds = "[high, low]" if axis == "sigma" else "[first, last], fractions of the steps"
     if not isinstance(data, list):
-        raise _error(path, data, 'a list of {"sigma": [high, low], "level": name}')
+        raise _error(path, data, f'a list of {{"{axis}": {bounds}, "level": name}}')
     phases = []
     for i, entry in enumerate(data):
         here = f"{path}[{i}]"
-        _keys(_object(entry, here), here, ("sigma", "level"), required=("sigma", "level"))
-        sigma = entry["sigma"]
-        if not (isinstance(sigma, list) and len(sigma) == 2 and all(_is_number(x) for x in sigma)):
-            raise _error(f"{here}.sigma", sigma, "[high, low], two numbers")
+        _keys(_object(entry, here), here, (axis, "level"), required=(axis, "level"))
+        span = entry[axis]
+        if not (isinstance(span, list) and len(span) == 2 and all(_is_number(x) for x in span)):
+            raise _error(f"{here}.{axis}", span, f"{bounds}, two numbers")
         if not isinstance(entry["level"], str):
             raise _error(f"{here}.level", entry["level"], "a level's name")
-        phases.append(Phase(float(sigma[0]), float(sigma[1]), entry["level"]))
+        high, low = (float(x) if axis == "sigma" else round(1.0 - x, 12) for x in span)
+        phases.append(Phase(high, low, entry["level"]))
     return tuple(phases)
 
 
-def _layers(data: Any) -> dict[int, tuple[Phase, ...]]:
+def _layers(data: Any, axis: str) -> dict[int, tuple[Phase, ...]]:
     """Keys are ``"3"`` or ``"0-3"`` (inclusive); values a level's name, for all sigmas, or a list of phases."""
     layers: dict[int, tuple[Phase, ...]] = {}
     for key, entry in _object(data, "layers").items():
         path = f'layers["{key}"]'
-        phases = (Phase(1.0, 0.0, entry),) if isinstance(entry, str) else _phases(entry, path)
+        phases = (Phase(1.0, 0.0, entry),) if isinstance(entry, str) else _phases(entry, path, axis)
         for layer in _span(key, path):
             if layer in layers:
                 raise _error(path, f"layer {layer} again", "each layer once")

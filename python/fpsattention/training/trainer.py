@@ -186,7 +186,9 @@ def train(
         transformer = load_transformer(config.model) if config.model else tiny_transformer(data)
     _prepare_weights(transformer, config)
 
-    schedule = fps.Schedule.resolve(config.schedule) if config.schedule is not None else None
+    schedule = None
+    if config.schedule is not None:  # a preset's fractions of steps are those of a sampler with this shift
+        schedule = fps.Schedule.resolve(config.schedule).with_flow_shift(config.flow_shift)
     grid = token_grid(transformer, data.latent_shape)
     warmup = SparsityWarmup(
         transformer, schedule, grid, config.sparsity_warmup_steps, config.sparsity_warmup_stages, config.debug

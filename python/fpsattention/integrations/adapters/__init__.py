@@ -32,3 +32,8 @@ ADAPTERS: tuple[Adapter, ...] = (*wan.ADAPTERS,)
 def find(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None."""
     return next((adapter for adapter in ADAPTERS if adapter.fits(model)), None)
+
+
+def named(name: str) -> Adapter | None:
+    """The adapter of a family, or None."""
+    return next((adapter for adapter in ADAPTERS if adapter.name == name), None)

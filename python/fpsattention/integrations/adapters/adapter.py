@@ -63,6 +63,12 @@ class Adapter:
     sigma: Callable[[Any, int], Any] = flow_sigma
     core: str | None = None
 
+    def __reduce__(self) -> Any:
+        """Those of the table travel by name, so that their functions may be lambdas."""
+        from . import named
+
+        return (named, (self.name,)) if named(self.name) is self else super().__reduce__()
+
     def fits(self, model: Any) -> bool:
         """Whether ``model`` is of this family."""
         return any(cls.__name__ in self.classes for cls in type(model).__mro__)
