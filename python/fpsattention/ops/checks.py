@@ -74,7 +74,10 @@ def _dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
 
 def kernel_dim(dim: int) -> int | None:
     """The head dimension that runs ``dim``: the next of ``HEAD_DIMS``, None beyond the last."""
-    return min((wide for wide in HEAD_DIMS if wide >= dim), default=None)
+    for wide in HEAD_DIMS:  # ascending; a loop, as Dynamo does not take min with a default
+        if wide >= dim:
+            return wide
+    return None
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
