@@ -159,7 +159,7 @@ def test_step(model: Model, bench, record) -> None:
     dense_peak = peak_bytes(lambda: dense(best), device)
 
     schedule = fps.Schedule.preset(PRESET)
-    calls = {f"fps-{p.level}": lambda sigma=(p.high + p.low) / 2: step(sigma) for p in schedule.phases}
+    calls = {f"fps-{p.level}": lambda sigma=(p.high + p.low) / 2: step(sigma) for p in schedule.in_sigma().phases}
     handle = fps.apply(transformer, schedule)
     try:
         with sdpa_backend(backends[best]):  # cross-attention and any dense level run as they did before

@@ -234,7 +234,11 @@ def test_fractions_of_steps_follow_the_steps():
     for shift, border in ((1.0, 0.75), (3.0, 0.9), (5.0, 0.9375)):  # s u / (1 + (s - 1) u) at u = 3 / 4
         assert free.with_flow_shift(shift).edges == pytest.approx((border,))
     assert free.edges == free.with_flow_shift(5.0).edges
+    placed = free.with_flow_shift(3.0).in_sigma()
+    assert placed.axis == "sigma" and [(p.high, p.low) for p in placed.phases] == [(1.0, 0.9), (0.9, 0.0)]
+    assert all(placed.at(s) == free.with_flow_shift(3.0).at(s) for s in (1.0, 0.91, 0.9, 0.5, 0.0))
     sigma = Schedule.from_dict(FULL)
+    assert sigma.in_sigma() is sigma
     assert sigma.with_flow_shift(9.0) is sigma and sigma.edges_of([1.0, 0.5]) == sigma.edges
 
 

@@ -77,7 +77,7 @@ def _draw(records: list[dict[str, Any]], schedule: Any, level: str | None, targe
     for model in dict.fromkeys(record["model"] for record in records):
         mine = [record for record in records if record["model"] == model]
         prefix = f"{model}_" if model else ""
-        phases = [(1.0, 0.0, level)] if level else [(p.high, p.low, p.level) for p in schedule.phases]
+        phases = [(1.0, 0.0, level)] if level else [(p.high, p.low, p.level) for p in schedule.in_sigma().phases]
         title = f"Error of one attention call{f', {model}' if model else ''} (mean over layers)"
         pictures.append(
             plots.plot_error_vs_sigma(error_series(mine), phases, target / f"{prefix}error_vs_sigma.png", title)

@@ -40,7 +40,7 @@ def draw(
         layout = next(iter(masks.values())).layout
         title = f"Block masks on grid {'x'.join(map(str, grid))}, tile {'x'.join(map(str, layout.tile))} tokens"
         plots.plot_block_masks(masks, out / "block_mask.png", title)
-    phases = [(phase.high, phase.low, phase.level) for phase in schedule.phases]
+    phases = [(phase.high, phase.low, phase.level) for phase in schedule.in_sigma().phases]
     plots.plot_error_vs_sigma(
         error_series(records), phases, out / "error_vs_sigma.png",
         f'Error of one attention call, schedule "{Path(config.preset).name}"',

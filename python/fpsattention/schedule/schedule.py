@@ -122,10 +122,7 @@ class Schedule:
     @property
     def edges(self) -> tuple[float, ...]:
         """Inner phase borders of all layers as sigmas, ascending: they cut (0, 1] into ``len(edges) + 1`` segments."""
-        if self.axis == "sigma":
-            return self._borders
-        shift = self.flow_shift
-        return tuple(shift * u / (1.0 + (shift - 1.0) * u) for u in self._borders)
+        return self._borders if self.axis == "sigma" else tuple(self._sigma_at(u) for u in self._borders)
 
     @property
     def flow_shift(self) -> float:
@@ -137,6 +134,21 @@ class Schedule:
         if self.axis == "sigma":
             return self
         return dataclasses.replace(self, model={**self.model, "flow_shift": flow_shift})
+
+    def in_sigma(self) -> Schedule:
+        """The same on the axis "sigma": with the phases where ``flow_shift`` puts them."""
+        if self.axis == "sigma":
+            return self
+
+        def placed(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+            return tuple(Phase(self._sigma_at(p.high), self._sigma_at(p.low), p.level) for p in phases)
+
+        layers = {layer: placed(phases) for layer, phases in self.layers.items()}
+        return dataclasses.replace(self, axis="sigma", phases=placed(self.phases), layers=layers)
+
+    def _sigma_at(self, u: float) -> float:
+        """Sigma where the fraction ``u`` of the steps remains: ``s u / (1 + (s - 1) u)``."""
+        return self.flow_shift * u / (1.0 + (self.flow_shift - 1.0) * u)
 
     def edges_of(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """``edges`` for a scheduler that visits ``sigmas``, noisiest first.
