@@ -149,7 +149,7 @@ def test_training_runs_and_leaves_its_files(latents, tmp_path, schedule):
     assert (tmp_path / "transformer" / "config.json").exists()
     assert (tmp_path / "fps_schedule.json").exists() == (schedule is not None)
     if schedule:
-        assert Schedule.load(tmp_path / "fps_schedule.json") == Schedule.preset("paper")
+        assert Schedule.load(tmp_path / "fps_schedule.json") == Schedule.preset("paper", flow_shift=3.0)
 
 
 def test_resume_continues_with_the_same_bits(latents, tmp_path):

@@ -328,7 +328,12 @@ def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tupl
 
 
 def _is_compiled(module: Any) -> bool:
-    return module is not None and (module._compiled_call_impl is not None or "_orig_mod" in module._modules)
+    """In place, by a wrapper in its place, or by ``module.forward = torch.compile(module.forward)``."""
+    return module is not None and (
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def _set_processor(module: Any, processor: Any) -> None:

@@ -63,7 +63,13 @@ class Site:
         if torch.compiler.is_compiling():
             if forward is None:
                 raise self._no_forward()
-            call = forward.graph_calls[self.group]
+            calls = forward.graph_calls or forward.calls  # the latter where the hook did not see that this is compiled
+            if not calls:
+                raise UnsupportedError(
+                    f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
+                    "arguments of the transformer: compiled attention cannot read it"
+                )
+            call = calls[self.group]
         else:
             if forward is None or forward.owner is not self.owner:
                 raise self._no_forward()
