@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sassbudget.binary import find_tool
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -37,7 +38,19 @@ def build(tmp_path_factory):
 @pytest.mark.slow
 def test_exact_rows_under_the_emulator(build):
     out = build / "facts.json"
-    run(EMULATOR, "run", "--", build / "hopper-facts", "--emulated", "--quick", "--no-smi", "--only", "exact/", "--out", out)
+    run(
+        EMULATOR,
+        "run",
+        "--",
+        build / "hopper-facts",
+        "--emulated",
+        "--quick",
+        "--no-smi",
+        "--only",
+        "exact/",
+        "--out",
+        out,
+    )
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) > 30 and [row["id"] for row in rows if row["outside"]] == []
     assert all(row["value"] == 0 for row in rows if row["id"].endswith("/integers"))
