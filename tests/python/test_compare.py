@@ -131,10 +131,12 @@ def test_a_comparison_resumes_and_reports(tmp_path, monkeypatch, small):
     assert len(sigmas) == 2 and {entry["layer"] for entry in more["errors"]["fps"]} == {0, 1}
     for entry in more["errors"]["fps-fp8"]:
         assert entry["sparsity"] < 1e-5 < entry["quantization"] == pytest.approx(entry["total"])
+        assert entry["selected_density"] == entry["density"] == 1.0
     for entry in more["errors"]["sta"]:
         assert entry["quantization"] < 1e-5 < entry["sparsity"] == pytest.approx(entry["total"])
 
     written = (tmp_path / "report.md").read_text()
+    assert "kernel / selected" in written
     assert "computed, not measured" in written and "nothing was timed on a GPU" in written
     ours, papers = written.split("## The paper's own figures")
     assert "21.35" in papers and "21.35" not in ours  # never in one table

@@ -295,7 +295,8 @@ def test_by_name_in_the_op(problem, name):
     layout, *_ = problem
     bound = patterns.from_dict({"name": name, **(CONTENT | STATIC)[name]})
     assert bound.static == (name in STATIC)
-    assert patterns.from_dict(bound.to_dict()) == bound and bound.to_dict()["name"] == name
+    again = patterns.from_dict(bound.to_dict())
+    assert again == bound and hash(again) == hash(bound) and bound.to_dict()["name"] == name
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, layout.num_tokens, 64, generator=generator) for _ in range(3))
     lse = (q @ k.transpose(-1, -2) / 8).logsumexp(-1)

@@ -342,7 +342,7 @@ def _error(method: Method, capture: Any, loaded: _Loaded, config: CompareConfig)
     q, k, v = (x.float().transpose(1, 2).contiguous() for x in capture.load())
     rows = torch.cat([tile_tokens(layout)[tile] for tile in choose_tiles(layout, config.max_rows)])
     reference = torch.nn.functional.scaled_dot_product_attention(q[:, :, rows], k, v)
-    entry: dict[str, Any] = {"layer": capture.layer, "sigma": capture.sigma, "density": 1.0}
+    entry: dict[str, Any] = {"layer": capture.layer, "sigma": capture.sigma, "density": 1.0, "selected_density": 1.0}
     if method.is_dense(context):
         return entry | dict.fromkeys(("quantization", "sparsity", "total"), 0.0)
     full, mask = dense_mask(layout), method.mask(q, k, v, context)
@@ -351,6 +351,7 @@ def _error(method: Method, capture: Any, loaded: _Loaded, config: CompareConfig)
         return float(compare(out[:, :, rows], reference)["rel_l1"])
 
     entry["density"] = mask.density
+    entry["selected_density"] = method.selected_density(q, k, v, context)
     entry["quantization"] = error(method.attention(q, k, v, full, context))
     sparse = replace(method, numerics=EXACT, options={}) if not method.compensate else None
     if sparse is None:

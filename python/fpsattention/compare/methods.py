@@ -88,6 +88,14 @@ class Method:
             return patterns.compensated_attention(q, k, v, mask, granularity=granularity, scale=context.scale)[0]
         return attend(q, k, v, mask, granularity=granularity, scale=context.scale, tensor_layout="HND")[0]
 
+    def selected_density(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> float:
+        """What the rule selects; the mask attends a little more where selector and kernel speak of different blocks."""
+        if self.pattern is None:
+            return self.mask(q, k, v, context).density
+        given = {"q": q, "k": k, "v": v}
+        wanted = {name: given[name] for name in self.pattern.pattern.inputs}
+        return self.pattern.pattern.density(layout=context.layout, **wanted, **self.pattern.hyperparameters).selected
+
     def describe(self) -> dict[str, Any]:
         """What decides its results, for a run's key and the report."""
         return {

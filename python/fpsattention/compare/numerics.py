@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..patterns.blocks import check_tensors, gather_blocks, tables
 PRECISIONS = ("exact", "int8", "fp8")
 GROUPS = ("head", "tile", "block", "half")  # tokens that share a scale of q and k
 _LOG2E = math.log2(math.e)
+_BYTES_AT_ONCE = 1 << 28  # scores of a step; about ten such tensors live at once
 
 
 @dataclass(frozen=True)
@@ -100,28 +102,38 @@ def blockwise_attention(
     v8, v_scale = _rounded_v(gather_blocks(v.float(), layout), numerics.v)
     padding = torch.where(t.valid, 0.0, -math.inf)  # [NB, 128]: what padding keys add to their scores
     tile_of_block = layout.tile_of_block.long()
-    out = torch.empty(*q.shape[:2], layout.num_blocks, BLOCK, q.shape[-1], device=q.device)
+    batch, heads, blocks = q.shape[0], q.shape[1], layout.num_blocks
+    shape = (batch, heads, blocks)
+    counts = mask.kv_num_blocks[:, :, tile_of_block].expand(shape).flatten(0, 1)
+    indices = mask.kv_indices[:, :, tile_of_block].long().expand(*shape, -1).flatten(0, 1)
+    operands = [x.flatten(0, 1) for x in (q8, q_scale, k8, k_scale, v8, v_scale)]  # in _Operands' order
+    out = torch.empty(batch * heads, blocks, BLOCK, q.shape[-1], device=q.device)
     computed = total = 0
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            lists = (mask.kv_num_blocks, mask.kv_indices)
-            counts, indices = (x[b % x.shape[0], h % x.shape[1]][tile_of_block] for x in lists)  # of each query block
-            out[b, h], done, of = _head(
-                q8[b, h], q_scale[b, h], k8[b, h], k_scale[b, h], v8[b, h], v_scale[b, h], counts, indices.long(), padding, scale,
-                numerics, pv_threshold, warp_rows,
-            )  # fmt: skip
-            computed, total = computed + done, total + of
+    at_once = max(1, _BYTES_AT_ONCE // (blocks * BLOCK * BLOCK * 4))
+    for first in range(0, batch * heads, at_once):
+        some = slice(first, first + at_once)
+        out[some], done, of = _heads(
+            _Operands(*(x[some] for x in operands)), counts[some], indices[some], padding, scale, numerics, pv_threshold,
+            warp_rows,
+        )  # fmt: skip
+        computed, total = computed + done, total + of
     place = layout.slot_of_token.long()
-    return out.flatten(2, 3)[:, :, place].to(q.dtype), computed / max(total, 1)
+    return out.view(batch, heads, -1, q.shape[-1])[:, :, place].to(q.dtype), computed / max(total, 1)
 
 
-def _head(
-    q8: Tensor,
-    q_scale: Tensor,
-    k8: Tensor,
-    k_scale: Tensor,
-    v8: Tensor,
-    v_scale: Tensor,
+class _Operands(NamedTuple):
+    """Values and scales of some heads, by block."""
+
+    q8: Tensor  # [heads, NB, 128, D]
+    q_scale: Tensor  # [heads, NB, 128]
+    k8: Tensor
+    k_scale: Tensor
+    v8: Tensor
+    v_scale: Tensor  # [heads, D]
+
+
+def _heads(
+    operands: _Operands,
     counts: Tensor,
     indices: Tensor,
     padding: Tensor,
@@ -130,19 +142,23 @@ def _head(
     pv_threshold: float | None,
     warp_rows: int,
 ) -> tuple[Tensor, int, int]:
-    """One head, all query blocks at once: step j visits the j-th block of every list."""
-    blocks, rows, dim = q8.shape
+    """Some heads ``[heads, NB, 128, ...]``, all query blocks at once: step j visits the j-th block of every list."""
+    heads, num_blocks, rows, dim = operands.q8.shape
+    blocks = heads * num_blocks
+    q8, q_scale, k8, k_scale, v8 = (x.flatten(0, 1) for x in operands[:5])
+    offset = torch.arange(heads, device=q8.device).repeat_interleave(num_blocks) * num_blocks
+    counts, indices = counts.flatten(), indices.flatten(0, 1)
+    key_padding = padding.repeat(heads, 1)
     m = torch.full((blocks, rows), -math.inf, device=q8.device)
     l = torch.zeros(blocks, rows, device=q8.device)
     o = torch.zeros(blocks, rows, dim, device=q8.device)
     computed = total = 0
     for step in range(int(counts.max())):
         live = (step < counts).unsqueeze(-1)
-        block = torch.where(live.squeeze(-1), indices[:, step], 0)
+        block = offset + torch.where(live.squeeze(-1), indices[:, step], 0)
         products = q8 @ k8[block].transpose(-1, -2)
-        scores = products * (q_scale.unsqueeze(-1) * k_scale[block].unsqueeze(-2)) * scale + padding[block].unsqueeze(
-            -2
-        )
+        scales = q_scale.unsqueeze(-1) * k_scale[block].unsqueeze(-2)
+        scores = products * scales * scale + key_padding[block].unsqueeze(-2)
         highest = scores.amax(-1)
         m_new = torch.where(live, torch.maximum(m, highest), m)
         base = torch.where(m_new == -math.inf, 0.0, m_new)
@@ -160,7 +176,8 @@ def _head(
         m = m_new
     if pv_threshold is None:
         computed = total = 1
-    return o * v_scale / torch.where(l == 0, 1.0, l).unsqueeze(-1), computed, total
+    o = (o / torch.where(l == 0, 1.0, l).unsqueeze(-1)).unflatten(0, (heads, num_blocks))
+    return o * operands.v_scale[:, None, None], computed, total
 
 
 def _rounded(blocks: Tensor, precision: str, group: str, mask: BlockMask) -> tuple[Tensor, Tensor]:

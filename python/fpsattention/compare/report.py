@@ -162,15 +162,23 @@ def _error_lines(report: dict[str, Any]) -> list[str]:
     rows = []
     for name, entries in report["errors"].items():
         means = [_mean([entry[part] for entry in entries]) for part in ("quantization", "sparsity", "total")]
-        density = _mean([entry["density"] for entry in entries])
-        rows.append([report["methods"][name]["label"], fixed(density, 3), *(fixed(value, 4) for value in means)])
+        densities = [_mean([entry[key] for entry in entries]) for key in ("density", "selected_density")]
+        ratio = densities[0] / densities[1] if densities[0] is not None and densities[1] else None
+        rows.append(
+            [
+                report["methods"][name]["label"],
+                fixed(densities[0], 3),
+                fixed(ratio, 3),
+                *(fixed(value, 4) for value in means),
+            ]
+        )
     return [
         "## Error of one attention call, by cause",
         "",
         "Relative L1 against dense FP32 attention of the q, k, v of the dense run; mean over the first and last layer and all sigmas. *Quantization*: rounded, "
-        "every block attended. *Sparsity*: blocks skipped, nothing rounded.",
+        "every block attended. *Sparsity*: blocks skipped, nothing rounded. *Kernel / selected*: density of the lists over that of what the rule selects.",
         "",
-        table(["method", "density", "quantization", "sparsity", "total"], rows),
+        table(["method", "density", "kernel / selected", "quantization", "sparsity", "total"], rows),
         "",
     ]
 
