@@ -74,7 +74,7 @@ def _dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
 
 def kernel_dim(dim: int) -> int | None:
     """The head dimension that runs ``dim``: the next of ``HEAD_DIMS``, None beyond the last."""
-    return min((wide for wide in HEAD_DIMS if wide >= dim), default=None)
+    return next((wide for wide in HEAD_DIMS if wide >= dim), None)  # ascending; torch.compile has no min of a generator
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
