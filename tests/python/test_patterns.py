@@ -330,6 +330,24 @@ def test_one_graph_and_no_values_read(name):
     assert on_meta.kv_indices.shape == want.kv_indices.shape
 
 
+def test_pattern_and_attention_in_one_graph():
+    """From q and k to the output and its gradients without a graph break: the bits of eager mode."""
+    layout = LAYOUTS["tiles_of_blocks"]
+    bound = patterns.get("topk_mean", ratio=0.4)
+
+    def run(q, k, v):
+        mask = bound(q, k, layout)
+        return fps.attention(q, k, v, grid=layout.grid, block_mask=mask, tensor_layout="HND")
+
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(1, 2, layout.num_tokens, 64, generator=generator).requires_grad_() for _ in range(3)]
+    torch._dynamo.reset()
+    out, want = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), run(*inputs)
+    assert torch.equal(out, want)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (out, want)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_lists_are_as_wide_as_the_budget():
     layout = fps.plan((21, 45, 80))
     q = torch.empty(1, 40, layout.num_tokens, 128, device="meta", dtype=torch.bfloat16)
