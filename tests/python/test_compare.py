@@ -93,6 +93,10 @@ def test_methods_by_name(all_methods):
     fine = Context(fps.plan((3, 6, 10), TILE), 0, 0.9, None)
     assert all_methods["dense"].is_dense(fine) and not all_methods["fps"].is_dense(fine)
     free = methods(Schedule.preset("training_free"))["fps"]
+    assert (
+        free.level(fine._replace(sigma=0.9, trajectory=(0.99, 0.9, 0.5, 0.1))).name == "careful"
+    )  # the second of four steps
+    assert free.level(fine._replace(sigma=0.99, trajectory=(0.99, 0.9, 0.5, 0.1))).name == "dense"
     assert free.is_dense(fine._replace(sigma=1.0)) and not free.is_dense(fine._replace(sigma=0.1))
 
 

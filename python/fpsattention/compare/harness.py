@@ -71,7 +71,7 @@ class CompareConfig:
 
     def demo(self, prompt: int, seed: int) -> Any:
         """The pipeline's settings for one item, as ``fpsattn demo`` takes them."""
-        from ..demo.demo import DemoConfig
+        from ..demo.config import DemoConfig
 
         return DemoConfig(
             out=self.out, preset=self.schedule, height=self.height, width=self.width, num_frames=self.num_frames,
@@ -143,14 +143,23 @@ def run_compare(config: CompareConfig, progress: Progress = lambda what, done, t
 
 
 def _load(config: CompareConfig) -> _Loaded:
-    from ..demo.demo import _schedule, load_pipeline, resolve_device
+    from ..demo.pipeline import load_pipeline, resolve_device
     from .methods import choose
 
     demo = config.demo(0, config.seeds[0])
     device = resolve_device(config.device)
     pipe, _ = load_pipeline(replace(demo, seed=0), device)
-    schedule = _schedule(demo, pipe)
+    schedule = _schedule(config)
     return _Loaded(pipe, device, schedule, choose(list(config.methods), schedule, config.sta_density))
+
+
+def _schedule(config: CompareConfig) -> Schedule:
+    """FPSAttention's; the tiny grid needs a tile of its own, for all methods."""
+    from ..demo.tiny_wan import TILE
+    from ..schedule import Schedule
+
+    schedule = Schedule.resolve(config.schedule)
+    return replace(schedule, tile=TILE) if config.model is None and schedule.tile is None else schedule
 
 
 def _in_processes(config: CompareConfig, items: Sequence[tuple[int, int]], one_done: Callable[[], None]) -> None:
@@ -213,7 +222,7 @@ def _run(
 
     from ..analysis.captures import save_json
     from ..analysis.metrics import compare, compare_videos
-    from ..demo.demo import write_video
+    from ..demo.pictures import write_video
     from .running import attention_by
     from .temporal import lpips_distance, temporal_metrics
 
@@ -334,11 +343,13 @@ def _error(method: Method, capture: Any, loaded: _Loaded, config: CompareConfig)
     from ..analysis.metrics import compare
     from ..layout.masks import dense_mask
     from ..layout.tiles import plan
+    from ..schedule.scheduler import step_sigmas
     from .methods import Context
     from .numerics import EXACT, blockwise_attention
 
     layout = plan(capture.grid, loaded.schedule.tile, capture.text_len, capture.text_position)
-    context = Context(layout, capture.layer, capture.sigma, None)
+    trajectory = tuple(step_sigmas(loaded.pipe.scheduler, config.num_inference_steps))
+    context = Context(layout, capture.layer, capture.sigma, None, trajectory)
     q, k, v = (x.float().transpose(1, 2).contiguous() for x in capture.load())
     rows = torch.cat([tile_tokens(layout)[tile] for tile in choose_tiles(layout, config.max_rows)])
     reference = torch.nn.functional.scaled_dot_product_attention(q[:, :, rows], k, v)

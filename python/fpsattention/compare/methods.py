@@ -19,18 +19,19 @@ from ..integrations.levels import resolve_window
 from ..layout.masks import BlockMask, dense_mask, sliding_tile_mask
 from ..layout.tiles import TileLayout
 from ..ops.attend import attend
-from ..schedule import Schedule, Window
+from ..schedule import Level, Schedule, Window
 from ..schedule.schedule import window_to_json
 from .numerics import EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
 
 
 class Context(NamedTuple):
-    """What an attention call knows beside its tensors."""
+    """What an attention call knows beside its tensors. ``trajectory``: the sigmas that the run visits, where they are known."""
 
     layout: TileLayout
     layer: int
     sigma: float
     scale: float | None
+    trajectory: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,23 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     compensate: bool = False
 
+    def level(self, context: Context) -> Level:
+        """Of the schedule, as ``fps.apply`` would have it."""
+        assert self.schedule is not None
+        edges = self.schedule.edges if context.trajectory is None else self.schedule.edges_of(context.trajectory)
+        return self.schedule.segment_levels(context.layer)[self.schedule.segment(context.sigma, edges)]
+
     def is_dense(self, context: Context) -> bool:
         """The model's own attention, to the bit."""
         if self.schedule is not None:
-            return self.schedule.at(context.sigma, context.layer).precision == "bf16"
+            return self.level(context).precision == "bf16"
         return self.name == "dense"
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> BlockMask:
         """The blocks visited; q, k, v ``(B, H, S, D)``."""
         layout = context.layout.to(q.device)
         if self.schedule is not None and not self.is_dense(context):
-            level = self.schedule.at(context.sigma, context.layer)
+            level = self.level(context)
             schedule = replace(self.schedule, tile=layout.tile)
             text = (layout.text_len, layout.text_position if layout.text_len else "suffix")
             mask: BlockMask = level_mask(schedule, level, layout.grid, q.shape[1], context.layer, *text)
@@ -83,7 +90,7 @@ class Method:
         """The output under ``mask``, ``(B, H, S, D)``."""
         if self.numerics is not None:
             return blockwise_attention(q, k, v, mask, self.numerics, scale=context.scale, **self.options)[0]
-        granularity = "tile" if self.schedule is None else self.schedule.at(context.sigma, context.layer).granularity
+        granularity = "tile" if self.schedule is None else self.level(context).granularity
         if self.compensate:
             return patterns.compensated_attention(q, k, v, mask, granularity=granularity, scale=context.scale)[0]
         return attend(q, k, v, mask, granularity=granularity, scale=context.scale, tensor_layout="HND")[0]

@@ -53,7 +53,7 @@ def attention_by(pipe: Any, method: Method, tile: Int3 | None) -> Iterator[Count
     with fps.apply(pipe, dense_schedule(tile)) as handle:
         hooks = []
         for installation in handle.installations:
-            sigma: list[float] = []
+            sigma: list[Any] = []  # of the forward, and the trajectory of its run
             hooks.append(
                 installation.transformer.register_forward_pre_hook(_note(installation, sigma), with_kwargs=True)
             )
@@ -66,22 +66,21 @@ def attention_by(pipe: Any, method: Method, tile: Int3 | None) -> Iterator[Count
                 hook.remove()
 
 
-def _note(installation: Any, sigma: list[float]) -> Any:
+def _note(installation: Any, sigma: list[Any]) -> Any:
     def before(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = {**dict(zip(installation._arguments, args, strict=False)), **kwargs}
-        geometry = installation.adapter.geometry(transformer, arguments)
+        geometry = installation._geometry(transformer, args, kwargs)
         timestep = installation.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         sigmas = set(installation.reader.on_host(timestep))
         if len(sigmas) != 1:
             raise ConfigError(
                 f"fpsattention.compare: samples of one batch at sigmas {sorted(sigmas)}, wanted one sigma"
             )
-        sigma[:] = sigmas
+        sigma[:] = [*sigmas, installation.reader.trajectory(timestep)]
 
     return before
 
 
-def _attend(site: Any, method: Method, tile: Int3 | None, sigma: list[float], counted: Counted) -> Any:
+def _attend(site: Any, method: Method, tile: Int3 | None, sigma: list[Any], counted: Counted) -> Any:
     def attend(core: CoreCall) -> Tensor:
         forward = CURRENT.forward
         assert forward is not None  # the hooks of apply have run
@@ -90,7 +89,7 @@ def _attend(site: Any, method: Method, tile: Int3 | None, sigma: list[float], co
         tokens = forward.tokens
         assert tokens is not None
         layout = plan(tokens.grid, tile, tokens.text_len, tokens.text_position if tokens.text_len else "suffix")
-        context = Context(layout, site.layer, sigma[0], core.scale)
+        context = Context(layout, site.layer, sigma[0], core.scale, sigma[1])
         q, k, v = (x.transpose(1, 2) for x in (core.q, core.k, core.v))
         if method.is_dense(context):
             counted.add(1.0, q)
