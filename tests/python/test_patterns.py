@@ -295,7 +295,8 @@ def test_by_name_in_the_op(problem, name):
     layout, *_ = problem
     bound = patterns.from_dict({"name": name, **(CONTENT | STATIC)[name]})
     assert bound.static == (name in STATIC)
-    assert patterns.from_dict(bound.to_dict()) == bound and bound.to_dict()["name"] == name
+    again = patterns.from_dict(bound.to_dict())
+    assert again == bound and hash(again) == hash(bound) and bound.to_dict()["name"] == name
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, layout.num_tokens, 64, generator=generator) for _ in range(3))
     lse = (q @ k.transpose(-1, -2) / 8).logsumexp(-1)
@@ -327,6 +328,24 @@ def test_one_graph_and_no_values_read(name):
     assert torch.equal(num, want.kv_num_blocks) and torch.equal(indices, want.kv_indices)
     on_meta = bound(*(x.to("meta") for x in (q, k)), layout.to("meta"), v=v.to("meta"), lse=lse.to("meta"))
     assert on_meta.kv_indices.shape == want.kv_indices.shape
+
+
+def test_pattern_and_attention_in_one_graph():
+    """From q and k to the output and its gradients without a graph break: the bits of eager mode."""
+    layout = LAYOUTS["tiles_of_blocks"]
+    bound = patterns.get("topk_mean", ratio=0.4)
+
+    def run(q, k, v):
+        mask = bound(q, k, layout)
+        return fps.attention(q, k, v, grid=layout.grid, block_mask=mask, tensor_layout="HND")
+
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(1, 2, layout.num_tokens, 64, generator=generator).requires_grad_() for _ in range(3)]
+    torch._dynamo.reset()
+    out, want = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), run(*inputs)
+    assert torch.equal(out, want)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (out, want)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_lists_are_as_wide_as_the_budget():

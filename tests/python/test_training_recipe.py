@@ -142,15 +142,20 @@ def test_recipe_errors(tmp_path):
         load_recipe(bad)
 
 
-def test_twenty_steps_of_the_papers_recipe_from_the_command_line(tmp_path):
-    """Paper mode end to end on the tiny Wan: options given on the command line win over the recipe."""
-    from fpsattention.cli import app
+def test_twenty_steps_of_paper_mode_from_the_command_line(tmp_path):
+    """The paper's recipe, phases and tile on the tiny Wan; options given on the command line win over the recipe."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
+    from fpsattention.cli import app
+    from fpsattention.paper import PaperMode
+
+    schedule, out = tmp_path / "paper_mode.json", tmp_path / "run"
+    PaperMode(0.2, 0.8).schedule(FlowMatchEulerDiscreteScheduler(shift=5.0), 50).save(schedule)
     arguments = [
         "train",
         "--synthetic",
         "--output",
-        str(tmp_path),
+        str(out),
         "--recipe",
         "paper",
         "--steps",
@@ -158,12 +163,16 @@ def test_twenty_steps_of_the_papers_recipe_from_the_command_line(tmp_path):
         "--batch-size",
         "1",
     ]
-    result = CliRunner().invoke(app, [*arguments, "--flow-shift", "3.0", "--json"])
+    result = CliRunner().invoke(app, [*arguments, "--schedule", str(schedule), "--warmup-steps", "5", "--json"])
     assert result.exit_code == 0, result.output
-    used = json.loads((tmp_path / "config.json").read_text())
-    assert {n: used[n] for n in ("ema_decay", "adam_eps", "prompt_dropout", "sigma_sampling", "learning_rate", "flow_shift")} == {
-        "ema_decay": 0.99, "adam_eps": 1e-15, "prompt_dropout": 0.1, "sigma_sampling": "logit_normal", "learning_rate": 5e-6,
-        "flow_shift": 3.0,
-    }  # fmt: skip
+    used = json.loads((out / "config.json").read_text())
+    recipe = {**load_recipe("paper"), "schedule": str(schedule), "warmup_steps": 5}
+    assert {name: used[name] for name in recipe} == recipe
+    trained = json.loads((out / "fps_schedule.json").read_text())
+    assert trained["tile"] == [6, 8, 8] and [p["level"] for p in trained["phases"]] == [
+        "coarse",
+        "fine",
+        "intermediate",
+    ]
     losses = json.loads(result.stdout)
     assert losses["steps"] == 20 and 0 < losses["loss_last_20"] < 10

@@ -86,9 +86,8 @@ def compensated_attention(
         "deterministic": deterministic,
     }
     rows = tables(layout, q.device).tile_of_token
-    op = torch.ops.fpsattn_sm90 if backend == "sm90" else torch.ops.fpsattn
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return _Compensated.apply(q, k, v, *means, bias, rows, mask.lists(backward), op, options)
+    return _Compensated.apply(q, k, v, *means, bias, rows, mask.lists(backward), options)
 
 
 def _bias(mask: BlockMask, unit: str) -> Tensor:
@@ -122,11 +121,12 @@ class _Compensated(torch.autograd.Function):
         bias: Tensor,
         rows: Tensor,
         lists: Lists,
-        op: Any,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         keys, values = keys.detach(), values.detach()
-        visited, visited_lse, *operands = op.attention(q.detach(), k.detach(), v.detach(), *lists, **options)
+        visited, visited_lse, *operands = torch.ops.fpsattn.attention(
+            q.detach(), k.detach(), v.detach(), *lists, **options
+        )
         scale = options["softmax_scale"]
         out, lse = torch.empty_like(visited), torch.empty_like(visited_lse)
         for at in _chunks(q.shape[2]):
@@ -139,7 +139,7 @@ class _Compensated(torch.autograd.Function):
             out[:, :, at] = (visited[:, :, at].float() * share + weights @ values).to(out.dtype)
             lse[:, :, at] = joint
         ctx.save_for_backward(q, keys, values, bias, rows, out, lse, visited_lse, *operands, *lists)
-        ctx.op, ctx.options = op, options
+        ctx.options = options
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -154,7 +154,7 @@ class _Compensated(torch.autograd.Function):
         slots = lists.token_of_slot.long()
         growth = (lse - visited_lse).exp()[:, :, slots.clamp_min(0)]
         row_sum = torch.where((slots >= 0) & (row_sum > 0), row_sum * growth, row_sum)
-        dq, dk, dv = ctx.op.backward(
+        dq, dk, dv = torch.ops.fpsattn.backward(
             grad_out, out, *operands, row_max, row_sum, lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks,
             lists.kv_indices, lists.q_num_blocks, lists.q_indices, softmax_scale=scale,
             deterministic=ctx.options["deterministic"],
@@ -171,4 +171,4 @@ class _Compensated(torch.autograd.Function):
             d_extra[:, :, at] = d_scores @ keys
             d_keys += d_scores.transpose(-1, -2) @ q[:, :, at].float()
             d_values += weights.transpose(-1, -2) @ do
-        return (dq.float() + d_extra).to(dq.dtype), dk, dv, d_keys, d_values, *(None,) * 5
+        return (dq.float() + d_extra).to(dq.dtype), dk, dv, d_keys, d_values, *(None,) * 4

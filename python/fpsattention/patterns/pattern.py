@@ -142,6 +142,9 @@ class BoundPattern:
     pattern: Pattern
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.hyperparameters.items()))))
+
     @property
     def name(self) -> str:
         """Of the pattern."""

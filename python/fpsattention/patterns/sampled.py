@@ -68,7 +68,9 @@ def svg(
         v: ``(B, H, S, D)``; the error is that of the outputs.
         share: kept share of the pairs (their "sparsity"), 0.2 to 0.3.
 
-    Tiles that are long in time suit temporal heads, tiles of few frames spatial ones.
+    The published masks round w up to whole blocks, keep the first N positions of either order (N tokens per frame: frame 0 for spatial
+    heads) and sample against bands of 1.5 frames; here the masks that are compared are those that run. Tiles that are long in time suit
+    temporal heads, tiles of few frames spatial ones.
     """
     for name, value in (("share", share), ("min_share", min_share)):
         check_number("svg", name, value, 0.0, 1.0)

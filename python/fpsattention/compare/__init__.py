@@ -1,0 +1,1 @@
+"""Methods side by side on one model: ``fpsattn compare``. See ``docs/compare.md``."""

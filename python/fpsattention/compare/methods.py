@@ -1,0 +1,167 @@
+"""The methods that ``fpsattn compare`` runs, behind one interface: attention of one layer at one sigma.
+
+The baselines' numerics are models of accuracy (:mod:`.numerics`); their sparsity is the published rule (:mod:`fpsattention.patterns`). FPSAttention is the
+library's own op. A method is what its paper runs, with the paper's defaults where it has some; its densities are its own, and are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import patterns
+from ..analysis.captures import level_mask
+from ..errors import ConfigError
+from ..integrations.levels import resolve_window
+from ..layout.masks import BlockMask, dense_mask, sliding_tile_mask
+from ..layout.tiles import TileLayout
+from ..ops.attend import attend
+from ..schedule import Level, Schedule, Window
+from ..schedule.schedule import window_to_json
+from .numerics import EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
+
+
+class Context(NamedTuple):
+    """What an attention call knows beside its tensors. ``trajectory``: the sigmas that the run visits, where they are known."""
+
+    layout: TileLayout
+    layer: int
+    sigma: float
+    scale: float | None
+    trajectory: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        name: on the command line. label: in tables.
+        numerics: of the emulation; None: the library's FP8 op.
+        pattern: which blocks are visited. window: a sliding tile window instead. Neither: all.
+        schedule: windows and scale groups by sigma, of FPSAttention.
+        bits: "bf16", "int8+fp8" or "fp8": what tensor cores would run.
+        options: of the emulation.
+        compensate: skipped tiles have pseudo-keys.
+    """
+
+    name: str
+    label: str
+    source: str
+    numerics: Numerics | None = EXACT
+    pattern: patterns.BoundPattern | None = None
+    window: Window = None
+    schedule: Schedule | None = None
+    bits: str = "bf16"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compensate: bool = False
+
+    def level(self, context: Context) -> Level:
+        """Of the schedule, as ``fps.apply`` would have it."""
+        assert self.schedule is not None
+        edges = self.schedule.edges if context.trajectory is None else self.schedule.edges_of(context.trajectory)
+        return self.schedule.segment_levels(context.layer)[self.schedule.segment(context.sigma, edges)]
+
+    def is_dense(self, context: Context) -> bool:
+        """The model's own attention, to the bit."""
+        if self.schedule is not None:
+            return self.level(context).precision == "bf16"
+        return self.name == "dense"
+
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> BlockMask:
+        """The blocks visited; q, k, v ``(B, H, S, D)``."""
+        layout = context.layout.to(q.device)
+        if self.schedule is not None and not self.is_dense(context):
+            level = self.level(context)
+            schedule = replace(self.schedule, tile=layout.tile)
+            text = (layout.text_len, layout.text_position if layout.text_len else "suffix")
+            mask: BlockMask = level_mask(schedule, level, layout.grid, q.shape[1], context.layer, *text)
+            return mask.to(q.device)
+        if self.pattern is not None:
+            return self.pattern(q, k, layout, v=v)
+        if self.window is not None:
+            return sliding_tile_mask(layout, resolve_window(self.window, layout))
+        return dense_mask(layout)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, context: Context) -> Tensor:
+        """The output under ``mask``, ``(B, H, S, D)``."""
+        if self.numerics is not None:
+            return blockwise_attention(q, k, v, mask, self.numerics, scale=context.scale, **self.options)[0]
+        granularity = "tile" if self.schedule is None else self.level(context).granularity
+        if self.compensate:
+            return patterns.compensated_attention(q, k, v, mask, granularity=granularity, scale=context.scale)[0]
+        return attend(q, k, v, mask, granularity=granularity, scale=context.scale, tensor_layout="HND")[0]
+
+    def selected_density(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> float:
+        """What the rule selects; the mask attends a little more where selector and kernel speak of different blocks."""
+        if self.pattern is None:
+            return self.mask(q, k, v, context).density
+        given = {"q": q, "k": k, "v": v}
+        wanted = {name: given[name] for name in self.pattern.pattern.inputs}
+        return self.pattern.pattern.density(layout=context.layout, **wanted, **self.pattern.hyperparameters).selected
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its results, for a run's key and the report."""
+        return {
+            "name": self.name,
+            "numerics": "this library" if self.numerics is None else asdict(self.numerics),
+            "pattern": None if self.pattern is None else self.pattern.to_dict(),
+            "window": None if self.window is None else window_to_json(self.window),
+            "schedule": None if self.schedule is None else self.schedule.to_dict(),
+            "options": dict(self.options),
+            "compensate": self.compensate,
+        }
+
+
+def _method(*args: Any, **kwargs: Any) -> tuple[str, Method]:
+    method = Method(*args, **kwargs)
+    return method.name, method
+
+
+def methods(schedule: Schedule, density: float = 0.2) -> dict[str, Method]:
+    """All methods by name, in the order of the paper's Table 2.
+
+    Args:
+        schedule: FPSAttention's.
+        density: of STA's window.
+    """
+    name = schedule.provenance.get("preset", "given")
+    return dict(
+        [
+            _method("dense", "dense", "the model's own attention"),
+            _method("sage", "SageAttention", "INT8 QK per block, K smoothed, FP8 PV", SAGE, bits="int8+fp8"),
+            _method(
+                "sparge", "SpargeAttn", "self-similarity gate and CDF 0.98, then the filter in the softmax (50); Sage numerics", SAGE,
+                patterns.get("sparge"), bits="int8+fp8", options={"pv_threshold": 50.0},
+            ),
+            _method("svg", "SparseVideoGen", "spatial or temporal band per head, share 0.25", EXACT, patterns.get("svg")),
+            _method("sta", "STA", f"sliding tile window of density {density}", EXACT, window=density),
+            _method("naive", "naive FP8", "one scale per head", NAIVE_FP8, bits="fp8"),
+            _method("fps-fp8", "FPSAttention, quantization only", "this library, tile scales", None, bits="fp8"),
+            _method("fps", "FPSAttention", f"this library, schedule {name}", None, schedule=schedule, bits="fp8"),
+            _method(
+                "fps-pseudo", "FPSAttention, pseudo-keys", f"schedule {name}, skipped tiles compensated", None, schedule=schedule,
+                bits="fp8", compensate=True,
+            ),
+            _method("paper-fp8", "FPSAttention as published, quantization only", "tile scales, P / 448, no K smoothing", PAPER, bits="fp8"),
+        ]
+    )  # fmt: skip
+
+
+DEFAULT = ("sage", "sparge", "svg", "sta", "fps-fp8", "fps")  # the rows of the paper's Table 2, dense apart
+
+
+def choose(names: str | list[str], schedule: Schedule, density: float = 0.2) -> list[Method]:
+    """Methods by name ("sage,fps"); ConfigError on an unknown one. "dense" is always run and need not be named."""
+    known = methods(schedule, density)
+    wanted = names.split(",") if isinstance(names, str) else names
+    wanted = [name.strip() for name in wanted if name.strip() and name.strip() != "dense"]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"fpsattention.compare: method {unknown[0] if unknown else names!r}, expected some of {', '.join(known)}"
+        )
+    return [known[name] for name in dict.fromkeys(wanted)]
