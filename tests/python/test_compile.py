@@ -160,8 +160,8 @@ def test_fake_and_meta_tensors_give_shapes():
     for options in (CASE.kwargs(), {**CASE.kwargs(), "window": None, "block_mask": CASE.mask()}):
         out = fps.attention(*(t.to("meta") for t in x), **options)
         assert out.is_meta and out.shape == x[0].shape
-    with pytest.raises(ConfigError, match="head dimension 48"):
-        fps.attention(*(t[..., :48].to("meta") for t in x), **CASE.kwargs())
+    with pytest.raises(ConfigError, match="head dimension 192"):
+        fps.attention(*(torch.cat([t, t, t], -1).to("meta") for t in x), **CASE.kwargs())
 
 
 def test_importing_leaves_the_compiler_alone():
