@@ -25,12 +25,13 @@ from .state import CURRENT
 
 @dataclass(frozen=True)
 class CoreCall:
-    """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all or some samples."""
+    """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
+    samples or tokens with a mask for them as fourth argument."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    dense: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dense: Callable[..., Tensor]
     mask: Tensor | None = None
     causal: bool = False
     scale: float | None = None
@@ -61,12 +62,12 @@ def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
             return original(
                 q,
                 k,
                 v,
-                attn_mask=attn_mask,
+                attn_mask=mask,
                 dropout_p=dropout_p,
                 is_causal=is_causal,
                 scale=scale,
@@ -95,12 +96,12 @@ def _sdpa(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
             out = original(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
                 v.transpose(1, 2),
-                attn_mask=attn_mask,
+                attn_mask=mask,
                 dropout_p=dropout_p,
                 is_causal=is_causal,
                 scale=scale,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .levels import Call, Tokens
+from .levels import Call, Tokens, index_of
 
 if TYPE_CHECKING:
     from .installation import Installation
@@ -40,6 +40,10 @@ class Forward:
     executed: list[int] = field(default_factory=list)
     before: Forward | None = None
     video: Tokens | None = None  # with text_len 0, where the text length was left open
+    text_valid: tuple[tuple[int, ...], ...] | None = None  # per sample, as in Geometry
+    refused: str | None = None  # why all of it is dense
+    runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
+    by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""
@@ -51,6 +55,26 @@ class Forward:
             self.device = device
             self.calls = self.owner.tables.calls(self.tokens, device, self.segments, self.backward)  # type: ignore[arg-type]
         return self.calls[group]
+
+    def call_of(self, samples: tuple[int, ...], text_len: int, group: int, device: torch.device) -> Call:
+        """The call of a group of layers for some samples, which have ``text_len`` text tokens. Not for traced code."""
+        key = (samples, text_len)
+        if key not in self.by_samples:
+            tokens = (self.tokens or self.video)._replace(text_len=text_len)  # type: ignore[union-attr]
+            segments: Tensor | Sequence[int]
+            if isinstance(self.segments, Tensor):
+                segments = self.segments.to(device).index_select(0, index_of(samples, device))
+            else:
+                segments = tuple(self.segments[sample] for sample in samples)
+            self.by_samples[key] = self.owner.tables.calls(tokens, device, segments, self.backward)
+        return self.by_samples[key][group]
+
+    def next_sample(self, layer: int) -> int:
+        """Which sample a layer sees, where it sees them one by one, in order; again from the first when it is recomputed."""
+        self.runs = self.runs or [0] * len(self.executed)
+        sample = self.runs[layer] % len(self.segments)
+        self.runs[layer] += 1
+        return sample
 
     def _close(self, num_tokens: int) -> None:
         """The text is what the sequence has beyond the grid."""

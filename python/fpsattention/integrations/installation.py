@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..layout.plain import plain_tensors
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
-from .adapters import ADAPTERS, Adapter, Geometry
+from .adapters import ADAPTERS, Adapter, Geometry, refusal
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
@@ -61,6 +61,7 @@ class Installation:
         self.adapter = adapter
         self.name = name
         self.copied = False
+        self.on_unsupported = on_unsupported
         self.tables = LevelTables(schedule, len(attentions), heads)
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
@@ -88,12 +89,15 @@ class Installation:
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
+        self.masks_read: dict[
+            Any, bool
+        ] = {}  # padding of the text, and the shape of a mask: whether the mask says just that
         self.nonfinite: Counter[str] = Counter()
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("recorder", "_lock", "nonfinite", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(("recorder", "_lock", "masks_read", "nonfinite", "_host_counts", "_device_counts"))
         return {**self.__dict__, **dropped, "copied": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,7 +132,15 @@ class Installation:
         self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
     ) -> None:
         """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
-        geometry = self._geometry(transformer, args, kwargs)
+        try:
+            geometry = self._geometry(transformer, args, kwargs)
+        except UnsupportedError as error:
+            if self.on_unsupported == "raise":
+                raise
+            CURRENT.forward = Forward(
+                self, None, (), torch.device("cpu"), False, before=CURRENT.forward, refused=str(error)
+            )
+            return
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         t, h, w = geometry.grid
         tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
@@ -150,8 +162,14 @@ class Installation:
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
+        forward.text_valid = geometry.text_valid
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
+            if compiled or self.compiled_modules():
+                raise UnsupportedError(
+                    f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
+                    "arguments: do not compile this model"
+                )
         elif compiled or self.compiled_modules():
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
@@ -316,7 +334,7 @@ class Installation:
 
 def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
-    heads = {getattr(module, "heads", None) for module in attentions.values()}
+    heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
     return heads.pop() if len(heads) == 1 else None
 
 
@@ -379,6 +397,8 @@ def installation_of(transformer: Any) -> Installation | None:
 
 def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     """Why a model cannot run under a schedule, or None. Changes nothing."""
+    if adapter is None and (reason := refusal(transformer)) is not None:
+        return f"{type(transformer).__name__} is refused: {reason}"
     if adapter is None:
         known = ", ".join(name for adapter in ADAPTERS for name in adapter.classes)
         return (

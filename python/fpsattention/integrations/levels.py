@@ -37,6 +37,11 @@ class Tokens(NamedTuple):
     text_len: int = 0
     text_position: str = "suffix"
 
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
 
 def resolve_window(window: Window, layout: TileLayout) -> Grid:
     """A concrete window in tiles for this grid.
@@ -277,7 +282,7 @@ class LevelTables:
         slot_of_token = self.tables(tokens).on(device).slot_of_token
         index, known = segments, None
         if not isinstance(index, Tensor):
-            known, index = tuple(segments), _index(tuple(segments), device)
+            known, index = tuple(segments), index_of(tuple(segments), device)
         calls = []
         for group, levels in enumerate(self.group_levels):
             packed = None
@@ -328,17 +333,18 @@ class LevelTables:
                 if len(set(wanted)) == 1:
                     mask = self._mask(tokens, group, wanted[0], device, backward)
                 else:
-                    mask = self._mask(tokens, group, None, device, backward).select(_index(tuple(wanted), device))
+                    mask = self._mask(tokens, group, None, device, backward).select(index_of(tuple(wanted), device))
                 lists = mask.lists(backward)
-            parts.append(Part(lists, granularity, None if len(by_class) == 1 else _index(tuple(samples), device)))
+            parts.append(Part(lists, granularity, None if len(by_class) == 1 else index_of(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
         flat = [sample for samples in by_class.values() for sample in samples]
-        return tuple(parts), _index(tuple(flat.index(sample) for sample in range(len(flat))), device)
+        return tuple(parts), index_of(tuple(flat.index(sample) for sample in range(len(flat))), device)
 
 
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
-def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
+def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int64 index, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
 

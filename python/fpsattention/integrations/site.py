@@ -13,12 +13,14 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
+from . import padding
 from .graph import Packed
 from .levels import Call, Part
 from .state import CURRENT
 
 if TYPE_CHECKING:
     from .cores import CoreCall
+    from .forward import Forward
     from .installation import Installation
 
 #: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE.
@@ -56,10 +58,15 @@ class Site:
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``."""
+        forward = CURRENT.forward
+        own = forward if forward is not None and forward.owner is self.owner else None
         reason = self._refusal(core)
+        if reason is None and own is not None:
+            reason = own.refused
+        if reason is None and core.mask is not None:
+            reason = padding.unexplained(core, own)
         if reason is not None:
             return self._refused(core, reason)
-        forward = CURRENT.forward
         if torch.compiler.is_compiling():
             if forward is None:
                 raise self._no_forward()
@@ -71,20 +78,41 @@ class Site:
                 )
             call = calls[self.group]
         else:
-            if forward is None or forward.owner is not self.owner:
+            if own is None:
                 raise self._no_forward()
-            call = forward.call(self.group, core.q.shape[1], core.q.device)
-            forward.executed[self.layer] += 1
+            if self.owner.adapter.per_sample:
+                call = self._call_of_sample(core, own)
+            else:
+                call = own.call(self.group, core.q.shape[1], core.q.device)
+                own.executed[self.layer] += 1
         if core.q.shape[1] != call.slot_of_token.shape[0]:
             raise ConfigError(
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
-        out = self._parts(core, call)
+        if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].lists is None):
+            assert own is not None  # a mask is explained by a forward
+            out = padding.without(core, own, self.group, self._parts)
+        else:
+            out = self._parts(core, call)
         if self.observers and not torch.compiler.is_compiling():
             for observer in self.observers:
                 observer(self.name, core.q, core.k, core.v, out)
         return out
+
+    def _call_of_sample(self, core: CoreCall, forward: Forward) -> Call:
+        """Of a model that hands its core one sample after the other, each with the tokens that it has."""
+        sample = forward.next_sample(self.layer)
+        t, h, w = (forward.tokens or forward.video).grid  # type: ignore[union-attr]
+        text_len = core.q.shape[1] - t * h * w
+        if text_len < 0 or core.q.shape[0] != 1:
+            raise ConfigError(
+                f"fpsattention.apply: {self.name} got q of shape {tuple(core.q.shape)}, wanted one sample of at least {t * h * w} tokens"
+            )
+        if sample == 0:
+            forward.executed[self.layer] += 1
+            forward.tokens = (forward.tokens or forward.video)._replace(text_len=text_len)  # type: ignore[union-attr]
+        return forward.call_of((sample,), text_len, self.group, core.q.device)
 
     def _parts(self, core: CoreCall, call: Call) -> Tensor:
         if len(call.parts) == 1:
@@ -99,8 +127,8 @@ class Site:
         return torch.cat(outs).index_select(0, call.order)
 
     def _refusal(self, core: CoreCall) -> str | None:
-        if core.mask is not None:
-            return "got an attention mask, wanted None (the block mask comes from the schedule)"
+        if core.mask is not None and torch.compiler.is_compiling():
+            return "got an attention mask in a compiled block, wanted None there"
         if core.causal:
             return "is causal, wanted attention in both directions"
         if core.parallel:

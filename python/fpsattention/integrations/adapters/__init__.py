@@ -21,17 +21,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import wan
+from . import cogvideo, hunyuan, images, ltx, others, wan
 from .adapter import Adapter, Geometry, latents_grid, submodules
 
-__all__ = ["ADAPTERS", "Adapter", "Geometry", "find", "latents_grid", "submodules"]
+__all__ = ["ADAPTERS", "REFUSED", "Adapter", "Geometry", "find", "latents_grid", "refusal", "submodules"]
 
-ADAPTERS: tuple[Adapter, ...] = (*wan.ADAPTERS,)
+ADAPTERS: tuple[Adapter, ...] = (
+    *wan.ADAPTERS, *hunyuan.ADAPTERS, *cogvideo.ADAPTERS, *ltx.ADAPTERS, *others.ADAPTERS, *images.ADAPTERS,
+)  # fmt: skip
+
+#: Classes that are known and do not run under a schedule, and why.
+REFUSED: dict[str, str] = {
+    "SanaVideoTransformer3DModel": "its self-attention is linear: there is no softmax to make sparse",
+    "AnyFlowFARTransformer3DModel": "its attention is frame-causal FlexAttention over a KV cache and compressed history",
+    "LatteTransformer3DModel": "it attends within frames and along time apart: sequences are short, and no 3D grid",
+    "HunyuanVideoFramepackTransformer3DModel": "the video is between history and text, wanted other tokens on one side",
+    "WanAnimate2Transformer3DModel": "its samples are lists of videos of different grids, padded to one length",
+    "Cosmos3OmniTransformer": "its queries are fewer than its keys, and its key heads fewer than its query heads",
+    "MiniMaxH3Transformer3DModel": "video, audio and text are packed in an order that only position ids on the device tell",
+    "Kandinsky6Transformer3DModel": "not yet examined: audio and video in streams of their own",
+    "Flux3Transformer2DModel": "not yet examined",
+    "ZImageTransformer2DModel": "its samples are lists of images of different sizes",
+}
 
 
 def find(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None."""
     return next((adapter for adapter in ADAPTERS if adapter.fits(model)), None)
+
+
+def refusal(model: Any) -> str | None:
+    """Why a model that is known does not run under a schedule, or None."""
+    return next((REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in REFUSED), None)
 
 
 def named(name: str) -> Adapter | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedError
 
 Grid = tuple[int, int, int]
 Arguments = Mapping[str, Any]
@@ -27,6 +29,8 @@ class Geometry:
         text_len: other tokens of the same sequence (text, history, images), dense in both directions. None: whatever
             the sequence has beyond the grid, read at the attention itself.
         text_position: where these tokens are: "suffix" or "prefix".
+        text_valid: of every sample, which of these tokens are not padding, as indices below ``text_len``: what the attention mask
+            of the model says. A mask that says something else, or that comes where this is None, means dense attention.
     """
 
     grid: Grid
@@ -34,11 +38,22 @@ class Geometry:
     timestep: Tensor
     text_len: int | None = 0
     text_position: str = "suffix"
+    text_valid: tuple[tuple[int, ...], ...] | None = None
 
 
 def flow_sigma(timestep: Any, num_train_timesteps: int) -> Any:
     """Sigma of flow matching models: 1 is noise, 0 is clean."""
     return timestep / num_train_timesteps
+
+
+def own_sigma(timestep: Any, num_train_timesteps: int) -> Any:
+    """Sigma of models that are told it as it is."""
+    return timestep
+
+
+def inverted_sigma(timestep: Any, num_train_timesteps: int) -> Any:
+    """Sigma of models whose time runs from noise (0) to clean (``num_train_timesteps``)."""
+    return 1.0 - timestep / num_train_timesteps
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,9 @@ class Adapter:
             device values.
         sigma: ``(timestep, num_train_timesteps)`` to sigma (1 noise, 0 clean), for floats and for tensors.
         core: name of the function that the attention modules call with q, k and v; None: whichever of diffusers' two is there.
+        kind: "video" or "image".
+        per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
+        note: what users should know, for the table of models.
     """
 
     name: str
@@ -62,6 +80,9 @@ class Adapter:
     geometry: Callable[[Any, Arguments], Geometry]
     sigma: Callable[[Any, int], Any] = flow_sigma
     core: str | None = None
+    kind: str = "video"
+    per_sample: bool = False
+    note: str = ""
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
@@ -89,6 +110,49 @@ def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]
         }
 
     return find
+
+
+def patches(model: Any) -> Grid:
+    """``(pT, pH, pW)`` of a model that has them apart, as ``patch_size_t`` (none: 1) and ``patch_size``."""
+    config = model.config
+    return (getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size)
+
+
+class _ReadOnce:
+    """What is read from tensors that stay the same from step to step (masks, ids): once per tensor, not once per forward."""
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __call__(self, tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+        """``read(tensor)``, which is kept as long as the tensor is neither freed nor written to."""
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "fpsattention.apply: the whole model is compiled, and its grid or text is in the values of a tensor, wanted its blocks "
+                "compiled (compile_repeated_blocks)"
+            )
+        version = 0 if tensor.is_inference() else tensor._version
+        with self._lock:
+            known = self._known.get(tensor)
+            if known is None or known[0] != version:
+                known = self._known[tensor] = (version, {})
+            if read not in known[1]:
+                known[1][read] = read(tensor)
+        return known[1][read]
+
+
+read_once = _ReadOnce()
+
+
+def leading(mask: Tensor) -> tuple[tuple[int, ...], ...]:
+    """``text_valid`` of a mask ``(B, L)`` whose sum is the number of valid tokens, which come first."""
+    return tuple(tuple(range(int(count))) for count in mask.sum(dim=1).tolist())
+
+
+def chosen(mask: Tensor) -> tuple[tuple[int, ...], ...]:
+    """``text_valid`` of a mask ``(B, L)`` with any pattern."""
+    return tuple(tuple(i for i, valid in enumerate(row) if valid) for row in mask.tolist())
 
 
 def latents_grid(latents: Tensor, patch_size: Any) -> Grid:

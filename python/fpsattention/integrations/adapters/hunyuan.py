@@ -1,0 +1,73 @@
+"""HunyuanVideo 1.0 and 1.5, and Motif-Video, which is built like it: video tokens, then text, padded at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import Adapter, Arguments, Geometry, chosen, latents_grid, leading, patches, read_once, submodules
+
+
+def video_then_text(model: Any, arguments: Arguments) -> Geometry:
+    """As many text tokens count as the mask has ones, from the first on."""
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    grid = latents_grid(latents, patches(model))
+    valid = read_once(arguments["encoder_attention_mask"], leading)
+    return Geometry(grid, latents, arguments["timestep"], text.shape[1], text_valid=valid)
+
+
+def any_nonzero(x: Tensor) -> bool:
+    """Whether some element is not 0."""
+    return bool(x.any())
+
+
+def video_then_three_texts(model: Any, arguments: Arguments) -> Geometry:
+    """The model sorts the tokens of the image, ByT5 and the language model: those that count come first.
+
+    An image embedding of zeros means that there is none.
+    """
+    latents = arguments["hidden_states"]
+    first, second = arguments["encoder_attention_mask"], arguments["encoder_attention_mask_2"]
+    image = arguments["image_embeds"]
+    tokens = image.shape[1] if read_once(image, any_nonzero) else 0
+    pairs = zip(read_once(first, chosen), read_once(second, chosen), strict=True)
+    text_len = first.shape[1] + second.shape[1] + image.shape[1]
+    valid = tuple(tuple(range(tokens + len(a) + len(b))) for a, b in pairs)
+    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], text_len, text_valid=valid)
+
+
+def video_then_image_and_text(model: Any, arguments: Arguments) -> Geometry:
+    """Image tokens, which all count, precede the text; its mask may have any pattern."""
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    image, mask = arguments.get("image_embeds"), arguments.get("encoder_attention_mask")
+    more = 0 if image is None else image.shape[1]
+    valid = None
+    if mask is not None:
+        valid = tuple((*range(more), *(more + i for i in row)) for row in read_once(mask, chosen))
+    grid = latents_grid(latents, patches(model))
+    return Geometry(grid, latents, arguments["timestep"], more + text.shape[1], text_valid=valid)
+
+
+def encoder_blocks(model: Any) -> dict[str, Any]:
+    """Motif's decoder blocks attend to the encoded video a second time, as if it were text: they stay dense."""
+    attentions = submodules(transformer_blocks="attn", single_transformer_blocks="attn")(model)
+    decoders = getattr(model.config, "num_decoder_layers", 0)
+    return dict(list(attentions.items())[: len(attentions) - decoders])
+
+
+HUNYUAN = Adapter(
+    "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
+    submodules(transformer_blocks="attn", single_transformer_blocks="attn"), video_then_text,
+    note="padding of the text is left out, sample by sample; compiled blocks: only with on_unsupported=\"dense\"",
+)  # fmt: skip
+HUNYUAN_15 = Adapter(
+    "HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), submodules(transformer_blocks="attn"), video_then_three_texts,
+    note="as HunyuanVideo; the model itself builds two S x S masks per layer",
+)  # fmt: skip
+MOTIF = Adapter(
+    "Motif-Video", ("MotifVideoTransformer3DModel",), encoder_blocks, video_then_image_and_text,
+    note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense",
+)  # fmt: skip
+
+ADAPTERS = (HUNYUAN, HUNYUAN_15, MOTIF)

@@ -1,0 +1,77 @@
+"""Large images, worth it from about 2048 x 2048 pixels: text, then the image, a grid of one frame (several images of one size: as many)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from .adapter import Adapter, Arguments, Geometry, Grid, chosen, own_sigma, read_once, submodules
+
+
+def _one_size(images: list[Grid]) -> Grid:
+    """Images of one size, one after the other, as frames."""
+    if not images or any(image[1:] != images[0][1:] for image in images):
+        raise UnsupportedError(f"fpsattention.apply: images of sizes {images} in one sequence, wanted one size")
+    return (sum(image[0] for image in images), *images[0][1:])
+
+
+def _images(ids: Tensor) -> list[Grid]:
+    """The images that ids tell of, in order; UnsupportedError where they are no rasters."""
+    heads: dict[float, list[list[float]]] = {}
+    for row in ids.reshape(-1, ids.shape[-1])[: ids.shape[-2]].tolist():
+        heads.setdefault(row[0], []).append(row[1:3])
+    images: list[Grid] = []
+    for tokens in heads.values():
+        h, w = (int(max(token[axis] for token in tokens)) + 1 for axis in (0, 1))
+        if tokens != [[i, j] for i in range(h) for j in range(w)]:
+            raise UnsupportedError(
+                "fpsattention.apply: img_ids are not the rows and columns of images in raster order, wanted that"
+            )
+        images.append((1, h, w))
+    return images
+
+
+def image_ids(model: Any, arguments: Arguments) -> Geometry:
+    """Rows of ``img_ids`` are (image, row, column, ...) of each token; a tensor of them is read once."""
+    return Geometry(
+        _one_size(read_once(arguments["img_ids"], _images)),
+        arguments["hidden_states"],
+        arguments["timestep"],
+        arguments["encoder_hidden_states"].shape[1],
+        "prefix",
+    )
+
+
+def image_shapes(model: Any, arguments: Arguments) -> Geometry:
+    """``img_shapes`` has (frames, rows, columns) of the images, per sample in a list; text may be padded."""
+    samples = [sample if isinstance(sample, list) else [sample] for sample in arguments["img_shapes"]]
+    grid = _one_size([tuple(image) for image in samples[0]])  # type: ignore[misc]
+    if any(sample != samples[0] for sample in samples):
+        raise UnsupportedError(f"fpsattention.apply: samples of sizes {samples} in one batch, wanted one size")
+    mask = arguments.get("encoder_hidden_states_mask")
+    return Geometry(
+        grid,
+        arguments["hidden_states"],
+        arguments["timestep"],
+        arguments["encoder_hidden_states"].shape[1],
+        "prefix",
+        None if mask is None else read_once(mask, chosen),
+    )
+
+
+FLUX = Adapter(
+    "Flux.1", ("FluxTransformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
+    image_ids, own_sigma, kind="image", note="IP-Adapter: refused",
+)  # fmt: skip
+FLUX2 = Adapter(
+    "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
+    image_ids, own_sigma, kind="image", note="reference images: of the size of the image only",
+)  # fmt: skip
+QWEN = Adapter(
+    "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, kind="image",
+    note="input images: of the size of the image only",
+)  # fmt: skip
+
+ADAPTERS = (FLUX, FLUX2, QWEN)

@@ -1,0 +1,35 @@
+"""LTX-Video and LTX-2: latents come as tokens ``(B, S, C)``, their grid as arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UnsupportedError
+from .adapter import Adapter, Arguments, Geometry, submodules
+
+
+def grid_of_arguments(model: Any, arguments: Arguments) -> Geometry:
+    """Tokens beyond the grid are keyframes and references that a pipeline appended."""
+    latents = arguments["hidden_states"]
+    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    if None in sizes:
+        raise UnsupportedError(
+            "fpsattention.apply: the transformer got the coordinates of its tokens, wanted num_frames, height and width: conditions "
+            "before the video (LTXConditionPipeline) are not supported"
+        )
+    t, h, w = (int(size) for size in sizes)  # type: ignore[arg-type]
+    others = latents.shape[1] - t * h * w
+    if others < 0:
+        raise UnsupportedError(
+            f"fpsattention.apply: {latents.shape[1]} tokens, wanted at least those of the grid {(t, h, w)}"
+        )
+    return Geometry((t, h, w), latents, arguments["timestep"], others)
+
+
+LTX = Adapter("LTX-Video", ("LTXVideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments)
+LTX2 = Adapter(
+    "LTX-2", ("LTX2VideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments,
+    note="video self-attention; audio, and attention between audio and video, stay the model's own",
+)  # fmt: skip
+
+ADAPTERS = (LTX, LTX2)

@@ -1,0 +1,64 @@
+"""Families with one model each: Mochi, Cosmos, Kandinsky 5, Helios."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, Arguments, Geometry, inverted_sigma, latents_grid, own_sigma, patches, submodules
+from .wan import video_latents
+
+
+def video_then_valid_text(model: Any, arguments: Arguments) -> Geometry:
+    """The core is called per sample, without padding: the text length shows there."""
+    latents = arguments["hidden_states"]
+    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], None)
+
+
+def cosmos(model: Any, arguments: Arguments) -> Geometry:
+    """Cosmos 2 and 2.5 are told sigma, of each frame in places. Cosmos 1, whose position embedding is learned, is told c = log(s) / 4
+    of an EDM scheduler (Karras et al. 2022, table 1), so sigma = s / (s + 1) is the logistic function of 4 c."""
+    geometry = video_latents(model, arguments)
+    if model.config.extra_pos_embed_type is None:
+        return geometry
+    return Geometry(geometry.grid, geometry.latents, torch.sigmoid(4 * arguments["timestep"].double()))
+
+
+def frames_last_channels(model: Any, arguments: Arguments) -> Geometry:
+    """Latents are ``(B, T, H, W, C)``. Fractal order of tokens comes with a mask of the model's own, so it is dense."""
+    latents = arguments["hidden_states"]
+    t, h, w = (size // patch for size, patch in zip(latents.shape[1:4], model.config.patch_size, strict=True))
+    return Geometry((t, h, w), latents, arguments["timestep"])
+
+
+def history_then_video(model: Any, arguments: Arguments) -> Geometry:
+    """Long, middle and short history, in patches 4, 2 and 1 times as large, padded up to whole ones, come before the video."""
+    latents = arguments["hidden_states"]
+    history = 0
+    for name, patch in (("short", (1, 2, 2)), ("mid", (2, 4, 4)), ("long", (4, 8, 8))):
+        part, indices = (arguments.get(f"{prefix}_history_{name}") for prefix in ("latents", "indices_latents"))
+        if part is not None and indices is not None:
+            t, h, w = (-(-size // p) for size, p in zip(part.shape[2:], patch, strict=True))
+            history += t * h * w
+    grid = latents_grid(latents, model.config.patch_size)
+    return Geometry(grid, latents, arguments["timestep"], history, "prefix")
+
+
+MOCHI = Adapter(
+    "Mochi", ("MochiTransformer3DModel",), submodules(transformer_blocks="attn1"), video_then_valid_text, inverted_sigma,
+    per_sample=True, note="time runs from noise to clean; one attention per sample; not under torch.compile",
+)  # fmt: skip
+COSMOS = Adapter(
+    "Cosmos 1, 2, 2.5", ("CosmosTransformer3DModel",), submodules(transformer_blocks="attn1"), cosmos, own_sigma
+)
+KANDINSKY = Adapter(
+    "Kandinsky 5", ("Kandinsky5Transformer3DModel",), submodules(visual_transformer_blocks="self_attention"),
+    frames_last_channels, note="dense where the model uses its own sparse attention (NABLA)",
+)  # fmt: skip
+HELIOS = Adapter(
+    "Helios", ("HeliosTransformer3DModel",), submodules(blocks="attn1"), history_then_video,
+    note="history tokens are dense in both directions",
+)  # fmt: skip
+
+ADAPTERS = (MOCHI, COSMOS, KANDINSKY, HELIOS)
