@@ -89,9 +89,7 @@ class Installation:
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self.masks_read: dict[
-            Any, bool
-        ] = {}  # padding of the text, and the shape of a mask: whether the mask says just that
+        self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
         self.nonfinite: Counter[str] = Counter()
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]

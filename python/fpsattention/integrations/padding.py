@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 TextValid = tuple[tuple[int, ...], ...]
 
 
-def unexplained(core: CoreCall, forward: Forward | None) -> str | None:
-    """Why the mask of a call is not the padding that the forward tells of, or None. The first mask of each padding is read."""
+def unexplained(core: CoreCall, forward: Forward | None, layer: int) -> str | None:
+    """Why the mask of a call is not the padding that the forward tells of, or None. Read once per
+    layer and padding, so that later steps do not wait for the device."""
     mask, batch, count = core.mask, core.q.shape[0], core.q.shape[1]
     if forward is None or forward.text_valid is None or forward.tokens is None:
         return "got an attention mask, wanted None (the block mask comes from the schedule)"
@@ -37,10 +38,10 @@ def unexplained(core: CoreCall, forward: Forward | None) -> str | None:
         return f"got an attention mask of shape {tuple(mask.shape)}, wanted {(batch, 1, 1, count)} or {(batch, 1, count, count)}"
     if mask.shape[3] != count:
         return f"got an attention mask of shape {tuple(mask.shape)}, wanted {count} keys"
-    key = (tokens, text, tuple(mask.shape))
+    key = (layer, tokens, text, tuple(mask.shape))
     known = forward.owner.masks_read
     if key not in known:
-        while len(known) > 64:
+        while len(known) > 4096:
             known.pop(next(iter(known)))
         keys = _valid_keys(tokens, text, mask.device)
         first = 0 if tokens.text_position == "suffix" else tokens.text_len  # rows of the video are those that count

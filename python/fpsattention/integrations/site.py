@@ -59,39 +59,37 @@ class Site:
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``."""
         forward = CURRENT.forward
-        own = forward if forward is not None and forward.owner is self.owner else None
+        own = forward  # compiled blocks of one code are not asked whose they are
+        if not torch.compiler.is_compiling() and forward is not None and forward.owner is not self.owner:
+            own = None
         reason = self._refusal(core)
         if reason is None and own is not None:
             reason = own.refused
         if reason is None and core.mask is not None:
-            reason = padding.unexplained(core, own)
+            reason = padding.unexplained(core, own, self.layer)
         if reason is not None:
             return self._refused(core, reason)
+        if own is None:
+            raise self._no_forward()
         if torch.compiler.is_compiling():
-            if forward is None:
-                raise self._no_forward()
-            calls = forward.graph_calls or forward.calls  # the latter where the hook did not see that this is compiled
+            calls = own.graph_calls or own.calls  # the latter where the hook did not see that this is compiled
             if not calls:
                 raise UnsupportedError(
                     f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
                     "arguments of the transformer: compiled attention cannot read it"
                 )
             call = calls[self.group]
+        elif self.owner.adapter.per_sample:
+            call = self._call_of_sample(core, own)
         else:
-            if own is None:
-                raise self._no_forward()
-            if self.owner.adapter.per_sample:
-                call = self._call_of_sample(core, own)
-            else:
-                call = own.call(self.group, core.q.shape[1], core.q.device)
-                own.executed[self.layer] += 1
+            call = own.call(self.group, core.q.shape[1], core.q.device)
+            own.executed[self.layer] += 1
         if core.q.shape[1] != call.slot_of_token.shape[0]:
             raise ConfigError(
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
         if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].lists is None):
-            assert own is not None  # a mask is explained by a forward
             out = padding.without(core, own, self.group, self._parts)
         else:
             out = self._parts(core, call)
