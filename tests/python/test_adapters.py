@@ -34,7 +34,7 @@ def build(family: Family, batch: int, sigma: float) -> tuple[torch.nn.Module, di
     torch.manual_seed(0)
     model, arguments = family.make(batch)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # gates that start at 0 would hide the attention
+        for parameter in model.parameters():  # gates that start at 0 would hide the attention
             if parameter.abs().max() == 0:
                 parameter.normal_(std=0.1)
     arguments["timestep"] = torch.full_like(arguments["timestep"], family.time(sigma))

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
+from ..layout.plain import plain_tensors
 from .levels import Call, Tokens, index_of
-from ..layout.device import plain_tensors
 
 if TYPE_CHECKING:
     from .cores import CoreCall

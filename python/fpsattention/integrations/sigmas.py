@@ -81,8 +81,8 @@ class SigmaReader:
         """The sigmas of all steps of the sampling run that this forward is a step of, or None: training, or not to be seen.
 
         A forward is a step of a run if the schedule is applied to a pipeline, nothing wants gradients, and the timestep is an entry of
-        a falling tensor of timesteps. Where a model is given something computed from it, the shift of the pipeline's scheduler
-        stands in, if that has one; a scheduler that shifts with the size is looked at as it is.
+        a falling tensor of timesteps. Where a model is given something computed from it, the adapter knows the sigmas of the
+        scheduler, or its shift stands in, if that has one; a scheduler that shifts with the size is looked at as it is.
         """
         scheduler = self.scheduler()
         if scheduler is None or torch.is_grad_enabled():
@@ -90,13 +90,20 @@ class SigmaReader:
         entries = self._entries(timestep)
         if entries is not None:
             values, indices = entries
+            if len(set(indices)) > 1:
+                return None
             sigmas = tuple(self._sigma(value) for value in values)
-            return sigmas if len(set(indices)) == 1 and _falls(sigmas) else None
+            if _falls(sigmas):
+                return sigmas
         steps = getattr(scheduler, "timesteps", None)
-        if isinstance(steps, Tensor) and shifts_dynamically(scheduler):
-            total = scheduler.config.num_train_timesteps
-            sigmas = tuple(min(max(value / total, 0.0), 1.0) for value in self._values(steps))
-            sigmas = tuple(1.0 - sigma for sigma in sigmas) if sigmas[0] < sigmas[-1] else sigmas
+        if isinstance(steps, Tensor) and (self.adapter.scheduled is not None or shifts_dynamically(scheduler)):
+            values = self._values(steps)
+            if self.adapter.scheduled is not None:
+                sigmas = tuple(min(max(sigma, 0.0), 1.0) for sigma in self.adapter.scheduled(values))
+            else:
+                total = scheduler.config.num_train_timesteps
+                sigmas = tuple(min(max(value / total, 0.0), 1.0) for value in values)
+                sigmas = tuple(1.0 - sigma for sigma in sigmas) if sigmas[0] < sigmas[-1] else sigmas
             return sigmas if _falls(sigmas) else None
         return None
 

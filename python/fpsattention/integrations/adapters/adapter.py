@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ def own_sigma(timestep: Any, num_train_timesteps: int) -> Any:
     return timestep
 
 
+def thousandths(timesteps: Sequence[float]) -> list[float]:
+    """Sigmas of a flow matching scheduler."""
+    return [timestep / 1000 for timestep in timesteps]
+
+
 def inverted_sigma(timestep: Any, num_train_timesteps: int) -> Any:
     """Sigma of models whose time runs from noise (0) to clean (``num_train_timesteps``)."""
     return 1.0 - timestep / num_train_timesteps
@@ -69,6 +74,8 @@ class Adapter:
             device values.
         sigma: ``(timestep, num_train_timesteps)`` to sigma (1 noise, 0 clean), for floats and for tensors.
         core: name of the function that the attention modules call with q, k and v; None: whichever of diffusers' two is there.
+        scheduled: for models that are told something computed from the timesteps of the scheduler: these timesteps, noisiest first, to
+            sigmas.
         kind: "video" or "image".
         per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
         note: what users should know, for the table of models.
@@ -80,6 +87,7 @@ class Adapter:
     geometry: Callable[[Any, Arguments], Geometry]
     sigma: Callable[[Any, int], Any] = flow_sigma
     core: str | None = None
+    scheduled: Callable[[Sequence[float]], Sequence[float]] | None = None
     kind: str = "video"
     per_sample: bool = False
     note: str = ""

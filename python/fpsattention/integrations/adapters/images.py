@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .adapter import Adapter, Arguments, Geometry, Grid, chosen, own_sigma, read_once, submodules
+from .adapter import Adapter, Arguments, Geometry, Grid, chosen, own_sigma, read_once, submodules, thousandths
 
 
 def _one_size(images: list[Grid]) -> Grid:
@@ -63,14 +63,14 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
 
 FLUX = Adapter(
     "Flux.1", ("FluxTransformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, kind="image", note="IP-Adapter: refused",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="IP-Adapter: refused",
 )  # fmt: skip
 FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, kind="image", note="reference images: of the size of the image only",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only",
 )  # fmt: skip
 QWEN = Adapter(
-    "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, kind="image",
+    "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
     note="input images: of the size of the image only",
 )  # fmt: skip
 

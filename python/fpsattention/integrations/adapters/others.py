@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .adapter import Adapter, Arguments, Geometry, inverted_sigma, latents_grid, own_sigma, patches, submodules
+from .adapter import (
+    Adapter,
+    Arguments,
+    Geometry,
+    inverted_sigma,
+    latents_grid,
+    own_sigma,
+    patches,
+    submodules,
+    thousandths,
+)
 from .wan import video_latents
 
 
@@ -23,6 +35,15 @@ def cosmos(model: Any, arguments: Arguments) -> Geometry:
     if model.config.extra_pos_embed_type is None:
         return geometry
     return Geometry(geometry.grid, geometry.latents, torch.sigmoid(4 * arguments["timestep"].double()))
+
+
+def cosmos_run(timesteps: Sequence[float]) -> list[float]:
+    """Timesteps are c of an EDM scheduler (Cosmos 1; negative at its end), 1000 s (Cosmos 2; s is 80 at first), or 1000 sigma (2.5)."""
+    if min(timesteps) < 0:
+        return [1 / (1 + math.exp(-4 * c)) for c in timesteps]
+    if max(timesteps) > 1000:
+        return [s / (s + 1000) for s in timesteps]
+    return thousandths(timesteps)
 
 
 def frames_last_channels(model: Any, arguments: Arguments) -> Geometry:
@@ -50,7 +71,12 @@ MOCHI = Adapter(
     per_sample=True, note="time runs from noise to clean; one attention per sample; not under torch.compile",
 )  # fmt: skip
 COSMOS = Adapter(
-    "Cosmos 1, 2, 2.5", ("CosmosTransformer3DModel",), submodules(transformer_blocks="attn1"), cosmos, own_sigma
+    "Cosmos 1, 2, 2.5",
+    ("CosmosTransformer3DModel",),
+    submodules(transformer_blocks="attn1"),
+    cosmos,
+    own_sigma,
+    scheduled=cosmos_run,
 )
 KANDINSKY = Adapter(
     "Kandinsky 5", ("Kandinsky5Transformer3DModel",), submodules(visual_transformer_blocks="self_attention"),
