@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny_models
 import torch
 from tiny_models import FAMILIES, TILE, Family
 from torch import Tensor
+from typer.testing import CliRunner
 
 import fpsattention as fps
+from fpsattention.cli.main import app
 from fpsattention.errors import UnsupportedError
 from fpsattention.integrations import adapters
 from fpsattention.layout import masks, tiles
@@ -232,3 +237,85 @@ def test_gradients_pass_through_padded_batches():
     for name in ("to_q", "add_k_proj"):
         grad = getattr(model.transformer_blocks[0].attn, name).weight.grad
         assert grad is not None and bool(grad.isfinite().all()) and float(grad.abs().max()) > 0
+
+
+# What is known, and what is refused ----------------------------------------------------------------------------------------
+
+
+def test_refused_models_say_why():
+    model = diffusers.SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=12, num_layers=1, num_cross_attention_heads=1,
+        cross_attention_head_dim=12, cross_attention_dim=12, caption_channels=8, sample_size=8,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="SanaVideoTransformer3DModel is refused: its self-attention is linear"):
+        fps.apply(model)
+    with pytest.warns(UserWarning, match="stays dense: SanaVideo"):
+        handle = fps.apply(model, on_unsupported="dense")
+    assert "linear" in str(handle.report())
+
+
+def test_a_grid_that_is_not_told_is_dense_with_a_line():
+    """LTXConditionPipeline hands its transformer coordinates in place of sizes."""
+    model, arguments = build(FAMILIES["ltx"], 1, 0.9)
+    sizes = [arguments.pop(name) for name in ("num_frames", "height", "width")]
+    arguments["video_coords"] = torch.cartesian_prod(*(torch.arange(n) for n in sizes)).T[None]
+    plain = run(model, arguments)
+    with fps.apply(model, SPARSE), pytest.raises(UnsupportedError, match="wanted num_frames, height and width"):
+        run(model, arguments)
+    with fps.apply(model, SPARSE, on_unsupported="dense") as handle:
+        assert torch.equal(run(model, arguments), plain)
+        ((reason, count),) = handle.report().fallbacks.items()
+        assert "wanted num_frames" in reason and count == 1
+
+
+def test_the_classes_of_both_tables_exist():
+    classes = {name for adapter in adapters.ADAPTERS for name in adapter.classes}
+    assert not classes & set(adapters.REFUSED)
+    assert not [name for name in (*classes, *adapters.REFUSED) if not hasattr(diffusers, name)]
+
+
+def test_the_page_of_models_is_that_of_the_command():
+    result = CliRunner().invoke(app, ["models", "--markdown"])
+    page = Path(__file__).parents[2] / "docs/models.md"
+    assert result.stdout == page.read_text(encoding="utf-8"), "fpsattn models --markdown > docs/models.md"
+
+
+def test_the_command_lists_every_family():
+    listed = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)
+    assert [row["family"] for row in listed["supported"]] == [adapter.name for adapter in adapters.ADAPTERS]
+    assert {row["status"] for row in listed["supported"]} == {"supported"}
+    assert [row["class"] for row in listed["refused"]] == list(adapters.REFUSED)
+    text = CliRunner().invoke(app, ["models"]).stdout
+    assert all(adapter.name in text for adapter in adapters.ADAPTERS) and "softmax" in text
+
+
+# torch.compile -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["cogvideox", "ltx", "kandinsky"]
+)  # both cores, text or none; the other families: the same code
+def test_compiled_blocks_are_eager_ones(name):
+    """One graph per block, whatever the level is."""
+    model, arguments = build(FAMILIES[name], 1, 0.9)
+    later = {**arguments, "timestep": torch.full_like(arguments["timestep"], FAMILIES[name].time(0.1))}
+    with fps.apply(model, SPARSE):
+        eager = [run(model, a) for a in (arguments, later)]
+        paths = [path.rsplit(".", 1)[0] for path in adapters.find(model).attentions(model)]  # type: ignore[union-attr]
+        for path in paths:
+            model.get_submodule(path).compile(fullgraph=True, backend="eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for a, wanted in zip((arguments, later), eager, strict=True):
+                torch.testing.assert_close(run(model, a), wanted, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "mochi"])
+def test_compiled_blocks_with_masks_are_refused(name):
+    model, arguments = build(FAMILIES[name], 1, 0.9)
+    with fps.apply(model, SPARSE):
+        for path in adapters.find(model).attentions(model):  # type: ignore[union-attr]
+            model.get_submodule(path.rsplit(".", 1)[0]).compile(backend="eager")
+        with pytest.raises(UnsupportedError, match="compile"):
+            run(model, arguments)
+    torch._dynamo.reset()

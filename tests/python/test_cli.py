@@ -17,7 +17,7 @@ from fpsattention.cli.main import app
 from fpsattention.cli.plan import parse_sizes
 from fpsattention.errors import ConfigError
 
-COMMANDS = ("doctor", "plan", "demo", "analyze", "train")
+COMMANDS = ("doctor", "plan", "models", "demo", "analyze", "train")
 
 
 def run(*arguments):
