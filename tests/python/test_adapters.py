@@ -313,9 +313,14 @@ def test_compiled_blocks_are_eager_ones(name):
 @pytest.mark.parametrize("name", ["hunyuan", "mochi"])
 def test_compiled_blocks_with_masks_are_refused(name):
     model, arguments = build(FAMILIES[name], 1, 0.9)
+    plain = run(model, arguments)
     with fps.apply(model, SPARSE):
         for path in adapters.find(model).attentions(model):  # type: ignore[union-attr]
             model.get_submodule(path.rsplit(".", 1)[0]).compile(backend="eager")
-        with pytest.raises(UnsupportedError, match="compile"):
+        with pytest.raises(UnsupportedError, match="compiled, and"):
             run(model, arguments)
+    with fps.apply(model, SPARSE, on_unsupported="dense") as handle:
+        torch.testing.assert_close(run(model, arguments), plain, rtol=1e-5, atol=1e-5)
+        fallbacks = handle.report().fallbacks
+        assert len(fallbacks) == len(handle.installations[0].sites) and "is compiled, and" in next(iter(fallbacks))
     torch._dynamo.reset()

@@ -25,8 +25,8 @@ _NOTES = """
 "Other tokens" of the same sequence (text, history, keyframes, references) are dense in both directions. A mask over padded text is
 honoured: samples are attended without their padding, those of one length together, and rows of padding, which nothing reads, become 0. The
 mask is compared with what the arguments of the forward say, once per layer and padding; another mask raises, or with
-`on_unsupported="dense"` makes that layer dense and stands in the report. Inside `torch.compile` a mask always does. Text of a new
-length costs tables of its own, of which the last eight are kept.
+`on_unsupported="dense"` makes that layer dense and stands in the report. Compiled blocks of models with
+such masks, and of Mochi, raise, or are dense and stand in the report. Text of a new length costs tables of its own, of which the last eight are kept.
 
 ## Refused
 

@@ -164,11 +164,10 @@ class Installation:
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
-                raise UnsupportedError(
-                    f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
-                    "arguments: do not compile this model"
-                )
+                forward.refused = self._refused_compiled("the text length of this model shows at its attention only")
         elif compiled or self.compiled_modules():
+            if geometry.text_valid is not None:
+                forward.refused = self._refused_compiled("this model masks the padding of its text")
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
@@ -176,6 +175,16 @@ class Installation:
         if backward:
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
+
+    def _refused_compiled(self, reason: str) -> str:
+        """Compiled attention counts nothing, so what it refuses is counted here, per forward."""
+        reason = f"is compiled, and {reason}, wanted this model eager"
+        if self.on_unsupported == "raise":
+            raise UnsupportedError(f'fpsattention.apply: {self.name} {reason}, or apply(..., on_unsupported="dense")')
+        with self._lock:
+            for site in self.sites:
+                site.fallbacks[reason] += 1
+        return reason
 
     def _trace_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-hook inside a graph that is being traced: nothing is counted, nothing is read from the device."""
