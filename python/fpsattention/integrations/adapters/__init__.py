@@ -13,8 +13,8 @@
    ``attentions`` names the modules in the order of the layers. ``geometry`` says from the arguments of the forward, by name, which
    grid the tokens form, where other tokens of the same sequence are, and which argument is the noise level. ``sigma`` is only
    needed where that argument is not ``1000 * sigma``: a wrong convention runs a schedule backwards, without an error.
-3. Add a tiny random model to ``FAMILIES`` of ``tests/python/tiny_models.py``, which ``tests/python/test_adapters.py`` runs through: moving one latent cell moves the predicted token row,
-   the noisiest step gets the first phase, ``remove()`` restores every bit.
+3. Add a tiny random model to ``FAMILIES`` of ``tests/python/tiny_models.py``, which ``tests/python/test_adapters.py`` runs through: moving
+   one latent cell moves the predicted token row, the noisiest step gets the first phase, ``remove()`` restores every bit.
 """
 
 from __future__ import annotations
