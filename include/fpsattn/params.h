@@ -15,6 +15,10 @@ inline constexpr int kVExtraRows = 8;        // rows D..D+7 of v8t: one row of o
 inline constexpr float kE4m3Max = 448.0f;    // largest finite e4m3
 inline constexpr int kProbabilityShift = 8;  // P = e4m3(2^(x - m + 8)): at most 256, so it cannot saturate
 
+// The first so many slots of every block take P from integer arithmetic, the others from 2^x (docs/numerics.md, step 4).
+// A multiple of 32, a k step of P V. Below 128: the slots after them carry a NaN to the output.
+constexpr int code_slots(int head_dim) { return head_dim == 64 ? 96 : 64; }
+
 enum class DType : int { kBFloat16 = 0, kFloat16 = 1 };
 enum class Granularity : int { kTile = 0, kBlock = 1, kToken = 2 };  // what shares one FP8 scale of Q and of K
 

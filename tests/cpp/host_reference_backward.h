@@ -57,6 +57,12 @@ inline float exponent(const HostHead& in, int qs, int ks, float m) {
   return std::fma(static_cast<float>(dot), factor, kProbabilityShift - m);
 }
 
+// P of a key's slot.
+inline uint8_t probability_byte(double y, int slot, int dim) {
+  return slot % kBlockSlots < code_slots(dim) ? exponent_code(static_cast<float>(y))
+                                              : to_e4m3(static_cast<float>(std::exp2(y)));
+}
+
 inline HostForward host_forward(const HostHead& in, DType dtype) {
   const int slots = static_cast<int>(in.table->token_of_slot.size());
   HostForward f{std::vector<float>(size_t(slots) * in.dim), std::vector<float>(slots), std::vector<float>(slots)};
@@ -79,7 +85,7 @@ inline HostForward host_forward(const HostHead& in, DType dtype) {
       for (int i = 0; i < kBlockSlots; ++i) {
         const int ks = block * kBlockSlots + i;
         if (in.table->token_of_slot[ks] >= 0) {
-          const double p = e4m3_to_float(to_e4m3(std::exp2(exponent(in, qs, ks, m))));
+          const double p = e4m3_to_float(probability_byte(exponent(in, qs, ks, m), ks, in.dim));
           l += p;
           for (int d = 0; d < in.dim; ++d) {
             sum[d] += p * in.v[size_t(ks) * in.dim + d];
@@ -134,8 +140,7 @@ inline HostBackward host_backward(const HostHead& in, const HostForward& f, doub
         }
         const size_t key = size_t(ks) * dim, query = size_t(qs) * dim;
         const float y = exponent(in, qs, ks, m);
-        const double value = std::exp2(double(y));
-        const uint8_t byte = to_e4m3(static_cast<float>(value));
+        const uint8_t byte = probability_byte(y, ks, dim);
         const double p = double(e4m3_to_float(byte)) / l, p_low = to_bf16(static_cast<float>(p));
         double dp = 0.0, dp_low = 0.0;
         for (int d = 0; d < dim; ++d) {
@@ -157,8 +162,8 @@ inline HostBackward host_backward(const HostHead& in, const HostForward& f, doub
         const double error =
             accumulator_error * std::sqrt(q_norm[qs] * k_norm[ks]) * sq * sk * in.softmax_scale * 1.4427 +
             0x1p-22 * (std::fabs(y) + 1.0);
-        const float below = e4m3_to_float(to_e4m3(static_cast<float>(value * std::exp2(-error))));
-        const float above = e4m3_to_float(to_e4m3(static_cast<float>(value * std::exp2(error))));
+        const float below = e4m3_to_float(probability_byte(y - error, ks, dim));
+        const float above = e4m3_to_float(probability_byte(y + error, ks, dim));
         if (below != above) {
           const double jump = double(above - below) / l, ds_jump = jump * std::fabs(dp - delta) * in.softmax_scale;
           for (int d = 0; d < dim; ++d) {

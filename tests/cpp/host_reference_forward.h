@@ -45,7 +45,9 @@ struct ForwardReference {
   std::vector<char> max_uncertain;  // [B, H, slots]: the row maximum lies on an integer, give or take a rounding
 };
 
-inline double quantized_probability(double exponent) {
+// `slot`: of the key, in its block.
+inline double quantized_probability(double exponent, int slot, int dim) {
+  if (slot < code_slots(dim)) return e4m3_to_float(exponent_code(static_cast<float>(exponent)));
   return e4m3_to_float(to_e4m3(static_cast<float>(std::exp2(std::min(exponent, 8.75)))));
 }
 
@@ -140,9 +142,9 @@ inline ForwardReference reference_forward(const ForwardInputs& in, Fp8Sum mode) 
         for (int d = 0; d < dim; ++d) o[d] *= alpha, slack[d] *= alpha;
         for (Fp8Accumulator& channel : pv) channel.scale(alpha);
         for (int j = 0; j < kBlockSlots; ++j) {
-          p[j] = quantized_probability(x[j] - m + kProbabilityShift);
-          doubt[j] = quantized_probability(high[j] - m + kProbabilityShift) -
-                     quantized_probability(low[j] - m + kProbabilityShift);
+          p[j] = quantized_probability(x[j] - m + kProbabilityShift, j, dim);
+          doubt[j] = quantized_probability(high[j] - m + kProbabilityShift, j, dim) -
+                     quantized_probability(low[j] - m + kProbabilityShift, j, dim);
         }
         for (int d = 0; d <= dim; ++d) {
           for (int j = 0; j < kBlockSlots; ++j) {

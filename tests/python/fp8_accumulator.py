@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpsattention.ops.reference import BLOCK, LOG2E, P_SHIFT, Quantized, _dequantized_v, _per_slot, to_e4m3
+from fpsattention.ops.reference import BLOCK, LOG2E, P_SHIFT, Quantized, _dequantized_v, _per_slot, probabilities
 
 STEP = 32  # products of an instruction
 FRACTION_BITS = 13
@@ -96,7 +96,10 @@ def forward_bounds(
                 m = running[:, -1:]
                 shift = torch.exp2(running - m).repeat_interleave(BLOCK, 1)
                 y = x - running.repeat_interleave(BLOCK, 1) + P_SHIFT
-                p, low, high = (to_e4m3(torch.exp2(e).float()).double() for e in (y, y - doubt, y + doubt))
+                p, low, high = (
+                    probabilities(e.float().unflatten(1, (-1, BLOCK)), dim).flatten(1).double()
+                    for e in (y, y - doubt, y + doubt)
+                )
                 # Another maximum means other subnormals of e4m3: half a step of 2^-9 on either side, at twice the scale.
                 flips = (torch.maximum(high - p, p - low) + unsure[:, None] * 2.0**-8) * shift
                 v = columns[b, h, blocks].flatten(0, 1)

@@ -136,7 +136,8 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
   }
 }
 
-// s: S^T in, p out (FP32); packed: p as the A operand of dV. sk: scales of this thread's two keys.
+// kCodes: the keys are in code slots. s: S^T in, p out (FP32); packed: p as the A operand of dV. sk: scales of this thread's two keys.
+template <bool kCodes>
 __device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)[16], const float* facts,
                                               const float (&sk)[2], float scale_log2) {
   const int quad_lane = threadIdx.x % 4;
@@ -150,7 +151,7 @@ __device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)
     for (int r = 0; r < 2; ++r) {
       float* pair = s + 4 * j + 2 * r;
       const float2 p = quantized_probabilities(fmaf(pair[0], sq.x * sk[r] * scale_log2, shift.x),
-                                               fmaf(pair[1], sq.y * sk[r] * scale_log2, shift.y));
+                                               fmaf(pair[1], sq.y * sk[r] * scale_log2, shift.y), kCodes);
       pair[0] = p.x * inverse.x;
       pair[1] = p.y * inverse.y;
       packed[2 * j + r] = pack_bf16(pair[0], pair[1]);
@@ -194,7 +195,11 @@ struct DkdvConsumer {
     keep_registers(s);
 
     uint32_t p_packed[16];
-    probabilities(s, p_packed, facts, sk, args.scale_log2);
+    if (is_code_slot<D>(first_key)) {  // a whole warp's keys, or none
+      probabilities<true>(s, p_packed, facts, sk, args.scale_log2);
+    } else {
+      probabilities<false>(s, p_packed, facts, sk, args.scale_log2);
+    }
     keep_registers(p_packed);
     keep_registers(dv);
     warpgroup_arrive();

@@ -7,12 +7,20 @@
 #include "common/fp8.h"
 #include "common/indexing.h"
 #include "common/numeric.h"
+#include "common/sm90/probability.h"
 #include "common/sm90/ptx.h"
 
 namespace fpsattn::sm90::backward {
 
-// P = e4m3(2^y) of two exponents, as FP32: the bits that the forward multiplied with V.
-__device__ __forceinline__ float2 quantized_probabilities(float y0, float y1) {
+// Whether the forward takes P of a slot of a block from arithmetic.
+template <int D>
+__device__ __forceinline__ constexpr bool is_code_slot(int slot) {
+  return slot < code_slots(D);
+}
+
+// P of two exponents, as FP32: the bits that the forward multiplied with V. codes: in a code slot.
+__device__ __forceinline__ float2 quantized_probabilities(float y0, float y1, bool codes) {
+  if (codes) return e4m3x2_to_float2(__byte_perm(exponent_codes(y0, y1), 0, 0x4431));
   return e4m3x2_to_float2(to_e4m3x2(exp2_approx(y0), exp2_approx(y1)));
 }
 

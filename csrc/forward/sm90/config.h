@@ -31,6 +31,9 @@ struct Config {
                 "registers the CTA starts with: 65536 / 384, rounded down to 8");
   static_assert(kConsumers == 2);
 
+  static constexpr int kCodeSlots = code_slots(kHeadDim);
+  static_assert(kCodeSlots % 32 == 0 && kCodeSlots < kBlockSlots);
+
   // Shared-memory rings
   static constexpr int kStages = 4;  // K and V blocks each: D = 128 fills 4 x 33 KB; the producer runs 2-3 blocks ahead
   static constexpr int kItems = 2;   // work items in flight: Q of the next one loads while this one computes

@@ -81,7 +81,9 @@ struct Mainloop {
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
       if constexpr (C::kKScalePerToken) {
-        scale_columns(score, shared.k_scale[k_slot.stage]);
+        const float lost = scale_columns<C::kCodeSlots>(score, shared.k_scale[k_slot.stage]);
+        score[C::kScoreRegisters - 4] += lost;  // a NaN, to a column of either row that keeps it
+        score[C::kScoreRegisters - 2] += lost;
         __syncwarp();  // lane 0 answers for the reads of all
       }
       shared.k_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
@@ -112,7 +114,7 @@ struct Mainloop {
     raise_max(score, factor, state.m);
     m = state.m;
     subtract_max(score, factor, m);
-    exponentiate<0, 4>(score, p);
+    exponentiate<C::kCodeSlots, 0, 4>(score, p);
 
     int32_t block = 0;  // whose P is in registers
     if (count > 1) {
@@ -136,7 +138,7 @@ struct Mainloop {
         const bool moved = raise_max(score, factor, m);
         subtract_max(score, factor, m);
         warpgroup_wait<1>();  // the first half of PV
-        exponentiate<0, 2>(score, p);
+        exponentiate<C::kCodeSlots, 0, 2>(score, p);
         v_slot = k_slot;
         another = block < last;
         // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the
@@ -149,7 +151,7 @@ struct Mainloop {
         warpgroup_wait<0>();
         keep_registers(work);
         shared.v_empty[v_stage].arrive_if(threadIdx.x % 32 == 0);
-        exponentiate<2, 2>(score, p);
+        exponentiate<C::kCodeSlots, 2, 2>(score, p);
         if (block % C::kPromoteBlocks == C::kPromoteBlocks - 1) promote();
         if (moved) rescale();
         keep_registers(p);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/sm90/fragments.h"
+#include "common/sm90/probability.h"
 #include "common/sm90/ptx.h"
 #include "fpsattn/params.h"
 
@@ -72,8 +73,11 @@ __device__ __forceinline__ bool raise_max(const float (&score)[64], const float 
   return moved;
 }
 
-// score <- score * scale of its column (scales in shared memory): per-token scales of K.
-__device__ __forceinline__ void scale_columns(float (&score)[64], const float* column_scale) {
+// score <- score * scale of its column (scales in shared memory): per-token scales of K. Returns NaN if a scale of the
+// first kCodeSlots columns is: integers cannot carry it. 0 otherwise.
+template <int kCodeSlots>
+__device__ __forceinline__ float scale_columns(float (&score)[64], const float* column_scale) {
+  float lost = 0.0f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float2 scale = *reinterpret_cast<const float2*>(column_scale + accumulator_column(threadIdx.x % 128, 4 * i));
@@ -81,7 +85,9 @@ __device__ __forceinline__ void scale_columns(float (&score)[64], const float* c
     score[4 * i + 1] *= scale.y;
     score[4 * i + 2] *= scale.x;
     score[4 * i + 3] *= scale.y;
+    if (8 * i < kCodeSlots) lost = __fmaf_rn(scale.x, 0.0f, __fmaf_rn(scale.y, 0.0f, lost));
   }
+  return lost;
 }
 
 // score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of
@@ -92,14 +98,18 @@ __device__ __forceinline__ void subtract_max(float (&score)[64], const float (&f
   for (int i = 0; i < 64; ++i) score[i] = __fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]);
 }
 
-// P = e4m3(2^exponent) for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds
+// P = e4m3(2^exponent), or its code by arithmetic in the first kCodeSlots columns, for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds
 // its slots in the order in which the bytes come to lie (kVSlotOrder), so nothing is shuffled.
-template <int kFirst, int kSteps>
+template <int kCodeSlots, int kFirst, int kSteps>
 __device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32_t (&p)[16]) {
 #pragma unroll
   for (int i = 4 * kFirst; i < 4 * (kFirst + kSteps); ++i) {
-    const auto p_of = [&](int byte) { return exp2_approx(exponent[accumulator_of_byte(i, byte)]); };
-    p[i] = to_e4m3x4_in_place(p_of(0), p_of(1), p_of(2), p_of(3));
+    const auto y = [&](int byte) { return exponent[accumulator_of_byte(i, byte)]; };
+    if (32 * (i / 4) < kCodeSlots) {
+      p[i] = __byte_perm(exponent_codes(y(0), y(1)), exponent_codes(y(2), y(3)), 0x7531);
+    } else {
+      p[i] = to_e4m3x4_in_place(exp2_approx(y(0)), exp2_approx(y(1)), exp2_approx(y(2)), exp2_approx(y(3)));
+    }
   }
 }
 

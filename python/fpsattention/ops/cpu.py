@@ -13,11 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, E4M3_MAX, LOG2E, P_SHIFT, TILE, TOKEN, V_EXTRA_ROWS, scale_of, v_slot_order
+from .reference import (
+    BLOCK,
+    CODE_SLOTS,
+    E4M3_MAX,
+    LOG2E,
+    P_SHIFT,
+    TILE,
+    TOKEN,
+    V_EXTRA_ROWS,
+    exponent_codes,
+    scale_of,
+    v_slot_order,
+)
 
 CHUNK_SCORES = 1 << 21  # scores computed together: 8 MiB, what a few cores keep in their caches
 SEGMENT_BLOCKS = 16  # KV blocks between two updates of the running maximum and of the output
@@ -202,8 +215,8 @@ class _Operands:
         return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
 
 
-def _exp2_shifted(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
-    """``2^(x - m + 8)`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
+def _exponents(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
+    """``x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
     shift = (P_SHIFT - row_max).unsqueeze(-1)
     if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
         # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
@@ -213,7 +226,7 @@ def _exp2_shifted(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Te
         raw.add_(shift)
     else:
         torch.addcmul(shift, raw, multiplier, out=raw)
-    return raw.exp2_()
+    return raw
 
 
 def _round_to_e4m3(p: Tensor, min_normal: Tensor | float) -> Tensor:
@@ -227,6 +240,33 @@ def _round_to_e4m3(p: Tensor, min_normal: Tensor | float) -> Tensor:
     else:
         torch.maximum(binade, min_normal, out=binade)
     return p.add_(binade, alpha=E4M3_ULP_SHIFT).sub_(binade, alpha=E4M3_ULP_SHIFT)
+
+
+@lru_cache(maxsize=1)
+def _values_of_exponents() -> Tensor:
+    """P of ``exponent_codes`` of every FP16 exponent, by its bits: FP32 ``[65536]``, NaN for NaN."""
+    exponents = torch.arange(1 << 16, dtype=torch.int32, device=CPU).to(torch.int16).view(torch.float16)
+    values = exponent_codes(exponents.float()).view(torch.float8_e4m3fn).float()
+    return values.masked_fill_(exponents.isnan(), math.nan)
+
+
+def _probabilities(y: Tensor, dim: int, later: Tensor | None = None) -> Tensor:
+    """P of exponents ``y [items, rows, n, 128]``, in their place.
+
+    ``later [items, rows, n, 1]``: P was taken at a maximum that is lower by so much, an integer; 0 where None.
+    """
+    coded, exact = y[..., : CODE_SLOTS[dim]], y[..., CODE_SLOTS[dim] :]
+    min_normal: Tensor | float = E4M3_MIN_NORMAL
+    scale = None
+    if later is not None:
+        scale = torch.exp2(-later)
+        min_normal = (scale * E4M3_MIN_NORMAL).clamp_min_(torch.finfo(torch.float32).tiny)
+        coded = coded + later
+    index = coded.half().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    values = _values_of_exponents()[index]
+    y[..., : CODE_SLOTS[dim]] = values if scale is None else values.mul_(scale)
+    exact.copy_(_round_to_e4m3(exact.exp2(), min_normal))
+    return y
 
 
 # Forward -----------------------------------------------------------------------------------------------------------------
@@ -288,12 +328,9 @@ def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Te
         # The maximum that is running when a block is visited decides below which value its P are subnormal.
         running = torch.cummax(torch.cat([m, block_max.ceil_()], dim=-1), dim=-1).values
         m_old, m, running = m, running[..., -1:], running[..., 1:]
-        p = _exp2_shifted(raw, multiplier, m)
-        if torch.equal(running[..., 0], m[..., 0]):
-            p = _round_to_e4m3(p, E4M3_MIN_NORMAL)
-        else:
-            min_normal = torch.exp2(running - m - 6).clamp_min_(torch.finfo(torch.float32).tiny)
-            p = _round_to_e4m3(p, min_normal.unsqueeze(-1))
+        y = _exponents(raw, multiplier, m)
+        settled = torch.equal(running[..., 0], m[..., 0])
+        p = _probabilities(y, q.shape[-1], None if settled else (m - running).unsqueeze(-1))
         p, v = p.view(items, rows, -1), _rows(operands.v, blocks)
         if acc is None:
             acc = torch.bmm(p, v)
@@ -378,7 +415,7 @@ def backward(
         dq_rows = _zeros(items, rows, dim)
         for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
             raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
-            p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
+            p = _probabilities(_exponents(raw, multiplier, m), dim).view(items, rows, -1)
             v = _rows(operands.v, blocks)
             p.mul_(v[..., dim].unsqueeze(1)).div_(l)
             flat = blocks.reshape(-1)
@@ -446,7 +483,7 @@ def jvp(
         of_v, of_scores, total = _zeros(items, rows, dim), _zeros(items, rows, dim), _zeros(items, rows, 1)
         for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
             raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
-            p = _round_to_e4m3(_exp2_shifted(raw, multiplier, m), E4M3_MIN_NORMAL).view(items, rows, -1)
+            p = _probabilities(_exponents(raw, multiplier, m), dim).view(items, rows, -1)
             v = _rows(operands.v, blocks)
             p.mul_(v[..., dim].unsqueeze(1)).div_(l)
             if v_dot is not None:

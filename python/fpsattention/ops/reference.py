@@ -17,6 +17,7 @@ BLOCK = 128
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100  # keeps 1 / scale and the remainder of a corrected division in FP32's normal range
 P_SHIFT = 8  # P = e4m3(2^(x - m + 8)) <= 256 < 448
+CODE_SLOTS = {64: 96, 128: 64}  # by head dim: the first slots of every block, whose P comes from `exponent_codes`
 LOG2E = math.log2(math.e)
 V_EXTRA_ROWS = 8
 # Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
@@ -183,6 +184,28 @@ def v_slot_order() -> Tensor:
     return torch.arange(BLOCK, device="cpu").view(-1, 16)[:, list(V_SLOT_ORDER)].reshape(-1)
 
 
+def exponent_codes(y: Tensor) -> Tensor:
+    """e4m3 codes near those of ``2^y``, uint8, without an exponential: FP16 arithmetic, then integers. NaN gives 0.
+
+    The code of ``2^y`` grows by 8 per octave and is nearly linear in between: ``8 y + 56``, less 0.2, plus 3/8 in the outer
+    halves of an octave, rounded down. Exact for every ``y``: FP32 holds the sums below before they are rounded to FP16.
+    """
+    w = (y.half().float() * (65 / 1024) + 1814 / 4096).clamp(0.0, 1.0).half()  # 1: 126, the greatest code
+    r = (w.float() * (63 / 32) + (2 + 1 / 32)).half()
+    eighths = r.view(torch.int16).int() - 0x4000  # 8 * (code + 2)
+    outer = torch.where(eighths & 0x20 == 0, 3, 0)
+    codes = ((eighths + outer) >> 3) - 2
+    return torch.where(y.isnan(), 0, codes).to(torch.uint8)
+
+
+def probabilities(y: Tensor, dim: int) -> Tensor:
+    """P of exponents ``y = x - m + 8``, ``(..., 128)``, slots of one block: e4m3 values as FP32. NaN stays NaN."""
+    p = to_e4m3(torch.exp2(y)).float()
+    coded = y[..., : CODE_SLOTS[dim]]
+    p[..., : CODE_SLOTS[dim]] = torch.where(coded.isnan(), coded, exponent_codes(coded).view(torch.float8_e4m3fn).float())
+    return p
+
+
 def _slot_of_token(token_of_slot: Tensor) -> Tensor:
     slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
     return slots[token_of_slot[slots].argsort()]
@@ -246,7 +269,7 @@ def forward(
                     x = (q_raw[b, h, i] @ k_raw[b, h, j].T) * factor
                     # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
                     m_new = torch.maximum(m, x.amax(-1).ceil())
-                    p = to_e4m3(torch.exp2(x - m_new[:, None] + P_SHIFT)).float()
+                    p = probabilities(x - m_new[:, None] + P_SHIFT, dim)
                     rescale = torch.where(m_new == m, 1.0, torch.exp2(m - m_new))
                     # Section 5: the normaliser is the sum of the quantized probabilities of valid keys.
                     l = l * rescale + p @ ones[b, h, j]
@@ -287,7 +310,7 @@ def backward(
     """Straight-through gradients ``(dq, dk, dv)``, each ``(B, H, S, D)`` FP32 (``docs/numerics.md``, Backward).
 
     The quantizers and the K smoothing pass gradients as identity. The probabilities are the quantized ones of the forward,
-    ``p = e4m3(2^(x - m + 8)) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
+    ``p = P(x - m + 8) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
     """
     batch, heads, num_blocks, _, dim = q8.shape
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
@@ -312,7 +335,7 @@ def backward(
                 for j in indices[tile][: counts[tile]]:
                     factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
                     x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
-                    p = to_e4m3(torch.exp2(x - m + P_SHIFT)).float() * ones[b, h, j]
+                    p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
                     dp = do[b, h, i] @ v[b, h, j].T
                     ds = p * (dp - delta[b, h, i, :, None]) * softmax_scale
@@ -374,7 +397,7 @@ def jvp(
                 for j in indices[tile][: counts[tile]]:
                     factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
                     x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
-                    p = to_e4m3(torch.exp2(x - m + P_SHIFT)).float() * ones[b, h, j]
+                    p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)
                     s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
                     p_dot = p * s_dot
