@@ -214,3 +214,36 @@ def test_values_beyond_a_given_v_absmax_saturate_and_infinities_do_not():
     raw, _ = ref._dequantized_v(z.v8t)
     slot = {int(t): s for s, t in enumerate(token_of_slot.tolist()) if t >= 0}
     assert raw[0, 0, 0, slot[1], 0] == 448 and not torch.isfinite(raw[0, 0, 0, slot[2], 1])
+
+
+def test_exponent_codes_are_exact_arithmetic_and_near_the_exponential():
+    """Every FP16 exponent: the FP32 sums round as exact ones do, and P is within a step of 2^y where it is normal."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    y = halves[halves.isfinite()]
+
+    def rounded(x, bits_below_one):  # to multiples of 2^-n, half to even: exact in FP64
+        return torch.round(torch.ldexp(x, torch.tensor(bits_below_one))).ldexp(torch.tensor(-bits_below_one))
+
+    exact = y.double() * (65 / 1024) + 1814 / 4096
+    near = y.abs() < 16
+    w = (y.float() * (65 / 1024) + 1814 / 4096).half().double()
+    exponent = torch.frexp(exact[near])[1].clamp_min(-13)
+    ulps = torch.round(torch.ldexp(exact[near], 11 - exponent))
+    assert torch.equal(torch.ldexp(ulps, exponent - 11), w[near])
+    w = w.clamp(0.0, 1.0)
+    r = w * (63 / 32) + 65 / 32
+    eighths = torch.where(r < 4, (rounded(r, 9) - 2) * 512, 1024 + (rounded(r, 8) - 4) * 256).long()
+    want = ((eighths + torch.where(eighths // 32 % 2 == 0, 3, 0)) // 8) - 2
+    codes = ref.exponent_codes(y.float())
+    assert torch.equal(codes.long(), want)
+    assert int(codes.max()) == 126 and int(codes.min()) == 0  # finite, not negative
+    assert bool((codes[y.argsort()].int().diff() >= 0).all())
+    normal = (y >= -6) & (y <= 8)
+    ratio = codes.view(torch.float8_e4m3fn).double()[normal] / torch.exp2(y[normal].double())
+    assert float(ratio.min()) > 1 - 1 / 8 and float(ratio.max()) < 1 + 1 / 8
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_probabilities_keep_nan_in_every_slot(dim):
+    y = torch.full((ref.BLOCK, ref.BLOCK), 3.0).fill_diagonal_(math.nan)
+    assert torch.equal(ref.probabilities(y, dim).isnan(), y.isnan())

@@ -133,9 +133,9 @@ __device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float* pair = s + 4 * j + 2 * r;
-      const float2 p = quantized_probabilities(fmaf(pair[0], q.scale[r] * sk.x * scale_log2, q.shift[r]),
-                                               fmaf(pair[1], q.scale[r] * sk.y * scale_log2, q.shift[r]),
-                                               is_code_slot<D>(8 * j));
+      const float2 p =
+          quantized_probabilities(fmaf(pair[0], q.scale[r] * sk.x * scale_log2, q.shift[r]),
+                                  fmaf(pair[1], q.scale[r] * sk.y * scale_log2, q.shift[r]), is_code_slot<D>(8 * j));
       pair[0] = p.x * q.inverse_sum[r];
       pair[1] = p.y * q.inverse_sum[r];
     }

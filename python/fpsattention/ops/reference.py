@@ -202,7 +202,9 @@ def probabilities(y: Tensor, dim: int) -> Tensor:
     """P of exponents ``y = x - m + 8``, ``(..., 128)``, slots of one block: e4m3 values as FP32. NaN stays NaN."""
     p = to_e4m3(torch.exp2(y)).float()
     coded = y[..., : CODE_SLOTS[dim]]
-    p[..., : CODE_SLOTS[dim]] = torch.where(coded.isnan(), coded, exponent_codes(coded).view(torch.float8_e4m3fn).float())
+    p[..., : CODE_SLOTS[dim]] = torch.where(
+        coded.isnan(), coded, exponent_codes(coded).view(torch.float8_e4m3fn).float()
+    )
     return p
 
 
