@@ -81,9 +81,7 @@ struct Mainloop {
     };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
       if constexpr (C::kKScalePerToken) {
-        const float lost = scale_columns<C::kCodeSlots>(score, shared.k_scale[k_slot.stage]);
-        score[C::kScoreRegisters - 4] += lost;  // a NaN, to a column of either row that keeps it
-        score[C::kScoreRegisters - 2] += lost;
+        scale_columns(score, shared.k_scale[k_slot.stage]);
         __syncwarp();  // lane 0 answers for the reads of all
       }
       shared.k_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);

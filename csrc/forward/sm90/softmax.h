@@ -24,7 +24,8 @@ __device__ __forceinline__ float rescale_factor(float from, float to) {
 }
 
 // max(0, greatest score) of the thread's two rows, over its own columns. Floats from 0 on are ordered as integers are,
-// and of those sm_90 compares three at a time: half the instructions of fmaxf. A NaN may win or be passed over.
+// and of those sm_90 compares three at a time: half the instructions of fmaxf. A NaN
+// wins: the tensor cores and multiplications make the positive one only, 0x7fffffff.
 __device__ __forceinline__ void own_top_or_zero(const float (&score)[64], float (&top)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -58,14 +59,19 @@ __device__ __forceinline__ float integer_bound(float x) { return ceilf(__fmaf_rn
 
 // m = max(m, integer_bound(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first.
 // Returns whether a row of the warp may have moved: where none has, m is right as it is, and that is all that most
-// blocks need to know. Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. NaNs reach the output through
-// the probabilities, whatever m is.
-__device__ __forceinline__ bool raise_max(const float (&score)[64], const float (&factor)[2], RowMax& m) {
+// blocks need to know. Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. A NaN counts as a move; it reaches
+// the output through the probabilities, whatever m is, from the last column of a row at the latest: codes by arithmetic
+// cannot carry it, so it is copied there.
+__device__ __forceinline__ bool raise_max(float (&score)[64], const float (&factor)[2], RowMax& m) {
   float top[2];
   own_top_or_zero(score, top);
-  const bool exceeds = top[0] * factor[0] > m.row[0] || top[1] * factor[1] > m.row[1];
+  const bool exceeds = !(top[0] * factor[0] <= m.row[0] && top[1] * factor[1] <= m.row[1]);
   const bool moved = __any_sync(~0u, exceeds);
   if (moved) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (isnan(top[half])) score[60 + 2 * half] = top[half];
+    }
     row_top(score, top);
     m.row[0] = fmaxf(m.row[0], integer_bound(top[0] * factor[0]));
     m.row[1] = fmaxf(m.row[1], integer_bound(top[1] * factor[1]));
@@ -73,11 +79,8 @@ __device__ __forceinline__ bool raise_max(const float (&score)[64], const float 
   return moved;
 }
 
-// score <- score * scale of its column (scales in shared memory): per-token scales of K. Returns NaN if a scale of the
-// first kCodeSlots columns is: integers cannot carry it. 0 otherwise.
-template <int kCodeSlots>
-__device__ __forceinline__ float scale_columns(float (&score)[64], const float* column_scale) {
-  float lost = 0.0f;
+// score <- score * scale of its column (scales in shared memory): per-token scales of K.
+__device__ __forceinline__ void scale_columns(float (&score)[64], const float* column_scale) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float2 scale = *reinterpret_cast<const float2*>(column_scale + accumulator_column(threadIdx.x % 128, 4 * i));
@@ -85,9 +88,7 @@ __device__ __forceinline__ float scale_columns(float (&score)[64], const float* 
     score[4 * i + 1] *= scale.y;
     score[4 * i + 2] *= scale.x;
     score[4 * i + 3] *= scale.y;
-    if (8 * i < kCodeSlots) lost = __fmaf_rn(scale.x, 0.0f, __fmaf_rn(scale.y, 0.0f, lost));
   }
-  return lost;
 }
 
 // score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of
