@@ -203,8 +203,9 @@ def test_backward_equals_the_reference(case, dtype, deterministic):
     ]
     for name, a, b in zip(("dq", "dk", "dv"), runs[0], want, strict=True):
         # V~, dO, P and dS enter the tensor cores in BF16 and the result is rounded once more, each 2^-9 of itself. Where an
-        # accumulator loses bits some P of S are the neighbouring e4m3 value: 3 % of them, by 2^-4, is less than one rounding.
-        assert a.dtype == dtype and (a.float() - b).norm() <= 2.0**-7 * b.norm(), name
+        # accumulator loses bits, some P are the neighbouring e4m3 value: 3 % of them, by 2^-4.
+        bound = 2.0**-7 + (0.03**0.5 * 2.0**-4 if CUTS else 0.0)
+        assert a.dtype == dtype and (a.float() - b).norm() <= bound * b.norm(), name
     if deterministic:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -41,7 +41,7 @@ def test_lists_of_a_content_pattern():
     mask = patterns.cdf_mean(q, k, LAYOUT, mass=0.6)
     assert mask.device.type == DEVICE
     results = [attend(q, k, v, mask, tensor_layout="HND", backend=backend)[0] for backend in ("sm90", "reference")]
-    assert relative_l1(*results) < 1e-3
+    assert relative_l1(*results) < 2.0**-9  # one rounding to BF16
     for a, b in zip(*(gradients(out, (q, k, v)) for out in results), strict=True):
         assert relative_l1(a, b) < 0.01
 
@@ -50,7 +50,7 @@ def test_scale_groups():
     q, k, v = tensors()
     tables = patterns.scale_groups(patterns.topk_mean(q, k, LAYOUT, ratio=0.4), (4, 6, 10), backward=True)
     results = [attend(q, k, v, tables, tensor_layout="HND", backend=backend)[0] for backend in ("sm90", "reference")]
-    assert relative_l1(*results) < 1e-3
+    assert relative_l1(*results) < 2.0**-9  # one rounding to BF16
     for a, b in zip(*(gradients(out, (q, k, v)) for out in results), strict=True):
         assert relative_l1(a, b) < 0.01
 
@@ -71,7 +71,7 @@ def test_clusters():
     q, k, v = tensors()
     clustered = patterns.svg2(q, k, LAYOUT, q_clusters=4, k_clusters=5, mass=0.5, iterations=3)
     results = [patterns.clustered_attention(q, k, v, clustered, backend=b) for b in ("sm90", "reference")]
-    assert relative_l1(*results) < 1e-3
+    assert relative_l1(*results) < 2.0**-9  # one rounding to BF16
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: an emulator has no streams to capture")

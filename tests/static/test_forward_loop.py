@@ -95,7 +95,8 @@ def test_main_loop(config, kernels):
     print(config, counts, steady)
     assert problems(loop, steady, LIMITS[config]) == []
     if config == "Config<128, false>":
-        assert loop["warpgroups"] * steady <= 0.65 * loop["cycles"]["tensor"]
+        # Codes by arithmetic take more instructions than exponentials, and none of their unit: issue has room for them.
+        assert loop["warpgroups"] * steady <= 0.7 * loop["cycles"]["tensor"]
 
 
 def test_split_counts_regions():
