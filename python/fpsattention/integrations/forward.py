@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .levels import Call, Tokens, index_of
 
 if TYPE_CHECKING:
-    from .installation import Installation
+    from .engine import Engine
 
 
 @dataclass(eq=False)
@@ -21,7 +21,7 @@ class Forward:
     """What the transformer's pre-hook read from the arguments of its forward.
 
     Attributes:
-        owner: the installation whose transformer runs.
+        owner: whose transformer runs.
         tokens: of the self-attention; None: the text length shows at the first attention.
         segments: of every sample, on the host or on the device.
         calls: what each group of layers does; empty until ``tokens`` is known, and where all layers are compiled.
@@ -30,7 +30,7 @@ class Forward:
         before: the forward that runs around this one, of another transformer.
     """
 
-    owner: Installation
+    owner: Engine
     tokens: Tokens | None
     segments: Tensor | Sequence[int]
     device: torch.device

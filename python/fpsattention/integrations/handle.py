@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, each call of which is a forward of the transformer that it is given.
+
+        For code that calls the parts of a model instead of the model: DiffSynth-Studio's ``pipe.model_fn = handle.around(pipe.model_fn)``.
+        The adapter's ``geometry`` gets the arguments of ``function`` by name.
+        """
+        signature = inspect.signature(function)
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+        @wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = {**bound.arguments, **bound.arguments.get(rest, {})}
+            given = [one for one in self.installations if any(x is one.transformer for x in arguments.values())]
+            if self._removed or len(given) != 1:
+                return function(*args, **kwargs)
+            with given[0].forward_of(arguments):
+                return function(*args, **kwargs)
+
+        return forward
 
     def report(self) -> Report:
         """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..layout.plain import plain_tensors
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter, Geometry, refusal
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
-from .cores import core_of, is_swapped, swap
+from .cores import core_of, installed, restore, swap
+from .engine import Engine
 from .forward import Forward
-from .levels import LevelTables, Tokens
+from .levels import Tokens
 from .record import Recorder
-from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
-from .site import Site
 from .state import CURRENT
 
-#: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
-Executed = tuple[int, ...] | None
 
-
-class Installation:
+class Installation(Engine):
     """Stand-ins for the processors of a transformer, and hooks that tell them, once per forward, what to do.
 
     Args:
@@ -57,58 +51,41 @@ class Installation:
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
+        cores = [core_of(module, adapter.core) for module in attentions.values()]
+        super().__init__(name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample)
         self.transformer = transformer
         self.adapter = adapter
-        self.name = name
         self.copied = False
-        self.on_unsupported = on_unsupported
-        self.tables = LevelTables(schedule, len(attentions), heads)
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
-        self.sites: list[Site] = []
-        self.modules: list[Any] = []
-        self._stand_ins: list[Any] = []
+        self.modules: list[Any] = list(attentions.values())
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
-        self._clear()
-        for layer, (path, module) in enumerate(attentions.items()):
-            core = core_of(module.processor, adapter.core)
-            site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
-            if debug:
+        if debug:
+            for site in self.sites:
                 site.observers.append(self._check_finite)
-            stand_in = swap(module.processor, core, site)
-            _set_processor(module, stand_in)
-            self.sites.append(site)
-            self.modules.append(module)
-            self._stand_ins.append(stand_in)
+        self._stand_ins = [swap(module, site) for module, site in zip(self.modules, self.sites, strict=True)]
         self._hooks = [
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             transformer.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    def _clear(self) -> None:
-        self._lock = threading.Lock()
-        self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
-        self.nonfinite: Counter[str] = Counter()
-        self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
-        self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
-
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("recorder", "_lock", "masks_read", "nonfinite", "_host_counts", "_device_counts"))
-        return {**self.__dict__, **dropped, "copied": True}
+        return {**super().__getstate__(), "recorder": None, "copied": True}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._clear()
+    def reset(self) -> None:
+        """Forget all counts."""
+        super().reset()
+        self.reader.host_reads = 0
 
     def remove(self) -> None:
         """Put the original processors back; an attention whose processor somebody else replaced since is left alone."""
         for hook in self._hooks:
             hook.remove()
         for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
-            if module.processor is stand_in:
-                _set_processor(module, stand_in.original)
+            if installed(module) is stand_in:
+                restore(module)
         plain_checkpoints(self.transformer)
 
     # Every forward ---------------------------------------------------------------------------------------------------------
@@ -120,6 +97,15 @@ class Installation:
         else:  # asked here: the functions below run with Dynamo off
             callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
             self._begin_forward(transformer, args, kwargs, compiled=callback is not None and callback is not False)
+
+    @contextmanager
+    def forward_of(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """What runs inside is a forward of the transformer with these arguments, by name."""
+        self._begin_forward(self.transformer, (), arguments, compiled=False)
+        try:
+            yield
+        finally:
+            self._after_forward(self.transformer, (), None)
 
     def _geometry(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Geometry:
         arguments = dict(zip(self._arguments, args, strict=False))
@@ -212,22 +198,7 @@ class Installation:
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
         CURRENT.forward = forward.before
-        if forward.tokens is None:  # no attention ran
-            return
-        executed = None if forward.graph_calls else tuple(forward.executed)
-        with self._lock:
-            if isinstance(forward.segments, Tensor):
-                self._count_on_device(forward.tokens, forward.segments, executed)
-            else:
-                self._host_counts.update((forward.tokens, segment, executed) for segment in forward.segments)
-
-    def _count_on_device(self, tokens: Tokens, segments: Tensor, executed: Executed) -> None:
-        key = (tokens, segments.device, executed)
-        if key not in self._device_counts:
-            with plain_tensors():
-                zeros = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64)
-                self._device_counts[key] = zeros.to(segments.device)
-        self._device_counts[key].index_add_(0, segments, torch.ones_like(segments))
+        self.count(forward)
 
     def _paths(self) -> list[str]:
         return [site.name.removeprefix(f"{self.name}.") for site in self.sites]
@@ -242,11 +213,11 @@ class Installation:
     def replaced(self) -> dict[str, str]:
         """Attention modules whose processor somebody replaced after ``apply``: name to the class of what is there now."""
         pairs = zip(self.sites, self.modules, self._stand_ins, strict=True)
-        return {site.name: type(m.processor).__name__ for site, m, ours in pairs if m.processor is not ours}
+        return {site.name: type(installed(m)).__name__ for site, m, ours in pairs if installed(m) is not ours}
 
     def _notice_replaced(self) -> None:
         if not self._warned_replaced and any(
-            module.processor is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
+            installed(module) is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
         ):
             self._warned_replaced = True
             name, kind = next(iter(self.replaced().items()))
@@ -255,66 +226,6 @@ class Installation:
                 f"schedule, as do {len(self.replaced()) - 1} more (set processors first, then apply)",
                 stacklevel=2,
             )
-
-    # Reports ---------------------------------------------------------------------------------------------------------------
-
-    def counts(self) -> Counter[tuple[Tokens, int, Executed]]:
-        """Samples by (tokens, segment, executed). Reads the device's counters, so it waits for the device."""
-        with self._lock:
-            counts = Counter(self._host_counts)
-            for (tokens, _, executed), tensor in self._device_counts.items():
-                counts.update({(tokens, segment, executed): n for segment, n in enumerate(tensor.tolist()) if n})
-        return counts
-
-    def reset(self) -> None:
-        """Forget all counts."""
-        self._clear()
-        self.reader.host_reads = 0
-        for site in self.sites:
-            site.fallbacks.clear()
-
-    def rows(self) -> list[Row]:
-        """Report rows of all layers; segments of one level are put together."""
-        counts = self.counts()
-        seen = list(dict.fromkeys(tokens for tokens, _, _ in counts))
-        rows = []
-        for layer, group in enumerate(self.tables.group_of_layer):
-            runs: Counter[tuple[Tokens, int]] = Counter()
-            for (tokens, segment, executed), n in counts.items():
-                runs[tokens, segment] += n * (1 if executed is None else executed[layer])
-            levels = self.tables.group_levels[group]
-            for level in dict.fromkeys(reversed(levels)):  # falling sigma
-                of_level = [segment for segment, other in enumerate(levels) if other == level]
-                calls, attended = 0, 0.0
-                for tokens in seen:
-                    for segment in of_level:
-                        n = runs[tokens, segment]
-                        calls += n
-                        attended += n * self.tables.tables(tokens).density(group, segment) if n else 0.0
-                windows: tuple[tuple[int, int, int], ...] = ()
-                density = 1.0 if level.precision == "bf16" else float("nan")
-                if seen:
-                    table = self.tables.tables(seen[-1])
-                    density = attended / calls if calls else table.density(group, of_level[-1])
-                    if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
-                        windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
-                granularity = level.granularity if level.precision == "fp8" else ""
-                rows.append(Row(self.name, layer, level.name, level.precision, granularity, windows, density, calls))
-        return rows
-
-    def executions(self) -> list[int] | None:
-        """Runs of each layer's core, in samples; None where some ran compiled."""
-        counts = self.counts()
-        if any(executed is None for _, _, executed in counts):
-            return None
-        totals = [0] * len(self.sites)
-        for (_, _, executed), n in counts.items():
-            totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
-        return totals
-
-    def forwards(self) -> int:
-        """Samples of the forwards seen."""
-        return sum(self.counts().values())
 
     # Debugging -------------------------------------------------------------------------------------------------------------
 
@@ -359,13 +270,6 @@ def _is_compiled(module: Any) -> bool:
         or "_orig_mod" in module._modules
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
     )
-
-
-def _set_processor(module: Any, processor: Any) -> None:
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:
-        module.processor = processor
 
 
 def _constant(size: int) -> int:
@@ -418,11 +322,8 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
     for path, module in attentions.items():
-        processor: Any = getattr(module, "processor", None)
-        if is_swapped(processor):
-            processor = processor.original
         try:
-            core_of(processor, adapter.core)
+            core_of(module, adapter.core)
         except UnsupportedError as error:
             return f"{path} {error}"
         head_dim = _head_dim(module)

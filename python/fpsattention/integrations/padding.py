@@ -19,7 +19,7 @@ from ..layout.plain import plain_tensors
 from .levels import Call, Tokens, index_of
 
 if TYPE_CHECKING:
-    from .cores import CoreCall
+    from .core_calls import CoreCall
     from .forward import Forward
 
 TextValid = tuple[tuple[int, ...], ...]

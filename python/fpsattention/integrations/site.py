@@ -19,9 +19,9 @@ from .levels import Call, Part
 from .state import CURRENT
 
 if TYPE_CHECKING:
-    from .cores import CoreCall
+    from .core_calls import CoreCall
+    from .engine import Engine
     from .forward import Forward
-    from .installation import Installation
 
 #: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE.
 Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
@@ -31,7 +31,7 @@ class Site:
     """The attention of one layer.
 
     Args:
-        owner: the installation.
+        owner: whose layer it is.
         name: path of the module, for messages.
         layer: its index.
         group: of layers that read the schedule alike.
@@ -39,7 +39,7 @@ class Site:
         on_unsupported: ``"raise"`` or ``"dense"``.
     """
 
-    def __init__(self, owner: Installation, name: str, layer: int, group: int, core: str, on_unsupported: str):
+    def __init__(self, owner: Engine, name: str, layer: int, group: int, core: str, on_unsupported: str):
         self.owner = owner
         self.name = name
         self.layer = layer
@@ -68,7 +68,7 @@ class Site:
         if reason is None and core.mask is not None:
             reason = padding.unexplained(core, own, self.layer)
         if reason is not None:
-            return self._refused(core, reason)
+            return self.refused(reason, lambda: core.dense(core.q, core.k, core.v))
         if own is None:
             raise self._no_forward()
         if torch.compiler.is_compiling():
@@ -79,7 +79,7 @@ class Site:
                     "arguments of the transformer: compiled attention cannot read it"
                 )
             call = calls[self.group]
-        elif self.owner.adapter.per_sample:
+        elif self.owner.per_sample:
             call = self._call_of_sample(core, own)
         else:
             call = own.call(self.group, core.q.shape[1], core.q.device)
@@ -140,7 +140,12 @@ class Site:
             return f"has dropout {core.dropout}, wanted 0"
         return None
 
-    def _refused(self, core: CoreCall, reason: str) -> Tensor:
+    def refused(self, reason: str, dense: Callable[[], Tensor]) -> Tensor:
+        """What a call that cannot be served gives: an error, or the model's own attention and a line in the report.
+
+        Raises:
+            UnsupportedError: with ``on_unsupported="raise"``.
+        """
         if self.on_unsupported == "raise":
             raise UnsupportedError(
                 f'fpsattention.apply: {self.name} {reason}: call remove(), or apply(..., on_unsupported="dense")'
@@ -148,7 +153,7 @@ class Site:
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[reason] += 1
-        return core.dense(core.q, core.k, core.v)
+        return dense()
 
     def _no_forward(self) -> ConfigError:
         return ConfigError(

@@ -1,8 +1,9 @@
 """The table of model families. How to add one:
 
 1. Find out how the model's self-attention over the video calls its core. In diffusers that is ``dispatch_attention_fn`` or
-   ``F.scaled_dot_product_attention`` inside the processor; nothing needs to be written for these two. Another core is one
-   entry of ``cores.CORES``.
+   ``F.scaled_dot_product_attention`` inside the processor; nothing needs to be written for these two. Other code calls
+   ``flash_attention``, ``attention``, ... in the forward of its attention modules: ``core=`` names it, and one that is not known yet is
+   an entry of ``core_calls.CORES``.
 2. Write a row, an :class:`Adapter` of three to six lines, in the file of the family (or a new one), and name it in its ``ADAPTERS``::
 
        HUNYUAN = Adapter(
@@ -23,8 +24,11 @@ from typing import Any
 
 from . import cogvideo, hunyuan, images, ltx, others, wan
 from .adapter import Adapter, Geometry, latents_grid, submodules
+from .outside import OUTSIDE, WAN_DIFFSYNTH, WAN_ORIGINAL
 
-__all__ = ["ADAPTERS", "REFUSED", "Adapter", "Geometry", "find", "latents_grid", "refusal", "submodules"]
+__all__ = [
+    "ADAPTERS", "OUTSIDE", "REFUSED", "WAN_DIFFSYNTH", "WAN_ORIGINAL", "Adapter", "Geometry", "find", "latents_grid", "refusal", "submodules",
+]  # fmt: skip
 
 ADAPTERS: tuple[Adapter, ...] = (
     *wan.ADAPTERS, *hunyuan.ADAPTERS, *cogvideo.ADAPTERS, *ltx.ADAPTERS, *others.ADAPTERS, *images.ADAPTERS,
@@ -42,6 +46,8 @@ REFUSED: dict[str, str] = {
     "Kandinsky6Transformer3DModel": "not yet examined: audio and video in streams of their own",
     "Flux3Transformer2DModel": "not yet examined",
     "ZImageTransformer2DModel": "its samples are lists of images of different sizes",
+    "WanModel": "several projects have a class of this name: pass adapter=adapters.WAN_ORIGINAL or adapters.WAN_DIFFSYNTH "
+    "(fpsattention.integrations.adapters); in ComfyUI take the node",
 }
 
 
@@ -57,4 +63,4 @@ def refusal(model: Any) -> str | None:
 
 def named(name: str) -> Adapter | None:
     """The adapter of a family, or None."""
-    return next((adapter for adapter in ADAPTERS if adapter.name == name), None)
+    return next((adapter for adapter in (*ADAPTERS, *OUTSIDE) if adapter.name == name), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -104,15 +105,16 @@ class Adapter:
 
     def class_name(self, model: Any) -> str:
         """The family's own name of the class of ``model``: FSDP2 and users subclass it."""
-        return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes)
+        return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes), type(model).__name__)
 
 
 def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:
-    """``attentions`` of models whose blocks all have one attention: ``submodules(blocks="attn1")``, block lists in this order."""
+    """``attentions`` of models whose blocks all have one attention: ``submodules(blocks="attn1")``, block lists in this order; the
+    attention is named by its path in the block."""
 
     def find(model: Any) -> dict[str, torch.nn.Module]:
         return {
-            f"{blocks}.{i}.{attention}": getattr(block, attention)
+            f"{blocks}.{i}.{attention}": attrgetter(attention)(block)
             for blocks, attention in attributes.items()
             for i, block in enumerate(getattr(model, blocks, ()))
         }
