@@ -44,12 +44,13 @@ def masked(q: Tensor, k: Tensor, v: Tensor, others: int = 0, position: str = "su
 
 
 def close_to_masked_and_far_from_dense(seen: list, **others: object) -> None:
-    """e4m3 rounds by 2^-4 at most; half of the video is behind the mask."""
+    """e4m3 rounds by 2^-4 at most; much of the video is behind the mask."""
     assert seen
     for _, q, k, v, out in seen:
         want = masked(q, k, v, **others)
-        scale = want.abs().mean()
-        assert (out - want).abs().mean() < 0.06 * scale < 0.2 * (out - sdpa(q, k, v)).abs().mean()
+        error = (out - want).abs().mean()
+        assert error < 0.06 * want.abs().mean()
+        assert error < 0.5 * (out - sdpa(q, k, v)).abs().mean()
 
 
 def observed(handle) -> list:

@@ -201,7 +201,8 @@ def _diffsynth_wan(original: Core) -> Core:
             out = original(*(x.flatten(2) for x in (q, k, v)), num_heads, *args, **kwargs)
             return out.unflatten(2, (num_heads, -1))
 
-        return _run(CoreCall(*(x.unflatten(2, (num_heads, -1)) for x in (q, k, v)), dense)).flatten(2)
+        q, k, v = (x.unflatten(2, (num_heads, -1)) for x in (q, k, v))
+        return _run(CoreCall(q, k, v, dense)).flatten(2)
 
     return flash_attention
 

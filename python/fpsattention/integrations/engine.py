@@ -145,6 +145,14 @@ class Engine:
             totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
         return totals
 
+    def replaced(self) -> dict[str, str]:
+        """Layers whose code somebody replaced since: name to what is there now."""
+        return {}
+
+    def host_reads(self) -> int:
+        """Reads of a noise level from the device."""
+        return 0
+
     def forwards(self) -> int:
         """Samples of the forwards seen."""
         return sum(self.counts().values())

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..schedule import Schedule
+from .engine import Engine
 from .installation import Installation, check_not_compiled
 from .record import Recorder
 from .report import Report
@@ -140,7 +141,7 @@ class Handle:
         return recorder
 
 
-def report(installations: Iterable[Installation], skipped: Mapping[str, str]) -> Report:
+def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Report:
     """The report of some transformers, and of those that stay dense."""
     result = Report([], fallbacks=dict.fromkeys((f"{name}: {reason}" for name, reason in skipped.items()), 0))
     for installation in installations:
@@ -156,7 +157,7 @@ def report(installations: Iterable[Installation], skipped: Mapping[str, str]) ->
             text = f"tile {'x'.join(map(str, layout.tile))}, {'x'.join(map(str, layout.tile_grid))} tiles, "
             grid = "x".join(map(str, tokens.grid)) + (f" + {tokens.text_len} text" if tokens.text_len else "")
             result.grids[grid] = text + f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
-        result.host_reads += installation.reader.host_reads
+        result.host_reads += installation.host_reads()
     return result
 
 

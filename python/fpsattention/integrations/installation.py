@@ -215,6 +215,10 @@ class Installation(Engine):
         pairs = zip(self.sites, self.modules, self._stand_ins, strict=True)
         return {site.name: type(installed(m)).__name__ for site, m, ours in pairs if installed(m) is not ours}
 
+    def host_reads(self) -> int:
+        """Reads of a noise level from the device."""
+        return self.reader.host_reads
+
     def _notice_replaced(self) -> None:
         if not self._warned_replaced and any(
             installed(module) is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
