@@ -197,3 +197,22 @@ def test_joint_attention_with_padded_text():
         assert not handle.report().fallbacks
         cut = model(video[1:], torch.tensor([900.0]), text[1:, :4], valid[1:, :4])
     assert torch.allclose(out[1], cut[0], atol=1e-6)
+
+
+def test_other_parallelism_is_refused():
+    """xDiT's wrappers subclass the model; ParaAttention and cache-dit mark it, before or after."""
+    import tiny_wan
+
+    model = tiny_wan.transformer()
+    model._is_parallelized = True
+    with pytest.raises(UnsupportedError, match="ParaAttention"):
+        fps.apply(model, "fp8")
+    model._is_parallelized = False
+    with fps.apply(model, "fp8"), torch.no_grad():
+        model._is_parallelized = True
+        with pytest.raises(UnsupportedError, match="ParaAttention"):
+            tiny_wan.run(model, [900.0])
+    model = tiny_wan.transformer()
+    model.__class__ = type("xFuserWanTransformer3DWrapper", (type(model),), {"__module__": "xfuser.model_executor"})
+    with pytest.raises(UnsupportedError, match="xFuserWanTransformer3DWrapper is parallelized by xDiT"):
+        fps.apply(model, "fp8")

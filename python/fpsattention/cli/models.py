@@ -28,6 +28,20 @@ mask is compared with what the arguments of the forward say, once per layer and 
 `on_unsupported="dense"` makes that layer dense and stands in the report. Compiled blocks of models with
 such masks, and of Mochi, raise, or are dense and stand in the report. Text of a new length costs tables of its own, of which the last eight are kept.
 
+## Outside of diffusers
+
+| code | how | notes |
+| --- | --- | --- |
+{outside}| HunyuanVideo, Qwen-Image and others of musubi-tuner | `fps.apply(model, adapter=Adapter(..., core="attention"))` | a row of your own: see `tests/python/test_outside.py` |
+| ComfyUI | the node FPSAttention | [comfyui.md](comfyui.md) |
+| vLLM-Omni | `fpsattention.integrations.vllm_omni.register(...)` | an attention backend; contract-tested with stubs |
+| SGLang diffusion | `fpsattention.integrations.sglang.register(...)` | an attention backend; contract-tested with stubs |
+| xDiT, ParaAttention, cache-dit's parallelism | refused | their attention sees a part of the sequence |
+
+In these code bases the forward of an attention module calls a core by name (`flash_attention`, `attention_forward`, `attention`), and
+only that call is replaced, in the instances that the adapter names. Tested on tiny models with their call shapes, not in the code bases themselves
+(`tests/python/test_outside.py`, `tests/python/test_servers.py`).
+
 ## Refused
 
 `fps.apply` raises `UnsupportedError` with the reason; `on_unsupported="dense"` leaves the model as it is and reports it.
@@ -60,6 +74,8 @@ def installed(name: str) -> bool:
 
 def markdown() -> str:
     """The page."""
+    from ..integrations.adapters import OUTSIDE
+
     supported, refused = rows()
     lines = ["| family | kind | class | told | notes |", "| --- | --- | --- | --- | --- |"]
     for row in supported:
@@ -67,7 +83,9 @@ def markdown() -> str:
         lines.append(f"| {row['family']} | {row['kind']} | {classes} | {row['noise_level']} | {row['note']} |")
     reasons = ["| class | why |", "| --- | --- |"]
     reasons += [f"| `{row['class']}` | {row['reason']} |" for row in refused]
-    return _INTRODUCTION + "\n".join(lines) + "\n" + _NOTES + "\n".join(reasons) + "\n"
+    outside = "".join(f"| {a.name} | `fps.apply(model, adapter=...)` | {a.note} |\n" for a in OUTSIDE)
+    notes = _NOTES.replace("{outside}", outside)
+    return _INTRODUCTION + "\n".join(lines) + "\n" + notes + "\n".join(reasons) + "\n"
 
 
 def command(

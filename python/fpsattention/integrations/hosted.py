@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,3 +75,73 @@ class Hosted(Engine):
             return self.sites[layer].attend(core)
         finally:
             CURRENT.forward = before
+
+
+class Layers:
+    """Layers that a framework builds one by one, each with a name. A name that comes again is that of the next transformer.
+
+    One thread runs the layers of a transformer in their order.
+
+    Args:
+        name: of the framework, for messages.
+        schedule, on_unsupported: as in :class:`Hosted`.
+    """
+
+    def __init__(self, name: str, schedule: Schedule, on_unsupported: str):
+        self.name, self.schedule, self.on_unsupported = name, schedule, on_unsupported
+        self.transformers: list[Transformer] = []
+
+    def add(self, path: str) -> Layer:
+        """A layer, to be kept by whoever calls it."""
+        if not self.transformers or path in self.transformers[-1].paths:
+            self.transformers.append(Transformer(self))
+        transformer = self.transformers[-1]
+        transformer.paths.append(path)
+        return Layer(transformer, len(transformer.paths) - 1)
+
+
+class Transformer:
+    """The layers of one transformer, and its forward at hand."""
+
+    def __init__(self, layers: Layers):
+        self.layers = layers
+        self.paths: list[str] = []
+        self.hosted: Hosted | None = None
+        self.forward: Forward | None = None
+        self.told: tuple[object, ...] = ()
+        self.last = -1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of :class:`Layers`."""
+
+    transformer: Transformer
+    index: int
+
+    def attend(
+        self,
+        core: CoreCall,
+        grid: Grid,
+        sigma: float,
+        *,
+        text_position: str = "suffix",
+        run: Sequence[float] = (),
+        refused: str | None = None,
+    ) -> Tensor:
+        """The output of the layer, ``(B, S, H, D)``, in a forward of which the framework tells every layer; see :meth:`Hosted.begin`."""
+        one = self.transformer
+        if one.hosted is None:
+            layers = one.layers
+            one.hosted = Hosted(layers.name, layers.schedule, one.paths, None, layers.on_unsupported)
+        batch, device = core.q.shape[0], core.q.device
+        told = (grid, sigma, text_position, refused, batch, device, torch.is_grad_enabled())
+        if one.forward is None or told != one.told or self.index <= one.last:
+            if one.forward is not None:
+                one.hosted.count(one.forward)
+            one.forward = one.hosted.begin(
+                grid, [sigma] * batch, device, text_position=text_position, run=run, refused=refused
+            )
+            one.told = told
+        one.last = self.index
+        return one.hosted.attend(self.index, core, one.forward)

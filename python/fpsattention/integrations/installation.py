@@ -117,6 +117,8 @@ class Installation(Engine):
     ) -> None:
         """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
         try:
+            if getattr(transformer, "_is_parallelized", False):  # since
+                raise UnsupportedError(f"fpsattention.apply: {self.name}: {parallelized(transformer)}, wanted it whole")
             geometry = self._geometry(transformer, args, kwargs)
         except UnsupportedError as error:
             if self.on_unsupported == "raise":
@@ -310,6 +312,17 @@ def installation_of(transformer: Any) -> Installation | None:
     return None
 
 
+def parallelized(transformer: Any) -> str | None:
+    """What cuts the sequence of a model for several devices, so that its attention sees a part of the tokens, or None."""
+    if getattr(transformer, "_parallel_config", None) is not None:
+        return "enable_parallelism() was called on the transformer"
+    if any(cls.__module__.split(".")[0] == "xfuser" for cls in type(transformer).__mro__):
+        return f"{type(transformer).__name__} is parallelized by xDiT"
+    if getattr(transformer, "_is_parallelized", False):
+        return "the transformer is parallelized by ParaAttention or cache-dit (_is_parallelized)"
+    return None
+
+
 def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     """Why a model cannot run under a schedule, or None. Changes nothing."""
     if adapter is None and (reason := refusal(transformer)) is not None:
@@ -320,8 +333,8 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
             f"{type(transformer).__name__} is not supported, wanted one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
             "call fpsattention.attention where the model computes its attention"
         )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        return "enable_parallelism() was called on the transformer, wanted whole sequences and heads on one device"
+    if (parallel := parallelized(transformer)) is not None:
+        return f"{parallel}, wanted whole sequences and heads on one device"
     attentions = adapter.attentions(transformer)
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
