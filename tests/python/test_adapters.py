@@ -18,7 +18,7 @@ import fpsattention as fps
 from fpsattention.cli.main import app
 from fpsattention.errors import UnsupportedError
 from fpsattention.integrations import adapters
-from fpsattention.layout import masks, tiles
+from fpsattention.layout import exact, masks, tiles
 
 WINDOW = (1, 1, 1)
 SPARSE = {
@@ -105,7 +105,8 @@ def _reference(family: Family, sample: int, q: Tensor, k: Tensor, v: Tensor, win
     if window is not None:
         position = "prefix" if len(before) else "suffix"
         layout = tiles.plan(family.grid, tile=TILE, text_len=len(before) + len(after), text_position=position)
-        allowed = masks.sliding_tile_mask(layout, window).to_token_mask()[0, 0]
+        mask = masks.sliding_tile_mask(layout, window).with_exact(exact.frames(family.exact, layout))
+        allowed = mask.to_token_mask()[0, 0]
     q, k, v = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)[0].transpose(0, 1), rows
 

@@ -36,6 +36,7 @@ class Family:
         grid: tokens.
         before: tokens before the video.
         after: tokens after it, of each of two samples.
+        exact: frames that are references.
     """
 
     make: Callable[[int], tuple[torch.nn.Module, Arguments]]
@@ -44,6 +45,7 @@ class Family:
     grid: tuple[int, int, int] = GRID
     before: int = 0
     after: tuple[int, int] = (0, 0)
+    exact: tuple[int, ...] = ()
 
 
 def rand(*shape: int) -> Tensor:
@@ -346,7 +348,7 @@ def itself(sigma: float) -> float:
 FAMILIES: dict[str, Family] = {
     "wan": Family(wan("WanTransformer3DModel"), cell=bcthw),
     "vace": Family(wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=6), cell=bcthw),
-    "animate": Family(animate, cell=bcthw, grid=(3, 8, 12)),
+    "animate": Family(animate, cell=bcthw, grid=(3, 8, 12), exact=(0,)),
     "skyreels": Family(wan("SkyReelsV2Transformer3DModel"), cell=bcthw),
     "chronoedit": Family(wan("ChronoEditTransformer3DModel"), cell=bcthw),
     "anyflow": Family(wan("AnyFlowTransformer3DModel"), cell=btchw),

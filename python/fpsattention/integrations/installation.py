@@ -32,6 +32,7 @@ class Installation(Engine):
         adapter: what is known of the model.
         name: of the transformer in its pipeline, for messages and reports.
         scheduler: returns the pipeline's scheduler, or None.
+        exact: frames that are dense in both directions, besides those of the adapter; negative ones count from the end.
 
     Attributes:
         copied: it came along with a copied or unpickled model, and no handle owns it.
@@ -47,6 +48,7 @@ class Installation(Engine):
         num_train_timesteps: int,
         on_unsupported: str,
         debug: bool,
+        exact: tuple[int, ...] = (),
     ):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
@@ -56,6 +58,7 @@ class Installation(Engine):
         self.transformer = transformer
         self.adapter = adapter
         self.copied = False
+        self.exact = exact
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
         self.modules: list[Any] = list(attentions.values())
@@ -129,7 +132,7 @@ class Installation(Engine):
             return
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         t, h, w = geometry.grid
-        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
+        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position, self._exact(geometry))
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
@@ -164,6 +167,10 @@ class Installation(Engine):
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
 
+    def _exact(self, geometry: Geometry) -> tuple[int, ...]:
+        frames = int(geometry.grid[0])
+        return tuple(sorted({*geometry.exact, *(frame + frames if frame < 0 else frame for frame in self.exact)}))
+
     def _refused_compiled(self, reason: str) -> str:
         """Compiled attention counts nothing, so what it refuses is counted here, per forward."""
         reason = f"is compiled, and {reason}, wanted this model eager"
@@ -184,7 +191,7 @@ class Installation(Engine):
                 "arguments: compile the blocks (compile_repeated_blocks), not the whole model"
             )
         t, h, w = (_constant(size) for size in geometry.grid)
-        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
+        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         calls = self.tables.traced_calls(tokens, device, segments)

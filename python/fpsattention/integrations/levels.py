@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..layout.exact import frames, with_exact
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.plain import constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
@@ -36,6 +37,7 @@ class Tokens(NamedTuple):
     grid: Grid
     text_len: int = 0
     text_position: str = "suffix"
+    exact: tuple[int, ...] = ()  # frames that are dense in both directions
 
     @property
     def video_tokens(self) -> int:
@@ -103,6 +105,7 @@ class TokenTables:
     def __init__(self, tokens: Tokens, schedule: Schedule, windows: Sequence[Sequence[tuple[Window, ...] | None]]):
         position = tokens.text_position if tokens.text_len else "suffix"
         self.layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
+        self._exact = tokens.exact
         self._windows = windows  # group -> segment -> window(s) of the heads, None where the level is bf16
         self._masks: dict[tuple[Grid, ...], BlockMask] = {}
         self._stacked: dict[int, BlockMask] = {}
@@ -131,7 +134,7 @@ class TokenTables:
             if len(per_head) > 1:  # heads of one sample are laid out as samples of one head are
                 stacked = BlockMask.stack(per_head)
                 mask = BlockMask(self.layout, stacked.kv_num_blocks.transpose(0, 1), stacked.kv_indices.transpose(0, 1))
-            self._masks[windows] = mask
+            self._masks[windows] = with_exact(mask, frames(self._exact, self.layout))
         return self._masks[windows]
 
     def stacked(self, group: int) -> BlockMask:
@@ -188,9 +191,10 @@ class LevelTables:
         # Dynamo calls such functions while it traces and keeps the result; it knows no such methods.
         @constant
         def tables_on(
-            grid: Grid, text_len: int, text_position: str, group: int, segment: int | None, device: torch.device
-        ) -> tuple[Tensor, ...]:
-            tokens = Tokens(grid, text_len, text_position)
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], group: int, segment: int | None,
+            device: torch.device,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            tokens = Tokens(grid, text_len, text_position, exact)
             dense = all(level.precision == "bf16" for level in self.group_levels[group])
             lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
             return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose

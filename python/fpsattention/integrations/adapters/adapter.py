@@ -32,6 +32,7 @@ class Geometry:
         text_position: where these tokens are: "suffix" or "prefix".
         text_valid: of every sample, which of these tokens are not padding, as indices below ``text_len``: what the attention mask
             of the model says. A mask that says something else, or that comes where this is None, means dense attention.
+        exact: frames of the grid that are dense in both directions, too (reference images).
     """
 
     grid: Grid
@@ -40,6 +41,7 @@ class Geometry:
     text_len: int | None = 0
     text_position: str = "suffix"
     text_valid: tuple[tuple[int, ...], ...] | None = None
+    exact: tuple[int, ...] = ()
 
 
 def flow_sigma(timestep: Any, num_train_timesteps: int) -> Any:

@@ -34,14 +34,11 @@ def _images(ids: Tensor) -> list[Grid]:
 
 
 def image_ids(model: Any, arguments: Arguments) -> Geometry:
-    """Rows of ``img_ids`` are (image, row, column, ...) of each token; a tensor of them is read once."""
-    return Geometry(
-        _one_size(read_once(arguments["img_ids"], _images)),
-        arguments["hidden_states"],
-        arguments["timestep"],
-        arguments["encoder_hidden_states"].shape[1],
-        "prefix",
-    )
+    """Rows of ``img_ids`` are (image, row, column, ...) of each token; a tensor of them is read once. Images after the first are references."""
+    grid = _one_size(read_once(arguments["img_ids"], _images))
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    exact = tuple(range(1, grid[0]))
+    return Geometry(grid, arguments["hidden_states"], arguments["timestep"], text_len, "prefix", exact=exact)
 
 
 def image_shapes(model: Any, arguments: Arguments) -> Geometry:
@@ -58,6 +55,7 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
         arguments["encoder_hidden_states"].shape[1],
         "prefix",
         None if mask is None else read_once(mask, chosen),
+        tuple(range(samples[0][0][0], grid[0])),  # type: ignore[index]
     )
 
 
@@ -67,11 +65,11 @@ FLUX = Adapter(
 )  # fmt: skip
 FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
-    note="input images: of the size of the image only",
+    note="input images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 
 ADAPTERS = (FLUX, FLUX2, QWEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter, Arguments, Geometry, latents_grid, submodules
@@ -20,11 +21,19 @@ def frames_first(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(grid, latents, arguments["timestep"])
 
 
+def reference_first(model: Any, arguments: Arguments) -> Geometry:
+    """The first frame is a reference image."""
+    return replace(video_latents(model, arguments), exact=(0,))
+
+
 WAN = Adapter("Wan 2.1, 2.2", ("WanTransformer3DModel",), submodules(blocks="attn1"), video_latents)
 VACE = Adapter(
     "Wan VACE", ("WanVACETransformer3DModel",), submodules(blocks="attn1", vace_blocks="attn1"), video_latents
 )
-ANIMATE = Adapter("Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), video_latents)
+ANIMATE = Adapter(
+    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), reference_first,
+    note="the reference frame is dense in both directions",
+)  # fmt: skip
 SKYREELS = Adapter(
     "SkyReels-V2", ("SkyReelsV2Transformer3DModel",), submodules(blocks="attn1"), video_latents,
     note="dense under the mask of diffusion forcing (num_frame_per_block > 1)",
