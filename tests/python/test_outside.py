@@ -180,16 +180,15 @@ def test_attention_forward_with_layouts():
 
 
 def joint(model: torch.nn.Module, arguments: dict) -> Geometry:
-    valid = adapters.adapter.read_once(arguments["text_mask"], adapters.adapter.leading)
     text = arguments["text"].shape[1]
     grid = adapters.latents_grid(arguments["x"], model.patch_size)
-    return Geometry(grid, arguments["x"], arguments["timestep"], text, text_valid=valid)
+    return Geometry(grid, arguments["x"], arguments["timestep"], text)
 
 
 def test_joint_attention_with_padded_text():
     """musubi-tuner's ``attention``, with an adapter of a user's own."""
     model = musubi.JointModel()
-    adapter = Adapter("joint", ("JointModel",), submodules(blocks="self_attn"), joint, core="attention")
+    adapter = Adapter("joint", ("JointModel",), submodules(blocks="self_attn"), joint, core="attention", text_mask=True)
     video, text = rand(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2]), rand(2, 9, HEADS * DIM)
     valid = torch.arange(9) < torch.tensor([[9], [4]])
     with torch.no_grad(), fps.apply(model, SPARSE, adapter=adapter) as handle:

@@ -23,7 +23,7 @@ Core = Callable[..., Tensor]
 @dataclass(frozen=True)
 class CoreCall:
     """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
-    samples or tokens with a mask for them as fourth argument."""
+    samples, where there is a mask, with theirs as fourth argument."""
 
     q: Tensor
     k: Tensor
@@ -182,9 +182,12 @@ def _with_lengths(options: dict[str, Any], original: Callable[..., Tensor]) -> T
         mask = torch.arange(count) < torch.tensor(shorter)[:, None]
         mask = mask.to(k.device)[:, None, None]
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask) -> Tensor:
-        own = options if mask is not None or q.shape[0] == len(options["q"]) else {**options, "k_lens": None}
-        own = {**options, "k_lens": None} if mask is None and k.shape[1] != count else own
+    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        own = options
+        if mask is not None:
+            own = {**options, "k_lens": mask[:, 0, 0].sum(-1)}
+        elif q.shape[0] != len(options["q"]):  # all keys of all samples count, or there would be a mask
+            own = {**options, "k_lens": None}
         return original(q, k, v, own)
 
     causal, scale = bool(options.get("causal")), options.get("softmax_scale")
@@ -266,10 +269,11 @@ def _musubi(original: Core) -> Core:
             mask = (torch.arange(k.shape[1], device=k.device) < lengths.to(k.device)[:, None])[:, None, None]
         heads = q.shape[2]
 
-        def dense(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None = mask) -> Tensor:
-            mode = getattr(attn_params, "attn_mode", None)
-            params = attn_params if own is not None or mask is None else type(attn_params)(mode)
-            return original(q, k, v, params, drop_rate).unflatten(2, (heads, -1))
+        def dense(q: Tensor, k: Tensor, v: Tensor, some: Tensor | None = None) -> Tensor:
+            if some is not None:  # of some samples: its parameters are those of the batch
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=some).transpose(1, 2)
+            return original(q, k, v, attn_params, drop_rate).unflatten(2, (heads, -1))
 
         return _run(CoreCall(q, k, v, dense, mask, dropout=drop_rate)).flatten(2)
 

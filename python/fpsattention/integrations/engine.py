@@ -36,6 +36,7 @@ class Engine:
         cores: name of the function that each layer calls.
         on_unsupported: ``"raise"`` or ``"dense"``.
         per_sample: layers see one sample after the other.
+        text_mask: masks that layers get say which keys count.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Engine:
         cores: Sequence[str],
         on_unsupported: str,
         per_sample: bool = False,
+        text_mask: bool = False,
     ):
         self.name = name
         self.on_unsupported = on_unsupported
         self.per_sample = per_sample
+        self.text_mask = text_mask
         self.tables = LevelTables(schedule, len(paths), heads)
         self.sites = [
             Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
@@ -60,13 +63,12 @@ class Engine:
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
         self.nonfinite: Counter[str] = Counter()
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("_lock", "masks_read", "nonfinite", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(("_lock", "nonfinite", "_host_counts", "_device_counts"))
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

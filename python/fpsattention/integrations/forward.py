@@ -40,7 +40,6 @@ class Forward:
     executed: list[int] = field(default_factory=list)
     before: Forward | None = None
     video: Tokens | None = None  # with text_len 0, where the text length was left open
-    text_valid: tuple[tuple[int, ...], ...] | None = None  # per sample, as in Geometry
     refused: str | None = None  # why all of it is dense
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
     by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)

@@ -54,7 +54,9 @@ class Installation(Engine):
         heads = _num_heads(attentions)
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
         cores = [core_of(module, adapter.core) for module in attentions.values()]
-        super().__init__(name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample)
+        super().__init__(
+            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
+        )
         self.transformer = transformer
         self.adapter = adapter
         self.copied = False
@@ -151,14 +153,11 @@ class Installation(Engine):
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
-        forward.text_valid = geometry.text_valid
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
                 forward.refused = self._refused_compiled("the text length of this model shows at its attention only")
         elif compiled or self.compiled_modules():
-            if geometry.text_valid is not None:
-                forward.refused = self._refused_compiled("this model masks the padding of its text")
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)

@@ -97,6 +97,7 @@ class Call:
     slot_of_token: Tensor  # its length is the number of tokens
     parts: tuple[Part, ...]
     order: Tensor | None = None
+    text_first: bool = False  # the tokens beyond the grid come before it
 
 
 class TokenTables:
@@ -276,7 +277,8 @@ class LevelTables:
             if tables and switched:  # the lists are stacked: every sample takes those of its segment
                 tables[3:] = [table.index_select(0, segments) for table in tables[3:]]
             lists = Lists(*tables) if tables else None
-            calls.append(Call(slot_of_token, _branches(levels, lists, segments, None)))
+            parts = _branches(levels, lists, segments, None)
+            calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
     def graph_calls(
@@ -295,7 +297,8 @@ class LevelTables:
                 mask, packed = self._packed(tokens, group, None if switched else 0, device, backward)
                 if switched:
                     packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
-            calls.append(Call(slot_of_token, _branches(levels, packed, index, known)))
+            parts = _branches(levels, packed, index, known)
+            calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
     def calls(
@@ -319,7 +322,7 @@ class LevelTables:
                 mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
                 parts = (Part(mask.lists(backward), levels[0].granularity),)
-            calls.append(Call(slot_of_token, parts, order))
+            calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
         return tuple(calls)
 
     def _host_parts(

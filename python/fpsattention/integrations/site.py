@@ -66,7 +66,7 @@ class Site:
         if reason is None and own is not None:
             reason = own.refused
         if reason is None and core.mask is not None:
-            reason = padding.unexplained(core, own, self.layer)
+            reason = padding.unexplained(core, self.owner.text_mask)
         if reason is not None:
             return self.refused(reason, lambda: core.dense(core.q, core.k, core.v))
         if own is None:
@@ -89,10 +89,7 @@ class Site:
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
-        if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].lists is None):
-            out = padding.without(core, own, self.group, self._parts)
-        else:
-            out = self._parts(core, call)
+        out = self._parts(core, call)
         if self.observers and not torch.compiler.is_compiling():
             for observer in self.observers:
                 observer(self.name, core.q, core.k, core.v, out)
@@ -113,20 +110,22 @@ class Site:
         return forward.call_of((sample,), text_len, self.group, core.q.device)
 
     def _parts(self, core: CoreCall, call: Call) -> Tensor:
+        masked = None
+        if core.mask is not None and any(part.lists is not None for part in call.parts):
+            masked = padding.masked(core, call.text_first)
         if len(call.parts) == 1:
-            return _part(core, call.parts[0], core.q, core.k, core.v)
+            return _part(core, call.parts[0], core.q, core.k, core.v, masked)
         if call.parts[0].chosen is not None:
-            return _branches(core, call.parts)
+            return _branches(core, call.parts, masked)
         assert call.order is not None  # several parts: there is an order, and each names its samples
         outs = []
         for part in call.parts:
             assert part.samples is not None
-            outs.append(_part(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
+            q, k, v = (x.index_select(0, part.samples) for x in (core.q, core.k, core.v))
+            outs.append(_part(core, part, q, k, v, None if masked is None else masked.select(part.samples)))
         return torch.cat(outs).index_select(0, call.order)
 
     def _refusal(self, core: CoreCall) -> str | None:
-        if core.mask is not None and torch.compiler.is_compiling():
-            return "got an attention mask in a compiled block, wanted None there"
         if core.causal:
             return "is causal, wanted attention in both directions"
         if core.parallel:
@@ -163,37 +162,42 @@ class Site:
         )
 
 
-def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One launch.
+def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, masked: padding.Masked | None) -> Tensor:
+    """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
 
     Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
     next, so the cast costs nothing that counts.
     """
     if part.lists is None:
-        return core.dense(q, k, v)
+        return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
     lists = part.lists
     if isinstance(lists, Packed):
         lists = lists.unpack(q.shape[0], q.shape[2])
+    hidden = None
+    if masked is not None:
+        k, v, hidden, _ = masked
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), lists, granularity=part.granularity, scale=core.scale)[0]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return attend(q, k, v, lists, granularity=part.granularity, scale=core.scale, hidden=hidden)[0]
 
 
-def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
+def _branches(core: CoreCall, parts: tuple[Part, ...], masked: padding.Masked | None) -> Tensor:
     """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
     out: Tensor | None = None
+    operands = (core.q, core.k, core.v, *(masked or ()))
     for part in parts:
         assert part.chosen is not None and part.wanted is not None
 
-        def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
-            out = _part(core, part, q, k, v).to(v.dtype)
+        def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
+            out = _part(core, part, q, k, v, padding.Masked(*masked) if masked else None).to(v.dtype)
             return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
 
-        def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:
             return torch.zeros_like(v, memory_format=torch.contiguous_format)
 
-        one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
+        one = torch.cond(part.wanted, run, skip, operands)
         out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
     assert out is not None
     return out

@@ -28,6 +28,7 @@ def attend(
     pow2_scales: bool = False,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    hidden: Tensor | None = None,
     deterministic: bool = False,
     tensor_layout: str = "NHD",
     backend: str = "auto",
@@ -40,6 +41,7 @@ def attend(
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient.
+        hidden: bool ``[B, S]`` on the device of q: keys that no row attends; k and v are then those of :func:`hidden.fill`.
         others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
 
     Returns:
@@ -68,7 +70,11 @@ def attend(
         "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
     if backend == "reference":
-        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, **options)
+        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
+    elif hidden is not None:
+        out, lse, *_ = autograd.call(
+            "attention_masked", q, k, v, *lists, k_mean, v_absmax, hidden, **options, deterministic=deterministic
+        )
     else:
         out, lse, *_ = autograd.call(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic

@@ -21,6 +21,8 @@ kv_indices, *, softmax_scale) -> out_tangent``
 ``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
 q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
     quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
+``attention_masked(q, k, v, ..., v_absmax, hidden, *, ...)``
+    ``attention`` of q, k, v from ``hidden.fill``, without the keys where ``hidden``, bool [B, S], is true. Every argument is given.
 ``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
     the tables of a planned grid: see ``lists.py``.
 
@@ -43,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
 from . import autograd, checks, cpu, fakes, lists, vmap
+from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
@@ -51,6 +54,14 @@ JVP_SCHEMA = (
     "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
     "Tensor kv_num_blocks, Tensor kv_indices, *, float softmax_scale) -> Tensor out_tangent"
+)
+
+
+MASKED_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, Tensor kv_num_blocks, "
+    "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? k_mean, Tensor? v_absmax, Tensor hidden, *, int granularity, "
+    "float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, "
+    "Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
 )
 
 
@@ -123,6 +134,7 @@ def _attention(
     q_indices: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    hidden: Tensor | None = None,
     *,
     granularity: int,
     softmax_scale: float,
@@ -131,7 +143,7 @@ def _attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The composite; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    """The composite, of both ops; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
     _keep_for_stream(
         q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
     )
@@ -141,12 +153,18 @@ def _attention(
             granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
         )
     )  # fmt: skip
+    if hidden is not None:
+        checks.check_hidden(q, hidden)
+        hidden = slots(hidden, token_of_slot)
+        z = hide(z, hidden)
     f = Forward(
         *torch.ops.fpsattn.forward(
             *z.operands, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, z.q_k_mean,
             num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
         )
     )  # fmt: skip
+    if hidden is not None and q_indices is not None and (_on_host or q.device.type != "cpu"):
+        z = z._replace(k8=without_keys(z.k8, hidden))  # the sm_90a backward reads no ones
     return (f.out, f.lse, *z.operands, f.row_max, f.row_sum)
 
 
@@ -205,7 +223,9 @@ _BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKe
 def _register() -> None:
     impl = torch.library.impl
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
-    impl("fpsattn::attention", "CompositeExplicitAutograd")(_attention)
+    torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
+    for op in ("attention", "attention_masked"):
+        impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
     if not _on_host:
         for op in KERNEL_OPS:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
@@ -218,7 +238,7 @@ def _register() -> None:
             _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
     lists.register()
     autograd.register(_LIBRARY)
-    for op in ("attention", *KERNEL_OPS, "jvp"):
+    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
 

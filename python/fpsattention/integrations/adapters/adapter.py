@@ -30,8 +30,6 @@ class Geometry:
         text_len: other tokens of the same sequence (text, history, images), dense in both directions. None: whatever
             the sequence has beyond the grid, read at the attention itself.
         text_position: where these tokens are: "suffix" or "prefix".
-        text_valid: of every sample, which of these tokens are not padding, as indices below ``text_len``: what the attention mask
-            of the model says. A mask that says something else, or that comes where this is None, means dense attention.
         exact: frames of the grid that are dense in both directions, too (reference images).
     """
 
@@ -40,7 +38,6 @@ class Geometry:
     timestep: Tensor
     text_len: int | None = 0
     text_position: str = "suffix"
-    text_valid: tuple[tuple[int, ...], ...] | None = None
     exact: tuple[int, ...] = ()
 
 
@@ -81,6 +78,8 @@ class Adapter:
             sigmas.
         kind: "video" or "image".
         per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
+        text_mask: the model masks the padding of its text: bool masks ``(B, 1, 1, S)``, or ``(B, 1, S, S)`` where rows of the video are alike, say
+            which keys count. Without it, a mask means dense attention.
         note: what users should know, for the table of models.
     """
 
@@ -93,6 +92,7 @@ class Adapter:
     scheduled: Callable[[Sequence[float]], Sequence[float]] | None = None
     kind: str = "video"
     per_sample: bool = False
+    text_mask: bool = False
     note: str = ""
 
     def __reduce__(self) -> Any:
@@ -155,16 +155,6 @@ class _ReadOnce:
 
 
 read_once = _ReadOnce()
-
-
-def leading(mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """``text_valid`` of a mask ``(B, L)`` whose sum is the number of valid tokens, which come first."""
-    return tuple(tuple(range(int(count))) for count in mask.sum(dim=1).tolist())
-
-
-def chosen(mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """``text_valid`` of a mask ``(B, L)`` with any pattern."""
-    return tuple(tuple(i for i, valid in enumerate(row) if valid) for row in mask.tolist())
 
 
 def latents_grid(latents: Tensor, patch_size: Any) -> Grid:

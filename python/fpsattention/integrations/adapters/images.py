@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .adapter import Adapter, Arguments, Geometry, Grid, chosen, own_sigma, read_once, submodules, thousandths
+from .adapter import Adapter, Arguments, Geometry, Grid, own_sigma, read_once, submodules, thousandths
 
 
 def _one_size(images: list[Grid]) -> Grid:
@@ -47,14 +47,12 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     grid = _one_size([tuple(image) for image in samples[0]])  # type: ignore[misc]
     if any(sample != samples[0] for sample in samples):
         raise UnsupportedError(f"fpsattention.apply: samples of sizes {samples} in one batch, wanted one size")
-    mask = arguments.get("encoder_hidden_states_mask")
     return Geometry(
         grid,
         arguments["hidden_states"],
         arguments["timestep"],
         arguments["encoder_hidden_states"].shape[1],
         "prefix",
-        None if mask is None else read_once(mask, chosen),
         tuple(range(samples[0][0][0], grid[0])),  # type: ignore[index]
     )
 
@@ -69,6 +67,7 @@ FLUX2 = Adapter(
 )  # fmt: skip
 QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
+    text_mask=True,
     note="input images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 

@@ -19,8 +19,7 @@ def list_of_videos(model: Any, arguments: Arguments) -> Geometry:
     latents = videos[0].unsqueeze(0).expand(len(videos), -1, -1, -1, -1)
     t, h, w = latents_grid(latents, model.patch_size)
     padding = arguments["seq_len"] - t * h * w
-    valid = ((),) * len(videos) if padding else None
-    return Geometry((t, h, w), latents, arguments["t"], padding, text_valid=valid)
+    return Geometry((t, h, w), latents, arguments["t"], padding)
 
 
 def reference_then_video(model: Any, arguments: Arguments) -> Geometry:
@@ -30,7 +29,7 @@ def reference_then_video(model: Any, arguments: Arguments) -> Geometry:
 
 
 WAN_ORIGINAL = Adapter(
-    "Wan (original code, musubi-tuner)", ("WanModel",), submodules(blocks="self_attn"), list_of_videos, core="flash_attention",
+    "Wan (original code, musubi-tuner)", ("WanModel",), submodules(blocks="self_attn"), list_of_videos, core="flash_attention", text_mask=True,
     note="`adapters.WAN_ORIGINAL`; samples of one size in a batch; not under torch.compile",
 )  # fmt: skip
 WAN_DIFFSYNTH = Adapter(
