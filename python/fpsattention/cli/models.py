@@ -22,11 +22,9 @@ and `remove()` restores every bit. That says where tokens are; it says nothing a
 
 """
 _NOTES = """
-"Other tokens" of the same sequence (text, history, keyframes, references) are dense in both directions. A mask over padded text is
-honoured: samples are attended without their padding, those of one length together, and rows of padding, which nothing reads, become 0. The
-mask is compared with what the arguments of the forward say, once per layer and padding; another mask raises, or with
-`on_unsupported="dense"` makes that layer dense and stands in the report. Compiled blocks of models with
-such masks, and of Mochi, raise, or are dense and stand in the report. Text of a new length costs tables of its own, of which the last eight are kept.
+"Other tokens" of the same sequence (text, history, keyframes, references) are dense in both directions. Where a model masks padded text, the mask
+that its attention gets decides, sample by sample and on the device: hidden keys are attended by nobody. Other masks raise, or with `on_unsupported="dense"` make that layer dense and stand in the report. Compiled blocks of
+Mochi raise, or are dense and stand in the report.
 
 ## Outside of diffusers
 

@@ -167,6 +167,8 @@ class Installation(Engine):
         self._notice_replaced()
 
     def _exact(self, geometry: Geometry) -> tuple[int, ...]:
+        if not geometry.exact and not self.exact:
+            return ()
         frames = int(geometry.grid[0])
         return tuple(sorted({*geometry.exact, *(frame + frames if frame < 0 else frame for frame in self.exact)}))
 

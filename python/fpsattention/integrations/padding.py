@@ -50,5 +50,4 @@ def masked(core: CoreCall, text_first: bool) -> Masked:
     mask = core.mask
     assert mask is not None
     hides = ~mask[:, 0, -1 if text_first else 0].expand(core.q.shape[0], -1)
-    k, v = hidden.fill(core.k, core.v, hides, text_first)
-    return Masked(k, v, hides, mask.expand(core.q.shape[0], -1, -1, -1))
+    return Masked(*hidden.fill(core.k, core.v, hides, text_first), hides, mask.expand(core.q.shape[0], -1, -1, -1))

@@ -13,7 +13,8 @@ from .reference import BLOCK, Quantized
 
 
 def fill(k: Tensor, v: Tensor, hidden: Tensor, text_first: bool) -> tuple[Tensor, Tensor]:
-    """k and v ``(B, S, H, D)`` for the quantizer: hidden keys repeat one that counts, and their values are 0. No gradient passes there.
+    """k and v ``(B, S, H, D)`` for the quantizer: hidden keys repeat one that counts, and their values are 0, so that what is there
+    changes no scale and no maximum. No gradient passes there. Queries stay: the mask says nothing about rows.
 
     Args:
         hidden: bool ``[B, S]``.

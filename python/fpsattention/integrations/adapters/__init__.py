@@ -46,6 +46,10 @@ REFUSED: dict[str, str] = {
     "Kandinsky6Transformer3DModel": "not yet examined: audio and video in streams of their own",
     "Flux3Transformer2DModel": "not yet examined",
     "ZImageTransformer2DModel": "its samples are lists of images of different sizes",
+}
+
+#: Classes outside of diffusers whose name does not say enough.
+ELSEWHERE: dict[str, str] = {
     "WanModel": "several projects have a class of this name: pass adapter=adapters.WAN_ORIGINAL or adapters.WAN_DIFFSYNTH "
     "(fpsattention.integrations.adapters); in ComfyUI take the node",
 }
@@ -58,7 +62,8 @@ def find(model: Any) -> Adapter | None:
 
 def refusal(model: Any) -> str | None:
     """Why a model that is known does not run under a schedule, or None."""
-    return next((REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in REFUSED), None)
+    known = REFUSED | ELSEWHERE
+    return next((known[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in known), None)
 
 
 def named(name: str) -> Adapter | None:
