@@ -99,7 +99,7 @@ def test_frames_of_a_model():
 
 def test_references_of_adapters_are_exact():
     """Wan Animate's reference frame, Flux 2's reference images: pairs of video tokens only are sparse."""
-    for name in ("animate", "flux2"):
+    for name in ("animate", "flux2", "flux3"):
         model, arguments = build(tiny_models.FAMILIES[name], 1, 0.9)
         if name == "flux2":
             for key in ("hidden_states", "img_ids"):
@@ -107,6 +107,9 @@ def test_references_of_adapters_are_exact():
                 if key == "img_ids":
                     again[..., 0] += 10
                 arguments[key] = torch.cat([arguments[key], again], -2)
+        if name == "flux3":
+            arguments["image_cond_hidden_states"] = arguments["hidden_states"] + 1
+            arguments["image_cond_ids"] = arguments["img_ids"] + torch.tensor([10.0, 0, 0, 0])
         with fps.apply(model, SPARSE) as handle:
             run(model, arguments)
             tokens = next(iter(handle.installations[0].counts()))[0]

@@ -43,9 +43,8 @@ REFUSED: dict[str, str] = {
     "WanAnimate2Transformer3DModel": "its samples are lists of videos of different grids, padded to one length",
     "Cosmos3OmniTransformer": "its queries are fewer than its keys, and its key heads fewer than its query heads",
     "MiniMaxH3Transformer3DModel": "video, audio and text are packed in an order that only position ids on the device tell",
-    "Kandinsky6Transformer3DModel": "not yet examined: audio and video in streams of their own",
-    "Flux3Transformer2DModel": "not yet examined",
-    "ZImageTransformer2DModel": "its samples are lists of images of different sizes",
+    "Kandinsky6SRTransformer3DModel": "its attention is sparse already (NABLA), by FlexAttention over tokens in fractal order",
+    "ZImageTransformer2DModel": "its samples are lists of images of different sizes, each padded to a multiple of 32 tokens before its caption",
 }
 
 #: Classes outside of diffusers whose name does not say enough.

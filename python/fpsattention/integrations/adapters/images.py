@@ -41,6 +41,15 @@ def image_ids(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(grid, arguments["hidden_states"], arguments["timestep"], text_len, "prefix", exact=exact)
 
 
+def image_and_reference_ids(model: Any, arguments: Arguments) -> Geometry:
+    """Text, the image, then references with ids of their own: in one order with the image, as if they were its."""
+    ids, references = arguments["img_ids"], arguments.get("image_cond_ids")
+    images = read_once(ids, _images) + ([] if references is None else read_once(references, _images))
+    grid, text_len = _one_size(images), arguments["encoder_hidden_states"].shape[1]
+    exact = tuple(range(len(read_once(ids, _images)), grid[0]))
+    return Geometry(grid, arguments["hidden_states"], arguments["timestep"], text_len, "prefix", exact=exact)
+
+
 def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     """``img_shapes`` has (frames, rows, columns) of the images, per sample in a list; text may be padded."""
     samples = [sample if isinstance(sample, list) else [sample] for sample in arguments["img_shapes"]]
@@ -65,10 +74,15 @@ FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
     image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only, dense in both directions",
 )  # fmt: skip
+FLUX3 = Adapter(
+    "Flux.3", ("Flux3Transformer2DModel",), submodules(single_transformer_blocks="attn"), image_and_reference_ids, own_sigma,
+    scheduled=thousandths, kind="image",
+    note="joint blocks; blocks of the image alone stay dense; reference images: of the size of the image only, dense in both directions",
+)  # fmt: skip
 QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
     text_mask=True,
     note="input images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 
-ADAPTERS = (FLUX, FLUX2, QWEN)
+ADAPTERS = (FLUX, FLUX2, FLUX3, QWEN)
