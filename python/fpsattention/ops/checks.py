@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .reference import BLOCK, V_EXTRA_ROWS, Operands
+from .reference import BLOCK, V_EXTRA_ROWS, Operands, code_dim
 
-HEAD_DIMS = (64, 128)  # of the kernels; attend() pads others to the next one
-_HEAD_DIMS_TEXT = " and ".join(map(str, HEAD_DIMS))
+HEAD_DIMS = (64, 96, 128)  # of the ops, ascending; attend() pads others to the next one
+_HEAD_DIMS_TEXT = f"{', '.join(map(str, HEAD_DIMS[:-1]))} and {HEAD_DIMS[-1]}"
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
@@ -106,6 +106,7 @@ def check_quantize(
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
+    block_sums: bool = False,
 ) -> None:
     op = "quantize"
     check_qkv(op, q, k, v)
@@ -157,13 +158,22 @@ def check_quantized(
     token_of_slot: Tensor,
 ) -> None:
     _dtype(op, "q8", q8, E4M3)
-    _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, "D"))
-    batch, heads, num_blocks, _, dim = q8.shape
-    if dim not in HEAD_DIMS:
-        _fail(op, "q8", f"has head dimension {dim}, supported are {_HEAD_DIMS_TEXT}")
+    if v_scale.dim() != 3 or v_scale.shape[2] not in HEAD_DIMS:
+        _fail(
+            op,
+            "v_scale",
+            f"has shape {tuple(v_scale.shape)}, expected (B, H, D), and supported D are {_HEAD_DIMS_TEXT}",
+        )
+    dim = v_scale.shape[2]
+    columns = code_dim(dim)
+    _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, columns))
+    batch, heads, num_blocks = q8.shape[:3]
     check_slots(op, token_of_slot)
     _shape(op, "token_of_slot", token_of_slot, (num_blocks * BLOCK,))
-    for name, x, want in (("k8", k8, q8.shape), ("v8t", v8t, (batch, heads, num_blocks, dim + V_EXTRA_ROWS, BLOCK))):
+    for name, x, want in (
+        ("k8", k8, q8.shape),
+        ("v8t", v8t, (batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK)),
+    ):
         _dtype(op, name, x, E4M3)
         _shape(op, name, x, tuple(want))
     for name, x in (("q_scale", q_scale), ("k_scale", k_scale)):
@@ -229,7 +239,8 @@ def check_saved(
 ) -> None:
     """What backward and jvp take of a forward."""
     check_quantized(op, *operands, token_of_slot)
-    batch, heads, num_blocks, _, dim = operands.q8.shape
+    batch, heads, dim = operands.v_scale.shape
+    num_blocks = operands.q8.shape[2]
     _token_tensor(op, "out", out)
     _dtype(op, "out", out, *_dtypes_of(operands.q8.device))
     _shape(op, "out", out, (batch, heads, "S", dim))

@@ -3,11 +3,13 @@
 Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D):
 
 ``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, *, granularity, smooth_k, pow2_scales,
-k_mean_stride=1) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean)``
-    q, k, v (B, H, S, D); token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
+k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean, q_block_sum, k_block_sum)``
+    q, k, v (B, H, S, D), D in {64, 96, 128}; token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
     granularity 0 tile, 1 block, 2 token; k_mean, v_absmax f32 [B, H, D], computed where None.
-    q8, k8 e4m3 [B, H, NB, 128, D]; v8t e4m3 [B, H, NB, D + 8, 128]; q_scale, k_scale f32 [B, H, NB], per token
+    q8, k8 e4m3 [B, H, NB, 128, C]; v8t e4m3 [B, H, NB, C + 8, 128]; C = D, or 128 for D = 96, the rest zeros; q_scale, k_scale f32 [B, H, NB], per token
     [B, H, NB, 128]; v_scale f32 [B, H, D]; k_mean_used f32 [B, H, D]; q_k_mean f32 [B, H, S].
+    q_block_sum, k_block_sum f32 [B, H, NB, D] with block_sums, else [B, H, 0, D]: sums of the tokens of each block of q and of k
+    (nothing subtracted), at no extra read. Divided by the valid slots of the block they are the means that patterns score by.
 ``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
 softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
