@@ -129,7 +129,7 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
   const Launch launch(op, q);
   FPSATTN_CHECK(q.dim() == 4, op, ": q has shape ", shape_text(q), ", expected (B, H, S, D)");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
-  FPSATTN_CHECK(is_head_dim(dim), op, ": q has head dimension ", dim, ", supported are 64, 96 and 128");
+  FPSATTN_CHECK(is_head_dim(dim), op, ": q has head dimension ", dim, ", supported are ", kHeadDims);
   FPSATTN_CHECK(batch > 0 && heads > 0 && tokens > 0, op, ": q has shape ", shape_text(q), ": no size may be 0");
   QuantizeParams params;
   params.dtype = kernel_dtype(op, "q", q.scalar_type());
@@ -205,7 +205,7 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
   // D is the length of v_scale; the codes have code_dim(D) columns.
   FPSATTN_CHECK(v_scale.dim() == 3, op, ": v_scale has shape ", shape_text(v_scale), ", expected (B, H, D)");
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
-  FPSATTN_CHECK(is_head_dim(dim), op, ": v_scale has head dimension ", dim, ", supported are 64, 96 and 128");
+  FPSATTN_CHECK(is_head_dim(dim), op, ": v_scale has head dimension ", dim, ", supported are ", kHeadDims);
   const int64_t columns = code_dim(static_cast<int>(dim));
   check_buffer(op, "q8", q8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});
   check_buffer(op, "k8", k8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});

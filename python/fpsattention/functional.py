@@ -52,8 +52,8 @@ def attention(
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
     Args:
-        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64
-            or 128, or any smaller one, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
+        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64,
+            96 or 128, or any other one below, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
         grid: ``(T, H, W)``, the token grid of the video.
         tile: ``(tT, tH, tW)``; None: the planner's choice. Part of the meaning of ``window``.
         window: ``(wT, wH, wW)`` sliding tile window, in tiles; text tokens attend and are attended by everything. None with no

@@ -2,6 +2,9 @@
 // the bits that 128 columns with zeros in the last 32 give.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <memory>
+
 #include "fpsattn/launch.h"
 #include "support/device.h"
 #include "support/slot_table.h"
@@ -28,8 +31,8 @@ float value(int tensor, int b, int h, int s, int d) {
 }
 
 // One attention with its gradients, on q, k, v, grad_out of `head_dim` columns, of which the first 96 are the same.
-struct Run {
-  Run(const HeadDimCase& c, int head_dim)
+struct Attention {
+  Attention(const HeadDimCase& c, int head_dim)
       : table(make_slot_table({4, 6, 7}, {4, 6, 6}, 5)),
         size{2, 2, head_dim, table.num_tokens, table.num_blocks(), table.num_tiles()},
         q(tokens(c, 0)),
@@ -157,7 +160,7 @@ class HeadDim : public testing::TestWithParam<HeadDimCase> {};
 
 TEST_P(HeadDim, HasTheBitsOfThePaddedOne) {
   FPSATTN_SKIP_WITHOUT_DEVICE();
-  const Run narrow(GetParam(), kDim), wide(GetParam(), kPaddedDim);
+  const Attention narrow(GetParam(), kDim), wide(GetParam(), kPaddedDim);
   EXPECT_EQ(narrow.q8.to_host(), wide.q8.to_host());
   EXPECT_EQ(narrow.k8.to_host(), wide.k8.to_host());
   EXPECT_EQ(narrow.v8t.to_host(), wide.v8t.to_host());

@@ -36,7 +36,7 @@ def attend(
 
     Args:
         q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``.
-            D up to 128: where the kernels have no such D, zeros are appended up to the next one that they have. Zeros change no
+            D up to 128: where the ops have no such D, zeros are appended up to the next of 64, 96 and 128. Zeros change no
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient.
