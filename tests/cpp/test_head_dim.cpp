@@ -34,7 +34,7 @@ float value(int tensor, int b, int h, int s, int d) {
 struct Attention {
   Attention(const HeadDimCase& c, int head_dim)
       : table(make_slot_table({4, 6, 7}, {4, 6, 6}, 5)),
-        size{2, 2, head_dim, table.num_tokens, table.num_blocks(), table.num_tiles()},
+        size{1, 2, head_dim, table.num_tokens, table.num_blocks(), table.num_tiles()},
         q(tokens(c, 0)),
         k(tokens(c, 1)),
         v(tokens(c, 2)),

@@ -317,6 +317,10 @@ def test_forward_mode_and_other_backends_are_refused():
     with pytest.raises(UnsupportedError, match="a forward-mode derivative .* was asked on the sm_90a kernels"):
         torch.func.jvp(lambda x: fps.attention(q, k, x, **case.kwargs()), (v,), (v,))
     with pytest.raises(
+        UnsupportedError, match="norm and RoPE inside of the quantizer were asked on the sm_90a kernels"
+    ):
+        fps.attention(q, k, v, norm=fps.Norm("rms"), **case.kwargs())
+    with pytest.raises(
         (ConfigError, UnsupportedError), match="backend 'cpu' but|backend 'cpu', but FPSATTN_SM90_ON_HOST=1"
     ):
         fps.attention(q, k, v, backend="cpu", **case.kwargs())

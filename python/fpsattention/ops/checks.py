@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .norm_rope import NORMS
 from .reference import BLOCK, V_EXTRA_ROWS, Operands, code_dim
 
 HEAD_DIMS = (64, 96, 128)  # of the ops, ascending; attend() pads others to the next one
@@ -126,6 +127,70 @@ def check_quantize(
         if x is not None:
             _dtype(op, name, x, torch.float32)
             _shape(op, name, x, (q.shape[0], q.shape[1], q.shape[3]))
+
+
+def check_prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> None:
+    op = "prepare"
+    check_quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
+    batch, heads, tokens, dim = q.shape
+    if norm not in NORMS.values():
+        _fail(op, "norm", f"is {norm}, expected {', '.join(f'{code} ({name})' for name, code in NORMS.items())}")
+    if not (math.isfinite(eps) and eps >= 0):
+        _fail(op, "eps", f"is {eps}, expected a finite number >= 0")
+    channels = heads * dim if norm == NORMS["rms_across_heads"] else dim
+    given = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    for name, x in given.items():
+        if x is None:
+            continue
+        if norm == NORMS["none"]:
+            _fail(op, name, "is given but norm is 0 (none)")
+        if x.dim() != 2 or x.shape[0] not in (1, 2) or x.shape[1] != channels:
+            _fail(
+                op,
+                name,
+                f"has shape {tuple(x.shape)}, expected (1, {channels}), or 2 rows: of rotated tokens and of the others",
+            )
+        if x.shape[0] == 2 and cos is None:
+            _fail(op, name, "has 2 rows but there is no rope: which tokens are rotated says which row is theirs")
+    if (cos is None) != (sin is None):
+        _fail(op, "sin" if sin is None else "cos", "is missing: both or none of cos and sin")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x is not None:
+            _dtype(op, name, x, torch.float32)
+            _shape(op, name, x, ("1 or B", "1 or H", "n", dim // 2))
+            if x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads) or x.shape != cos.shape:
+                _fail(
+                    op,
+                    name,
+                    f"has shape {tuple(x.shape)}, expected (1 or {batch}, 1 or {heads}, n, {dim // 2}), cos like sin",
+                )
+    if cos is not None and (first_rotated < 0 or not _holds(first_rotated + cos.shape[2] <= tokens)):
+        _fail(
+            op,
+            "cos",
+            f"has {cos.shape[2]} tokens from first_rotated={first_rotated} on, expected at most the {tokens} of q",
+        )
+    _same_device(op, q.device, **given, cos=cos, sin=sin)
 
 
 def check_slots(op: str, token_of_slot: Tensor) -> None:
@@ -328,6 +393,12 @@ def check_quantize_values(
 ) -> None:
     check_slot_values("quantize", token_of_slot, q.shape[2])
     check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[0] // BLOCK)
+
+
+def check_prepare_values(
+    q: Tensor, k: Tensor, v: Tensor, token_of_slot: Tensor, tile_block_offsets: Tensor, *_: Any, **options: Any
+) -> None:
+    check_quantize_values(q, k, v, token_of_slot, tile_block_offsets)
 
 
 def check_forward_values(

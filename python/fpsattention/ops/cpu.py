@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .norm_rope import norm_rope
 from .reference import (
     BLOCK,
     CODE_SLOTS,
@@ -142,6 +144,34 @@ def quantize(
         block_sum(x, token_of_slot) if block_sums else mean.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (q, k)
     )
     return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean, *sums
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """See ``reference.prepare``: same bits, given the same ``k_mean``."""
+    position = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
+    k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
+    return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
 
 
 # Attention: work items ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fake kernels of ``fpsattn::{quantize,forward,backward,jvp}``: the checks of ``checks.py`` and empty outputs. For meta and fake tensors."""
+"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: the checks of ``checks.py`` and empty outputs. For meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def _quantize(
         q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
         q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
     )
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    *_: Any,
+    granularity: int,
+    block_sums: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    return _quantize(q, k, v, token_of_slot, granularity=granularity, block_sums=block_sums)
 
 
 def _forward(

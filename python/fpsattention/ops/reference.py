@@ -8,10 +8,12 @@ are those of ``docs/numerics.md``. Shapes: q, k, v, out are ``(B, H, S, D)``; sl
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .norm_rope import norm_rope
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -214,6 +216,34 @@ def quantize(
     return Quantized(
         q8, k8, v8t, q_scale.contiguous(), k_scale.contiguous(), v_scale, k_mean, q_k_mean, q_block_sum, k_block_sum
     )
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> Quantized:
+    """:func:`quantize` of raw projections: norm and RoPE of q and k in FP32 first (step 0 of ``docs/numerics.md``)."""
+    position = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
+    k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
+    return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
 
 
 # Attention (steps 3 to 7) ------------------------------------------------------------------------------------------------
