@@ -1,7 +1,7 @@
 """FP8 + 3D-tile-sparse attention for video diffusion transformers on NVIDIA Hopper GPUs, trainable straight through.
 
 ``import fpsattention as fps``: :func:`attention`, :func:`plan`, :func:`sliding_tile_mask`, :func:`dense_mask`,
-:class:`BlockMask`, :class:`TileLayout`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`. Each is
+:class:`BlockMask`, :class:`TileLayout`, :class:`Norm`, :class:`Rope`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`. Each is
 imported when first used: importing the package needs no GPU, no compiled part and not even torch. What is missing raises
 :class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .integrations.diffusers import apply, remove, status
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
     from .layout.tiles import TileLayout, clear_plan_cache, plan
+    from .ops.prepare import Norm, Rope
     from .schedule import Level, Phase, Schedule
 
     __version__: str
@@ -28,7 +29,9 @@ _LAZY = {  # name: the module it is imported from when first used
     "dense_mask": "layout.masks",
     "sliding_tile_mask": "layout.masks",
     "Level": "schedule",
+    "Norm": "ops.prepare",
     "Phase": "schedule",
+    "Rope": "ops.prepare",
     "Schedule": "schedule",
     "TileLayout": "layout.tiles",
     "clear_plan_cache": "layout.tiles",
@@ -42,7 +45,9 @@ __all__ = [
     "BuildError",
     "ConfigError",
     "Level",
+    "Norm",
     "Phase",
+    "Rope",
     "Schedule",
     "TileLayout",
     "UnsupportedError",

@@ -37,7 +37,7 @@ struct BadCase {
 
 TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
   const BadCase cases[] = {
-      {"backward: head_dim is 96, expected 64 or 128", [](auto& p) { p.size.head_dim = 96; }},
+      {"backward: head_dim is 80, expected 64, 96 or 128", [](auto& p) { p.size.head_dim = 80; }},
       {"backward: batch is 0, expected 1..65535", [](auto& p) { p.size.batch = 0; }},
       {"backward: heads is 0", [](auto& p) { p.size.heads = 0; }},
       {"backward: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},

@@ -8,7 +8,7 @@ namespace fpsattn::sm90::backward {
 size_t workspace_bytes(const BackwardParams& params) { return Workspace::at(nullptr, params).bytes; }
 
 void launch(const BackwardParams& params, cudaStream_t stream) {
-  (params.size.head_dim == 64 ? launch_d64 : launch_d128)(params, stream);
+  (code_dim(params.size.head_dim) == 64 ? launch_d64 : launch_d128)(params, stream);
 }
 
 }  // namespace fpsattn::sm90::backward

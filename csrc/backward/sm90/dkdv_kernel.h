@@ -51,6 +51,7 @@ struct DkdvArgs {
   const float* k_scale;
   const int32_t* token_of_slot;
   BlockLists queries;  // rows = KV blocks, entries = query blocks
+  int head_dim;        // columns of dk and dv: fewer than D for 96
   int heads, num_blocks;
   float softmax_scale, scale_log2;
   TokenTensor dk, dv;
@@ -345,8 +346,8 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
     }
   }
   const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(consumer.dv, 1.0f, args.dv, args.fp16, b, h, tokens);
-  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.fp16, b, h, tokens);
+  store_rows<D>(consumer.dv, 1.0f, args.dv, args.head_dim, args.fp16, b, h, tokens);
+  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.head_dim, args.fp16, b, h, tokens);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -45,6 +45,7 @@ struct DqArgs {
   const int32_t* token_of_slot;
   const int32_t* tile_of_block;
   BlockLists keys;  // rows = query tiles, entries = KV blocks
+  int head_dim;     // columns of dq: fewer than D for 96
   int heads, num_blocks;
   float softmax_scale, scale_log2;
   TokenTensor dq;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
 
   const int slot = block * kBlockSlots + warpgroup * 64 + row;
   const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(dq, args.softmax_scale, args.dq, args.fp16, b, h, tokens);
+  store_rows<D>(dq, args.softmax_scale, args.dq, args.head_dim, args.fp16, b, h, tokens);
 }
 
 }  // namespace fpsattn::sm90::backward

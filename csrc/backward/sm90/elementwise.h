@@ -48,10 +48,11 @@ __device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offs
       make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1: not stored.
+// Stores the first head_dim columns of factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1]
+// (row g + 8); -1: not stored.
 template <int D>
 __device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const TokenTensor& out,
-                                           bool fp16, int b, int h, const int (&tokens)[2]) {
+                                           int head_dim, bool fp16, int b, int h, const int (&tokens)[2]) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int columns = 0; columns < D; columns += 32) {
@@ -64,7 +65,7 @@ __device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], fl
         w[i] = pack_16bit(factor * pair[0], factor * pair[1], fp16);
       }
       transpose_quad(w);
-      if (tokens[r] >= 0) {
+      if (tokens[r] >= 0 && columns + 8 * quad_lane < head_dim) {
         store_8(out, token_offset(out, b, h, tokens[r]), columns + 8 * quad_lane, w);
       }
     }

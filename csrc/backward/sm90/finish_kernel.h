@@ -19,6 +19,7 @@ struct FinishArgs {
   TokenTensor dq;
   bool fp16;
   float softmax_scale;
+  int head_dim;  // columns of dq
   int heads, num_blocks;
 };
 
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
   for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {
     const int row = i / kRowThreads, group = i % kRowThreads;  // group of 8 columns
     const int token = args.token_of_slot[blockIdx.x * kQueryRows + row];
-    if (token < 0) {
+    if (token < 0 || 8 * group >= args.head_dim) {
       continue;
     }
     const int warpgroup = group / (kRowThreads / 2), j = group % (kRowThreads / 2);

@@ -56,7 +56,8 @@ class Launcher {
     args.out = p.out, args.grad_out = p.grad_out;
     args.q = space_.q, args.k = space_.k, args.v = space_.v, args.d_out = space_.d_out;
     args.row_facts = space_.row_facts, args.k_scale_of_slot = space_.k_scale;
-    args.heads = p.size.heads, args.num_blocks = p.size.num_blocks, args.num_tokens = p.size.num_tokens;
+    args.head_dim = p.size.head_dim, args.heads = p.size.heads, args.num_blocks = p.size.num_blocks,
+    args.num_tokens = p.size.num_tokens;
     launch("backward: prepare", prepare_kernel<D>, blocks_, kPrepareThreads, 0, stream_, args);
   }
 
@@ -66,6 +67,7 @@ class Launcher {
     Args args{};
     args.row_facts = space_.row_facts, args.k_scale = space_.k_scale;
     args.token_of_slot = params_.token_of_slot;
+    args.head_dim = params_.size.head_dim;
     args.heads = params_.size.heads, args.num_blocks = params_.size.num_blocks;
     args.softmax_scale = params_.softmax_scale, args.scale_log2 = scale_in_log2_units(params_.softmax_scale);
     args.fp16 = params_.dtype == DType::kFloat16;
@@ -103,8 +105,8 @@ class Launcher {
 
   void finish() {
     const FinishArgs args{
-        space_.dq_sum,      params_.token_of_slot,  params_.dq, params_.dtype == DType::kFloat16, params_.softmax_scale,
-        params_.size.heads, params_.size.num_blocks};
+        space_.dq_sum,         params_.token_of_slot, params_.dq,         params_.dtype == DType::kFloat16,
+        params_.softmax_scale, params_.size.head_dim, params_.size.heads, params_.size.num_blocks};
     launch("backward: finish", finish_kernel<D>, dim3(blocks_.x * kHalves, blocks_.y, blocks_.z), kFinishThreads, 0,
            stream_, args);
   }

@@ -27,6 +27,7 @@ struct PrepareArgs {
   TokenTensor out, grad_out;
   uint16_t *q, *k, *v, *d_out;  // workspace, BF16
   float *row_facts, *k_scale_of_slot;
+  int head_dim;  // columns of out, grad_out and v_scale: fewer than D for 96, the others are zeros
   int heads, num_blocks, num_tokens;
 };
 
@@ -65,9 +66,11 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
     uint4 q = make_uint4(0, 0, 0, 0), k = q, d_out = q;
     float delta = 0.0f;
     if (token >= 0) {
-      float o[8], g[8];
-      load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
-      load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
+      float o[8] = {}, g[8] = {};
+      if (part * 8 < args.head_dim) {
+        load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
+        load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
+      }
       uint32_t w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -119,7 +122,7 @@ __device__ __forceinline__ void prepare_v(const PrepareArgs& args, int b, int h,
   float scale[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    scale[e] = args.v_scale[head * D + d + e];
+    scale[e] = d < args.head_dim ? args.v_scale[head * args.head_dim + d + e] : 1.0f;
   }
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {

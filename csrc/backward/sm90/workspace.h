@@ -1,4 +1,5 @@
-// The caller's workspace, cut into pieces. All in slot order; rows = B * H * num_blocks * 128. Host only.
+// The caller's workspace, cut into pieces. All in slot order; rows = B * H * num_blocks * 128,
+// D = code_dim of the head dimension. Host only.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +26,7 @@ struct Workspace {
 
   static Workspace at(void* base, const BackwardParams& params) {
     const size_t rows = size_t(params.size.batch) * params.size.heads * params.size.num_blocks * kBlockSlots;
-    const size_t elements = rows * params.size.head_dim;
+    const size_t elements = rows * code_dim(params.size.head_dim);
     Workspace pieces;
     pieces.q = static_cast<uint16_t*>(base);
     pieces.k = pieces.q + elements;
