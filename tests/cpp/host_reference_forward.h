@@ -30,7 +30,8 @@ struct ForwardInputs {
   size_t token_row(int b, int h, int s) const {
     return (static_cast<size_t>(b) * size.heads + h) * size.num_tokens + s;
   }
-  std::vector<int32_t> list(int b, int h, int tile) const {
+  // Outlined: GCC 12 warns of a vector that it has inlined wrongly (-Wfree-nonheap-object).
+  [[gnu::noinline]] std::vector<int32_t> list(int b, int h, int tile) const {
     const size_t row =
         (static_cast<size_t>(mask_batch == 1 ? 0 : b) * mask_heads + (mask_heads == 1 ? 0 : h)) * size.num_tiles + tile;
     const auto first = indices.begin() + row * max_blocks;
