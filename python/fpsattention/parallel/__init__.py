@@ -1,0 +1,11 @@
+"""One sequence on many GPUs: sequence-parallel attention that sends FP8. See ``docs/scale.md``.
+
+``fps.parallel.shard(model, mesh)`` for models, :func:`attention` for tensors, :func:`choose` for which scheme pays where.
+"""
+
+from .attention import attention
+from .collectives import count_bytes
+from .heads import Heads, deal_heads
+from .sharding import Sharding, shard_tokens
+
+__all__ = ["Heads", "Sharding", "attention", "count_bytes", "deal_heads", "shard_tokens"]
