@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .integrations.diffusers import apply, remove, status
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
     from .layout.tiles import TileLayout, clear_plan_cache, plan
+    from . import parallel
     from .schedule import Level, Phase, Schedule
 
     __version__: str
@@ -32,6 +33,7 @@ _LAZY = {  # name: the module it is imported from when first used
     "Schedule": "schedule",
     "TileLayout": "layout.tiles",
     "clear_plan_cache": "layout.tiles",
+    "parallel": "",  # the subpackage itself
     "plan": "layout.tiles",
     "remove": "integrations.diffusers",
     "status": "integrations.diffusers",
@@ -50,6 +52,7 @@ __all__ = [
     "attention",
     "clear_plan_cache",
     "dense_mask",
+    "parallel",
     "plan",
     "remove",
     "sliding_tile_mask",
@@ -63,7 +66,8 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         value: object = _version()
     elif name in _LAZY:
-        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        where = _LAZY[name]
+        value = getattr(importlib.import_module(f".{where}", __name__), name) if where else importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

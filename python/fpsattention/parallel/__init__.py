@@ -6,6 +6,16 @@
 from .attention import attention
 from .collectives import count_bytes
 from .heads import Heads, deal_heads
+from .model import ShardedModel, shard
 from .sharding import Sharding, shard_tokens
 
-__all__ = ["Heads", "Sharding", "attention", "count_bytes", "deal_heads", "shard_tokens"]
+__all__ = [
+    "Heads",
+    "ShardedModel",
+    "Sharding",
+    "attention",
+    "count_bytes",
+    "deal_heads",
+    "shard",
+    "shard_tokens",
+]
