@@ -259,17 +259,19 @@ class RingAttention(torch.autograd.Function):
         merge = _Merge(mine, sharding)
         one = len(problems) == 1
         partial = options.out_dtype if one or q.device.type != "cpu" else torch.float32
-        out, kept = None, ()
+        out: Tensor | None = None
+        kept: tuple[Tensor, ...] = ()
         pending = _fetch(mine, problems[0], sharding)
         for i, problem in enumerate(problems):
             fetched = _arrived(pending, mine, problem)
             if i + 1 < len(problems):  # travels while this one is attended
                 pending = _fetch(mine, problems[i + 1], sharding)
+            kept = fetched if one else ()  # also by a rank that visits nothing: whether to fetch again must be one answer
             if problem.lists is None:
                 continue
             out, row_max, row_sum = _forward(_operands(mine, fetched), problem, sharding, options, partial)
             if one:
-                kept, merge.row_max, merge.row_sum = fetched, row_max, row_sum
+                merge.row_max, merge.row_sum = row_max, row_sum
             else:
                 merge.add(out, row_max, row_sum)
         if not one or out is None:
@@ -291,7 +293,7 @@ class RingAttention(torch.autograd.Function):
         mine, row_max, row_sum, kept = Operands(*saved[:6]), saved[6], saved[7], tuple(saved[8:])
         grad_out = grad_out.to(options.out_dtype)
         totals = [torch.zeros(out.shape, dtype=torch.float32, device=out.device) for _ in range(3)]
-        refetch = not (len(problems) == 1 and kept)
+        refetch = len(problems) > 1
         pending = _fetch(mine, problems[0], sharding) if refetch else None
         for i, problem in enumerate(problems):
             fetched = _arrived(pending, mine, problem) if refetch else kept

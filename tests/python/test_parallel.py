@@ -1,0 +1,108 @@
+"""fpsattention.parallel in 2 and 4 processes (gloo, CPU). Processes are dear to start, so each group runs all of its checks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from fpsattention.errors import ConfigError
+from fpsattention.parallel import deal_heads
+from fpsattention.parallel.sharding import cut_evenly
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+SCRIPT = Path(__file__).with_name("distributed_parallel.py")
+TWO = (
+    "equal_to_one_process",
+    "options_of_the_call",
+    "long_sequences_take_a_part_of_k_for_its_mean",
+    "heads_are_dealt_by_cost",
+    "patterns_after_the_exchange",
+    "bytes_on_the_wire",
+    "halo_sends_what_is_visited",
+    "ring_is_exact_but_for_rounding_p",
+    "fp8_output",
+    "wrong_arguments",
+    "differing_ranks_are_refused",
+)
+FOUR = ("more_ranks_than_heads_and_two_meshes", "bytes_on_the_wire", "halo_sends_what_is_visited")
+
+
+def run(folder, size, names):
+    """What every rank wrote: name to error ("" where all is well)."""
+    environment = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), *names], env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    files = [folder / f"{rank}.json" for rank in range(size)]
+    results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return {name: [r.get(name, f"did not run: {o[-2000:]}") for r, o in zip(results, outputs, strict=True)] for name in names}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), 2, TWO)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks(name, two):
+    assert two[name] == ["", ""]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks(name, four):
+    assert four[name] == [""] * 4
+
+
+@pytest.mark.parametrize("name", ["one_rank_dies", "one_rank_is_stuck"])
+def test_a_lost_rank_is_an_error_on_the_other(name, tmp_path):
+    assert run(tmp_path, 2, [name])[name][0] == ""
+
+
+def test_heads_are_dealt_evenly_or_by_cost():
+    assert deal_heads(5, 2).of == ((0, 1, 2), (3, 4))
+    assert deal_heads(2, 4).of == ((0,), (1,), (), ())
+    assert deal_heads(3, 2, [1.0, 1.0, 1.0]).of == ((0, 1), (2,))  # equal: neighbours
+    dealt = deal_heads(6, 3, [5.0, 1.0, 4.0, 2.0, 3.0, 3.0])
+    assert dealt.of == ((0, 1), (2, 3), (4, 5)) and dealt.inverse is None
+    dealt = deal_heads(4, 2, [1.0, 3.0, 1.0, 1.0])
+    assert dealt.of == ((1,), (0, 2, 3)) and dealt.order == (1, 0, 2, 3) and dealt.inverse == (1, 0, 2, 3)
+    for wrong in ((0, 1), (1, 0)):
+        with pytest.raises(ConfigError, match=r"parallel\.deal_heads: .* expected at least 1"):
+            deal_heads(*wrong)
+    with pytest.raises(ConfigError, match="expected 2 finite numbers"):
+        deal_heads(2, 1, [1.0, float("nan")])
+
+
+def test_ranges_are_cut_near_equal_shares():
+    assert cut_evenly([4, 4, 4, 4], 2) == [0, 2, 4]
+    assert cut_evenly([10, 1, 1, 1], 3) == [0, 1, 2, 4]
+    assert cut_evenly([1] * 3, 3) == [0, 1, 2, 3]
+    bounds = cut_evenly([7, 5, 3, 9, 2, 8, 4], 4)
+    assert bounds[0] == 0 and bounds[-1] == 7 and all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def test_without_a_process_group():
+    import fpsattention as fps
+
+    with pytest.raises(ConfigError, match=r"parallel\.shard_tokens: torch\.distributed is not initialized"):
+        fps.parallel.shard_tokens(fps.plan((2, 4, 4)))
