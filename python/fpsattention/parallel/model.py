@@ -149,12 +149,14 @@ def _running() -> tuple[Forward, ForwardShard]:
 
 
 def _rows(x: Any, count: int, sharding: Sharding) -> Any:
-    """The rows of this rank of a tensor, or of several, whose first dimension of size ``count`` (the last holds features) is the video's."""
+    """The rows of this rank of a tensor, or of several, whose first dimension of size ``count`` is the video's; the last one of floats
+    holds features."""
     if isinstance(x, (tuple, list)):
         return type(x)(_rows(part, count, sharding) for part in x)
-    if not isinstance(x, Tensor) or count not in x.shape[:-1] or count == 1:
+    if not isinstance(x, Tensor) or count == 1:
         return x
-    return sharding.take(x, list(x.shape).index(count), "video")
+    sizes = list(x.shape[:-1] if x.is_floating_point() and x.ndim > 1 else x.shape)
+    return sharding.take(x, sizes.index(count), "video") if count in sizes else x
 
 
 def shard(
