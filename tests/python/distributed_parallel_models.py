@@ -86,7 +86,7 @@ def diffusers_parallelism(model, anything):
 
 def context_parallelism_of_diffusers():
     """Before and after ``apply``; streams that are cut apart (Flux) and a joint one (Helios, whose plan names 40 blocks)."""
-    for name in ("wan", "chronoedit", "helios", "flux", "flux2"):
+    for name in ("wan", "chronoedit", "helios", "flux"):
         torch.manual_seed(0)
         model, arguments = tiny_models.FAMILIES[name].make(2)
         model.eval()
@@ -96,7 +96,7 @@ def context_parallelism_of_diffusers():
             one = model(**arguments, return_dict=False)[0]
             if name == "wan":
                 handle.remove()
-            diffusers_parallelism(model, anything=name in ("chronoedit", "helios", "flux2"))
+            diffusers_parallelism(model, anything=name in ("chronoedit", "helios"))
             if name == "wan":
                 handle = fps.apply(model, schedule(tile))
             handle.reset()
