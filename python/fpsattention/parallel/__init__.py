@@ -4,16 +4,21 @@
 """
 
 from .attention import attention
+from .choose import Choice, Estimate, Network, choose
 from .collectives import count_bytes
 from .heads import Heads, deal_heads
 from .model import ShardedModel, shard
 from .sharding import Sharding, shard_tokens
 
 __all__ = [
+    "Choice",
+    "Estimate",
     "Heads",
+    "Network",
     "ShardedModel",
     "Sharding",
     "attention",
+    "choose",
     "count_bytes",
     "deal_heads",
     "shard",
