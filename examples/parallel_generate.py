@@ -103,7 +103,11 @@ def main():
         equal, difference = torch.equal(video, alone), ((video - alone).abs().max() / size).item()
         if not equal and (name in EXACT and not gpu or difference > 0.05):
             wrong.append(name)
-        verdict = "equals that of one process, bit for bit" if equal else f"differs from that of one process by {difference:.1e} at most"
+        verdict = (
+            "equals that of one process, bit for bit"
+            if equal
+            else f"differs from that of one process by {difference:.1e} at most"
+        )
         say(f"{name + ':':24s}the video {verdict}; rank 0 sent {sum(sent.values()):,} bytes")
 
     losses = train(copy.deepcopy(model), args.steps, together=False)
@@ -112,7 +116,9 @@ def main():
         fps.parallel.shard(one, mesh, **how)
         many = train(one, args.steps, together=True)
         worst = max(abs(a - b) / b for a, b in zip(many, losses, strict=True))
-        say(f"{name + ':':24s}training losses {', '.join(f'{x:.5f}' for x in many)}; differ from those of one process by {worst:.1e} at most")
+        say(
+            f"{name + ':':24s}training losses {', '.join(f'{x:.5f}' for x in many)}; differ from those of one process by {worst:.1e} at most"
+        )
         if worst > 1e-3:
             wrong.append(f"training by {name}")
     dist.destroy_process_group()

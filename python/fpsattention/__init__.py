@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from .errors import BuildError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from . import parallel
     from .functional import attention
     from .integrations.diffusers import apply, remove, status
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
     from .layout.tiles import TileLayout, clear_plan_cache, plan
-    from . import parallel
     from .schedule import Level, Phase, Schedule
 
     __version__: str
@@ -67,7 +67,11 @@ def __getattr__(name: str) -> object:
         value: object = _version()
     elif name in _LAZY:
         where = _LAZY[name]
-        value = getattr(importlib.import_module(f".{where}", __name__), name) if where else importlib.import_module(f".{name}", __name__)
+        value = (
+            getattr(importlib.import_module(f".{where}", __name__), name)
+            if where
+            else importlib.import_module(f".{name}", __name__)
+        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

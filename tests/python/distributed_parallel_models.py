@@ -27,7 +27,19 @@ def schedule(tile, *phases, **settings):
 
 def models_are_whole_again():
     """Every family that has a plan: the bits of one process (ring: to rounding). One head, so a rank of two has none."""
-    for name in ("wan", "vace", "skyreels", "hunyuan", "cogvideox", "easyanimate", "allegro", "ltx", "cosmos1", "cosmos2", "kandinsky"):
+    for name in (
+        "wan",
+        "vace",
+        "skyreels",
+        "hunyuan",
+        "cogvideox",
+        "easyanimate",
+        "allegro",
+        "ltx",
+        "cosmos1",
+        "cosmos2",
+        "kandinsky",
+    ):
         torch.manual_seed(0)
         model, arguments = tiny_models.FAMILIES[name].make(2)
         model.eval()
@@ -73,14 +85,20 @@ def diffusers_parallelism(model, anything):
     size = dist.get_world_size()
     context = ContextParallelConfig(ulysses_degree=size, ulysses_anything=anything)
     config = ParallelConfig(context_parallel_config=context)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", context.mesh_shape, mesh_dim_names=context.mesh_dim_names)
+    mesh = torch.distributed.device_mesh.init_device_mesh(
+        "cpu", context.mesh_shape, mesh_dim_names=context.mesh_dim_names
+    )
     config.setup(dist.get_rank(), size, torch.device("cpu"), mesh=mesh)
     model._parallel_config = config
     for module in model.modules():
         if hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = config
-    blocks = {f"blocks.{i}" for i in range(40)} - {f"blocks.{i}" for i in range(len(getattr(model, "blocks", range(40))))}
-    plan = {name: cut for name, cut in model._cp_plan.items() if not any(name.startswith(f"{gone}.") for gone in blocks)}
+    blocks = {f"blocks.{i}" for i in range(40)} - {
+        f"blocks.{i}" for i in range(len(getattr(model, "blocks", range(40))))
+    }
+    plan = {
+        name: cut for name, cut in model._cp_plan.items() if not any(name.startswith(f"{gone}.") for gone in blocks)
+    }
     apply_context_parallel(model, context, plan)
 
 
@@ -127,7 +145,11 @@ def gradients_are_those_of_one_process():
                 dist.all_reduce(p.grad)
                 grad = p.grad / dist.get_world_size()
                 # A bias of K moves no output: its gradient is rounding.
-                assert distance(grad, q.grad) < limit or float(q.grad.abs().max()) < 1e-6, (how, name, distance(grad, q.grad))
+                assert distance(grad, q.grad) < limit or float(q.grad.abs().max()) < 1e-6, (
+                    how,
+                    name,
+                    distance(grad, q.grad),
+                )
 
 
 def what_cannot_be_spread():

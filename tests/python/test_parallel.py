@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
+import fpsattention as fps
 from fpsattention.errors import ConfigError
-from fpsattention.parallel import deal_heads
+from fpsattention.parallel import Network, choose, deal_heads
+from fpsattention.parallel.choose import FORWARD_FLOPS, estimates
+from fpsattention.parallel.scaling import TABLES, WAN_14B, training_step
 from fpsattention.parallel.sharding import cut_evenly
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -42,7 +45,12 @@ FOUR = ("more_ranks_than_heads_and_two_meshes", "bytes_on_the_wire", "halo_sends
 
 def run(folder, size, names):
     """What every rank wrote: name to error ("" where all is well)."""
-    environment = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder), *names], env={**environment, "RANK": str(rank)},
@@ -57,7 +65,10 @@ def run(folder, size, names):
             process.kill()
     files = [folder / f"{rank}.json" for rank in range(size)]
     results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-    return {name: [r.get(name, f"did not run: {o[-2000:]}") for r, o in zip(results, outputs, strict=True)] for name in names}
+    return {
+        name: [r.get(name, f"did not run: {o[-2000:]}") for r, o in zip(results, outputs, strict=True)]
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +120,59 @@ def test_ranges_are_cut_near_equal_shares():
 
 
 def test_without_a_process_group():
-    import fpsattention as fps
-
     with pytest.raises(ConfigError, match=r"parallel\.shard_tokens: torch\.distributed is not initialized"):
         fps.parallel.shard_tokens(fps.plan((2, 4, 4)))
+
+
+# What it costs -----------------------------------------------------------------------------------------------------------------
+
+LAYOUT = fps.plan((16, 16, 16), (2, 8, 16))  # 16 tiles of 2 blocks, without padding
+
+
+def test_estimates_are_the_bytes_that_are_sent():
+    """By hand, for 4 ranks, 8 heads of 64: 1024 tokens each; a window of 3 tiles along T is a frame of tiles on either side."""
+    bf16, fp8, halo, ring = estimates(LAYOUT, 4, heads=8, head_dim=64, window=(3, 2, 1))
+    rows = 1024 * 8 * 3 / 4  # of which 3 of 4 heads travel
+    assert bf16.sent == rows * 8 * 64
+    assert fp8.sent == pytest.approx(rows * (3 * 64 + 2 * 4 / 128 + 2 * 64 + 4))
+    # 8 frames of 2 tiles: 2 frames a rank. Windows at the border are shifted inwards: an inner rank needs 1 frame of each neighbour.
+    assert halo.sent == ring.sent == 2 * 512 * 8 * (2 * 64 + 4 / 128)
+    assert (
+        halo.compute_seconds == pytest.approx(fp8.compute_seconds) == 4 * 4096**2 * (3 / 8) * 8 * 64 / 4 / FORWARD_FLOPS
+    )
+    assert ring.seconds < halo.seconds  # hidden
+    trained = estimates(LAYOUT, 4, heads=8, head_dim=64, window=(3, 2, 1), backward=True)
+    assert trained[0].sent == 2 * bf16.sent and trained[2].sent == halo.sent + 2 * 512 * 8 * 4 * 64
+    uneven = estimates(LAYOUT, 3, heads=4, head_dim=64)[1]  # two heads on one of three ranks
+    assert uneven.compute_seconds == pytest.approx(
+        1.5 * estimates(LAYOUT, 3, heads=3, head_dim=64)[1].compute_seconds * 4 / 3
+    )
+
+
+def test_choose_says_why():
+    slow = Network("slow", 1e9, 1e-6)
+    assert (
+        choose(LAYOUT, 4, heads=8, head_dim=64, window=(1, 2, 1), network=slow).best.scheme == "halo"
+    )  # nothing to fetch
+    assert choose(LAYOUT, 8, heads=8, head_dim=64, network=slow).arguments == {"scheme": "ulysses", "exchange": "fp8"}
+    free = choose(LAYOUT, 4, heads=8, head_dim=64, network=slow, exact=False)
+    assert "ms per layer" in str(free) and len(free.reasons) == 4
+    dynamic = choose(LAYOUT, 4, heads=8, head_dim=64, dynamic=True, density=0.2)
+    assert dynamic.arguments == {"scheme": "ulysses", "exchange": "bf16"} and "halo: cannot" in str(dynamic)
+    assert "16 video tiles for 32 ranks" in str(choose(LAYOUT, 32, heads=8, head_dim=64))
+    assert "not the bits of one process" in str(choose(LAYOUT, 4, heads=8, head_dim=64))
+    for text, changes in (
+        ("ranks 0, expected at least 1", {"ranks": 0}), ("network 'carrier pigeon', expected", {"network": "carrier pigeon"}),
+        ("density 2, expected", {"density": 2}), ("dynamic with a window", {"dynamic": True, "window": (1, 1, 1)}),
+        ("layout is a tuple", {"layout": (1, 2, 3)}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"fpsattention\.parallel\.choose: {text}"):
+            choose(**{"layout": LAYOUT, "ranks": 2, "heads": 4, "head_dim": 64, **changes})
+    with pytest.raises(ConfigError, match=r"training_step: 8 gpus, sequence_parallel 3"):
+        training_step(WAN_14B, 8, 3, 8)
+
+
+def test_tables_of_the_document_are_computed():
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    for name, make in TABLES.items():
+        assert f"<!-- table: {name} -->\n{make()}\n<!-- end -->" in text, name

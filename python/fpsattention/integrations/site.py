@@ -60,7 +60,11 @@ class Site:
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
         forward = CURRENT.forward
-        if forward is not None and (core.parallel is not None or forward.parallel is not None) and forward.refused is None:
+        if (
+            forward is not None
+            and (core.parallel is not None or forward.parallel is not None)
+            and forward.refused is None
+        ):
             from ..parallel import model as parallel
 
             return parallel.attend(self, core, forward)

@@ -158,7 +158,9 @@ def _plain(
     q, k, v = to_heads(q, k, v, sharding, heads)
     of_rank = None if lists is None else cut_lists(lists, heads, sharding.rank)
     k_mean, v_absmax = (None if x is None else heads.cut(x, 1, sharding.rank) for x in (k_mean, v_absmax))
-    if not q.shape[2]:  # more ranks than heads: the output hangs on the inputs all the same, so that gradients travel back
+    if not q.shape[
+        2
+    ]:  # more ranks than heads: the output hangs on the inputs all the same, so that gradients travel back
         out, lse = q + k + v, q.new_empty(q.shape[0], 0, q.shape[1], dtype=torch.float32)
     else:
         if of_rank is None:
@@ -194,15 +196,21 @@ def _check(
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise _fail(f"{name} {getattr(x, 'shape', type(x).__name__)}, expected a tensor (B, S_local, H, D)")
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise _fail(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected {q.dtype} {tuple(q.shape)} on {q.device} like q")
+            raise _fail(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected {q.dtype} {tuple(q.shape)} on {q.device} like q"
+            )
     if q.shape[1] != sharding.num_local:
-        raise _fail(f"q has {q.shape[1]} tokens, expected the {sharding.num_local} of rank {sharding.rank}: sharding.take(q, 1)")
+        raise _fail(
+            f"q has {q.shape[1]} tokens, expected the {sharding.num_local} of rank {sharding.rank}: sharding.take(q, 1)"
+        )
     if 0 in q.shape or kernel_dim(q.shape[3]) is None:
         raise _fail(f"q has shape {tuple(q.shape)}, expected no size 0 and a head dimension of at most {HEAD_DIMS[-1]}")
     if torch.compiler.is_compiling():
         raise _fail("it is being compiled, expected an eager call: leave it out with torch.compiler.disable")
     if not sharding.whole_tiles and (scheme != "ulysses" or exchange != "bf16"):
-        raise _fail(f"scheme {scheme!r} with exchange {exchange!r} sends FP8, which needs whole tiles: shard_tokens(..., whole_tiles=True)")
+        raise _fail(
+            f"scheme {scheme!r} with exchange {exchange!r} sends FP8, which needs whole tiles: shard_tokens(..., whole_tiles=True)"
+        )
     if output == "fp8" and (scheme != "ulysses" or exchange != "fp8"):
         raise _fail("output 'fp8', expected 'bf16': only scheme='ulysses' with exchange='fp8' has it")
 
@@ -219,7 +227,9 @@ def _mask(window: Any, block_mask: Any, sharding: Sharding, q: Tensor) -> BlockM
         raise _fail(f"block_mask was made for {block_mask.layout!r}, expected the layout of sharding, {layout!r}")
     batch, heads = block_mask.shape
     if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):
-        raise _fail(f"block_mask has lists for {batch} samples and {heads} heads, expected 1 or {q.shape[0]}, and 1 or {q.shape[2]}")
+        raise _fail(
+            f"block_mask has lists for {batch} samples and {heads} heads, expected 1 or {q.shape[0]}, and 1 or {q.shape[2]}"
+        )
     return block_mask
 
 

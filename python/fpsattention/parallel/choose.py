@@ -131,7 +131,9 @@ def choose(
         if other.problem:
             reasons.append(f"{other.name}: cannot: {other.problem}")
         elif exact and not other.exact:
-            reasons.append(f"{other.name}: {other.seconds * 1e3:.3f} ms, but not the bits of one process (exact=False allows it)")
+            reasons.append(
+                f"{other.name}: {other.seconds * 1e3:.3f} ms, but not the bits of one process (exact=False allows it)"
+            )
         else:
             reasons.append(f"{other.name}: {other.seconds * 1e3:.3f} ms, {other.sent / 1e6:.1f} MB")
     return Choice(best, tuple(found), tuple(reasons))
@@ -166,7 +168,9 @@ def estimates(
     if window is not None and block_mask is not None:
         raise ConfigError("fpsattention.parallel.choose: window and block_mask are both given, expected one of them")
     if dynamic and (window is not None or block_mask is not None):
-        raise ConfigError("fpsattention.parallel.choose: dynamic with a window or block_mask, expected neither: their lists are static")
+        raise ConfigError(
+            "fpsattention.parallel.choose: dynamic with a window or block_mask, expected neither: their lists are static"
+        )
     mask = block_mask
     if mask is None:
         mask = cached_mask(layout, layout.tile_grid if window is None else int3(window, "parallel.choose: window"))
@@ -203,9 +207,14 @@ class _Work:
         """(token, head) pairs of a rank."""
         return self.batch * self.layout.num_tokens * self.heads / self.ranks
 
+    @property
+    def fill(self) -> float:
+        """Slots per token: blocks are computed, and sent as FP8, with their padding."""
+        return self.layout.num_slots / self.layout.num_tokens
+
     def compute(self, share: float = 1.0) -> float:
         """Seconds of attention on the slowest rank, ``share`` of all pairs."""
-        flops = 4.0 * self.batch * self.layout.num_tokens**2 * self.density * self.heads * self.dim / self.ranks
+        flops = 4.0 * self.batch * self.layout.num_slots**2 * self.density * self.heads * self.dim / self.ranks
         return share * flops * (1 / FORWARD_FLOPS + (2.5 / BACKWARD_FLOPS if self.backward else 0.0))
 
     def seconds(self, sent: float, messages: int) -> float:
@@ -214,7 +223,9 @@ class _Work:
     def ulysses(self, exchange: str, problem: str) -> Estimate:
         uneven = math.ceil(self.heads / self.ranks) * self.ranks / self.heads  # the rank with most heads
         others = (self.ranks - 1) / self.ranks
-        per_row = 8.0 * self.dim if exchange == "bf16" else 5.0 * self.dim + 4 + 8 / 128  # q, k, v, output; lse; scales
+        per_row = 8.0 * self.dim  # q, k, v, output
+        if exchange == "fp8":  # bytes and scales of slots; output and lse of tokens
+            per_row = (3.0 * self.dim + 8 / 128) * self.fill + 2.0 * self.dim + 4
         rounds = 2 if exchange == "bf16" else 3  # statistics
         if self.backward:
             per_row += 8.0 * self.dim
@@ -222,11 +233,13 @@ class _Work:
         sent = self.rows * per_row * others
         kept = 5.0 * self.dim + 8  # q, k and v as FP8, the output, two statistics of its row
         spent, compute = self.seconds(sent * uneven, rounds * (self.ranks - 1)), self.compute(uneven)
-        return Estimate("ulysses", exchange, sent, spent, compute, spent + compute, self.rows * uneven * kept, True, problem)
+        return Estimate(
+            "ulysses", exchange, sent, spent, compute, spent + compute, self.rows * uneven * kept, True, problem
+        )
 
     def _fetching(self, tokens: int) -> float:
-        """Bytes forward, or both ways, of so many fetched tokens."""
-        return self.batch * tokens * self.heads * (2.0 * self.dim + 4 / 128)
+        """Bytes of K and V of so many fetched tokens."""
+        return self.batch * tokens * self.heads * (2.0 * self.dim + 4 / 128) * self.fill
 
     def halo(self, fetched: int, problem: str) -> Estimate:
         sent = self._fetching(fetched)
@@ -240,7 +253,9 @@ class _Work:
 
     def ring(self, fetched: Sequence[int], problem: str) -> Estimate:
         """``fetched`` in each step; step 0 is the rank's own shard."""
-        each = [self._fetching(n) * (2 if self.backward else 1) for n in fetched]  # K and V are fetched anew for the backward
+        each = [
+            self._fetching(n) * (2 if self.backward else 1) for n in fetched
+        ]  # K and V are fetched anew for the backward
         if self.backward:
             each = [e + self.batch * n * self.heads * 4.0 * self.dim for e, n in zip(each, fetched, strict=True)]
         visits = [1.0] + [n / max(1, self.layout.num_tokens / self.ranks) for n in fetched[1:]]
@@ -260,7 +275,9 @@ def _fetched_tokens(layout: TileLayout, mask: BlockMask, ranks: int) -> tuple[in
     sizes = torch.tensor(bounds).diff()
     owner = torch.repeat_interleave(torch.arange(ranks), sizes)
     texts = layout.num_tiles - layout.num_video_tiles
-    owner = torch.cat([owner, *(torch.full((n.numel(),), r) for r, n in enumerate(torch.arange(texts).tensor_split(ranks)))])
+    owner = torch.cat(
+        [owner, *(torch.full((n.numel(),), r) for r, n in enumerate(torch.arange(texts).tensor_split(ranks)))]
+    )
     visits = mask.to("cpu").to_blocks().any(0).any(0)  # [num_tiles, num_blocks]
     tokens, of_block = layout.block_tokens.long(), owner[layout.tile_of_block.long()]
     per_pair = torch.zeros(ranks, ranks, dtype=torch.int64)

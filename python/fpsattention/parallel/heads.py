@@ -46,7 +46,9 @@ class Heads:
     def restore(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Parts of all ranks, put together in the order of the heads."""
         whole = torch.cat(list(parts), dim)
-        return whole if self.inverse is None else whole.index_select(dim, torch.tensor(self.inverse, device=whole.device))
+        return (
+            whole if self.inverse is None else whole.index_select(dim, torch.tensor(self.inverse, device=whole.device))
+        )
 
 
 def deal_heads(num_heads: int, ranks: int, costs: Sequence[float] | None = None) -> Heads:
@@ -61,7 +63,9 @@ def deal_heads(num_heads: int, ranks: int, costs: Sequence[float] | None = None)
         ConfigError: numbers below 1, or costs that are not ``num_heads`` finite numbers >= 0.
     """
     if num_heads < 1 or ranks < 1:
-        raise ConfigError(f"fpsattention.parallel.deal_heads: {num_heads} heads on {ranks} ranks, expected at least 1 of each")
+        raise ConfigError(
+            f"fpsattention.parallel.deal_heads: {num_heads} heads on {ranks} ranks, expected at least 1 of each"
+        )
     if costs is not None:
         costs = [float(cost) for cost in costs]
         if len(costs) != num_heads or not all(0 <= cost < float("inf") for cost in costs):

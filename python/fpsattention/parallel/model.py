@@ -114,7 +114,9 @@ class ShardedModel:
         if forward.tokens is None and forward.video is not None:
             forward.tokens = forward.video._replace(text_len=0 if text is None else text.shape[1])
         sharding, changed = state.of(forward), {}
-        if text is not None and not sharding.whole_tiles:  # a text is a tile or two: whole ones would leave ranks without any
+        if (
+            text is not None and not sharding.whole_tiles
+        ):  # a text is a tile or two: whole ones would leave ranks without any
             changed["encoder_hidden_states"] = sharding.take(text, 1, "text")
         elif text is not None:
             state.replicated = text.shape[1]
@@ -125,7 +127,10 @@ class ShardedModel:
             if arguments.get(name) is not None:
                 changed[name] = _rows(arguments[name], count, sharding)
                 state.modulated |= name in MODULATION and changed[name] is not arguments[name]
-        return tuple(changed.pop(n, a) for n, a in zip(names, args, strict=False)) + args[len(names) :], {**kwargs, **changed}
+        return tuple(changed.pop(n, a) for n, a in zip(names, args, strict=False)) + args[len(names) :], {
+            **kwargs,
+            **changed,
+        }
 
     def _join(self, at_output: bool, module: Any, args: Any, output: Any) -> Any:
         forward, state = _running()
@@ -144,7 +149,9 @@ def _running() -> tuple[Forward, ForwardShard]:
             "fpsattention.parallel.shard: a block ran outside of a forward of its transformer, wanted transformer(...): the tokens are read there"
         )
     if forward.refused is not None:
-        raise UnsupportedError(f"fpsattention.parallel.shard: {forward.refused}: the tokens of this forward are not known")
+        raise UnsupportedError(
+            f"fpsattention.parallel.shard: {forward.refused}: the tokens of this forward are not known"
+        )
     return forward, forward.parallel
 
 
@@ -181,9 +188,15 @@ def shard(
     Raises:
         ConfigError: an argument is wrong, or the model is spread already. UnsupportedError: this model cannot be cut.
     """
-    for name, value, known in (("scheme", scheme, SCHEMES), ("exchange", exchange, EXCHANGES), ("output", output, OUTPUTS)):
+    for name, value, known in (
+        ("scheme", scheme, SCHEMES),
+        ("exchange", exchange, EXCHANGES),
+        ("output", output, OUTPUTS),
+    ):
         if not isinstance(value, str) or value not in known:
-            raise ConfigError(f"fpsattention.parallel.shard: {name} {value!r}, expected one of {', '.join(map(repr, known))}")
+            raise ConfigError(
+                f"fpsattention.parallel.shard: {name} {value!r}, expected one of {', '.join(map(repr, known))}"
+            )
     if exchange == "bf16" and (scheme != "ulysses" or output != "bf16"):
         raise ConfigError(
             f"fpsattention.parallel.shard: exchange 'bf16' with scheme {scheme!r} and output {output!r}, expected 'ulysses' and 'bf16'"
@@ -194,7 +207,9 @@ def shard(
     found = _transformers(model, "parallel.shard")
     for name, transformer in found.items():
         if sharded(transformer) is not None:
-            raise ConfigError(f"fpsattention.parallel.shard: {name} is spread already, expected one that is not: call remove() first")
+            raise ConfigError(
+                f"fpsattention.parallel.shard: {name} is spread already, expected one that is not: call remove() first"
+            )
         if getattr(transformer, "_parallel_config", None) is not None:
             raise ConfigError(
                 f"fpsattention.parallel.shard: enable_parallelism() was called on {name}, expected one of the two: it works with apply() as it is"
@@ -274,7 +289,12 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
     heads = _heads(site, core, forward, state, sharding)
     if core.parallel is not None:  # what runs on whole sequences is the model's own attention of one process
         core = replace(core, parallel=None, dense=partial(core.dense, parallel_config=None))
-    if state.exchange == "fp8" and core.mask is None and site.refusal(core) is None and not site.owner.adapter.per_sample:
+    if (
+        state.exchange == "fp8"
+        and core.mask is None
+        and site.refusal(core) is None
+        and not site.owner.adapter.per_sample
+    ):
         call = forward.call(site.group, forward.tokens.video_tokens + forward.tokens.text_len, core.q.device)
         forward.executed[site.layer] += 1
         return site.parts(core, call, partial(_part, site, state, sharding, heads))
@@ -291,11 +311,15 @@ def _whole(core: CoreCall, sharding: Sharding, heads: Heads, run: Any) -> Tensor
     return to_tokens(out, sharding, heads)
 
 
-def _part(site: Site, state: ForwardShard, sharding: Sharding, heads: Heads, core: CoreCall, part: Part, *qkv: Tensor) -> Tensor:
+def _part(
+    site: Site, state: ForwardShard, sharding: Sharding, heads: Heads, core: CoreCall, part: Part, *qkv: Tensor
+) -> Tensor:
     """One launch, as ``site._part`` makes it on whole sequences."""
     q, k, v = qkv
     if part.lists is None:
-        return _whole(replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v))
+        return _whole(
+            replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v)
+        )
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16
@@ -323,6 +347,8 @@ def _of_diffusers(core: CoreCall, forward: Forward) -> ForwardShard | None:
     if config is None:
         return None
     cut: Sequence[str] = tuple(getattr(forward.owner.transformer, "_cp_plan", None) or ())
-    joint = any(".attn" in module for module in cut)  # the sequence is cut where attention begins, not before its streams join
+    joint = any(
+        ".attn" in module for module in cut
+    )  # the sequence is cut where attention begins, not before its streams join
     forward.parallel = ForwardShard(config._flattened_mesh.get_group(), streams="joint" if joint else "apart")
     return forward.parallel

@@ -45,10 +45,19 @@ def resolved(
 ) -> Options:
     """Options for q ``(B, S_local, H, D)`` of a sequence of ``num_tokens``."""
     if resolve_backend(backend, q) == "reference":
-        raise ConfigError("fpsattention.parallel.attention: backend 'reference', expected 'auto', 'cpu' or 'sm90' with FP8 exchange")
+        raise ConfigError(
+            "fpsattention.parallel.attention: backend 'reference', expected 'auto', 'cpu' or 'sm90' with FP8 exchange"
+        )
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return Options(
-        GRANULARITIES[granularity], scale, smooth_k, pow2_scales, _k_mean_stride(num_tokens), deterministic, q.dtype, fp8_output
+        GRANULARITIES[granularity],
+        scale,
+        smooth_k,
+        pow2_scales,
+        _k_mean_stride(num_tokens),
+        deterministic,
+        q.dtype,
+        fp8_output,
     )
 
 

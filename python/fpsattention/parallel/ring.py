@@ -173,7 +173,11 @@ def _fetch(mine: Operands, problem: Problem, sharding: Sharding) -> Pending | No
 def _parts(mine: Operands, blocks: int) -> list[tuple[Sequence[int], torch.dtype]]:
     batch, heads, _, _, dim = mine.k8.shape
     scales = (batch, heads, blocks, *mine.k_scale.shape[3:])
-    return [((batch, heads, blocks, BLOCK, dim), E4M3), ((batch, heads, blocks, dim, BLOCK), E4M3), (scales, torch.float32)]
+    return [
+        ((batch, heads, blocks, BLOCK, dim), E4M3),
+        ((batch, heads, blocks, dim, BLOCK), E4M3),
+        (scales, torch.float32),
+    ]
 
 
 def _arrived(pending: Pending | None, mine: Operands, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +213,9 @@ def _operands(mine: Operands, fetched: tuple[Tensor, Tensor, Tensor]) -> Operand
     )  # fmt: skip
 
 
-def _forward(z: Operands, problem: Problem, sharding: Sharding, options: Options, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _forward(
+    z: Operands, problem: Problem, sharding: Sharding, options: Options, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """``out [B, H, S_local, D]``, row maximum and sum ``[B, H, own slots]`` of one problem."""
     lists = problem.lists
     assert lists is not None
@@ -266,7 +272,9 @@ class RingAttention(torch.autograd.Function):
             fetched = _arrived(pending, mine, problem)
             if i + 1 < len(problems):  # travels while this one is attended
                 pending = _fetch(mine, problems[i + 1], sharding)
-            kept = fetched if one else ()  # also by a rank that visits nothing: whether to fetch again must be one answer
+            kept = (
+                fetched if one else ()
+            )  # also by a rank that visits nothing: whether to fetch again must be one answer
             if problem.lists is None:
                 continue
             out, row_max, row_sum = _forward(_operands(mine, fetched), problem, sharding, options, partial)

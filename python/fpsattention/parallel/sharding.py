@@ -188,7 +188,9 @@ class Sharding:
 
 def _check_stream(stream: str) -> None:
     if stream not in STREAMS:
-        raise ConfigError(f"fpsattention.parallel.Sharding: stream {stream!r}, expected one of {', '.join(map(repr, STREAMS))}")
+        raise ConfigError(
+            f"fpsattention.parallel.Sharding: stream {stream!r}, expected one of {', '.join(map(repr, STREAMS))}"
+        )
 
 
 class _Gather(torch.autograd.Function):

@@ -126,9 +126,7 @@ def _send_output(out: Tensor, lse: Tensor, sharding: Sharding, heads: Heads, opt
         tensors = [to_e4m3(out.float() / scale.unsqueeze(-1)), lse, scale]
     pieces = [x.split(list(sharding.counts), dim=1) for x in tensors]
     chunks = [pack(*(piece[rank] for piece in pieces)) for rank in range(sharding.size)]
-    shapes = [
-        [((batch, sharding.num_local, len(of), *x.shape[3:]), x.dtype) for x in tensors] for of in heads.of
-    ]  # type: list[list[tuple[Sequence[int], torch.dtype]]]
+    shapes = [[((batch, sharding.num_local, len(of), *x.shape[3:]), x.dtype) for x in tensors] for of in heads.of]  # type: list[list[tuple[Sequence[int], torch.dtype]]]
     sizes = [sum(num_bytes(*part) for part in parts) for parts in shapes]
     received = exchange(chunks, sizes, sharding.group, "out").wait()
     parts = [unpack(flat, *shape) for flat, shape in zip(received, shapes, strict=True)]
@@ -187,5 +185,3 @@ class QuantizedUlysses(torch.autograd.Function):
         stacked = torch.stack([g.transpose(1, 2) for g in gradients])
         dq, dk, dv = _scatter_tokens(stacked, sharding, heads, "gradients").transpose(2, 3)
         return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), *(None,) * 6
-
-

@@ -104,7 +104,11 @@ class TrainConfig:
         if self.schedule is None and self.sparsity_warmup_steps:
             raise _wrong("sparsity_warmup_steps", self.sparsity_warmup_steps, "0 without a schedule")
         if self.schedule is None and self.sequence_parallel > 1:
-            raise _wrong("sequence_parallel", self.sequence_parallel, "1 without a schedule: the model's own attention is not spread")
+            raise _wrong(
+                "sequence_parallel",
+                self.sequence_parallel,
+                "1 without a schedule: the model's own attention is not spread",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
