@@ -307,7 +307,7 @@ def more_ranks_than_heads_and_two_meshes():
 def lost_ranks():
     """Rank 1 ends, rank 2 is stuck: rank 0 gets an error from both, in time."""
     rank = dist.get_rank()
-    groups = [dist.new_group([0, other], timeout=datetime.timedelta(seconds=2)) for other in (1, 2)]
+    groups = [dist.new_group([0, other], timeout=datetime.timedelta(seconds=8)) for other in (1, 2)]
     layout, mask, qkv, _ = problem((4, 8, 16), (2, 8, 8))
     for other, why in ((1, "another rank ended"), (2, "Timed out")):
         if rank not in (0, other):
@@ -318,12 +318,12 @@ def lost_ranks():
         if rank == 1:
             os._exit(17)
         if rank == 2:
-            time.sleep(8)
+            time.sleep(25)
             os._exit(17)
         started = time.monotonic()
         with failing(RuntimeError, rf"fpsattention\.parallel: exchange of \w+ failed on rank 0 of 2 .*{why}"):
             parallel.attention(*local, sharding, block_mask=mask)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 20
 
 
 def main():
@@ -344,7 +344,7 @@ def main():
         except BaseException:
             results[name] = traceback.format_exc()[-3000:]
         (folder / f"{rank}.json").write_text(json.dumps(results))
-    if names != ["lost_ranks"]:
+    if "lost_ranks" not in names:
         dist.destroy_process_group()
 
 

@@ -179,3 +179,24 @@ def what_cannot_be_spread():
         with failing(fps.ConfigError, r"ranks differ: .*segments \(\d,\); rank 1 .*segments \(\d,\)"):
             tiny_wan.run(model, [900.0 - 800.0 * dist.get_rank()])
         spread.remove()
+
+
+def fsdp_on_a_mesh_of_samples_and_tokens():
+    """2 x 2 ranks: weights sharded (FSDP2) over all four, a sample per pair; gradients are those of one process with both samples."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model, twin = (tiny_wan.transformer(num_attention_heads=3).train() for _ in range(2))
+    for one in (model, twin):
+        fps.apply(one, schedule(tiny_wan.TILE))
+    parallel.shard(model, mesh["sp"], scheme="halo")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    for seed in (0, 1):
+        (tiny_wan.run(twin, [400.0], seed=seed).square().mean() / 2).backward()
+    for _ in range(2):  # accumulated over two micro-batches of half a loss each
+        (tiny_wan.run(model, [400.0], seed=mesh["dp"].get_local_rank()).square().mean() / 2).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        grad = p.grad.full_tensor()
+        assert distance(grad, q.grad) < 1e-5 or float(q.grad.abs().max()) < 1e-6, (name, distance(grad, q.grad))

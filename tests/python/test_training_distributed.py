@@ -81,11 +81,3 @@ def test_processes_that_share_a_sample_train_like_one_and_resume_exactly(latents
     assert both[0] == pytest.approx(losses, rel=1e-4) and both[1] == pytest.approx(validation, rel=1e-4)
     shutil.rmtree(tmp_path / "two" / "checkpoint-000004")
     assert run("fsdp2", latents, tmp_path / "two", 0, **settings, resume=True) == [both[0][2:], both[1][1:]]
-
-
-def test_a_mesh_of_samples_and_tokens(latents, schedule, tmp_path):
-    """2 x 2 processes, sharded weights: two samples at a time, two processes each, equal to two processes with a sample each."""
-    losses, validation = run("ddp", latents, tmp_path / "two", 0, schedule=schedule)
-    settings = {"schedule": schedule, "sequence_parallel": 2, "sequence_parallel_scheme": "halo"}
-    mesh = run("fsdp2", latents, tmp_path / "four", 0, processes=4, **settings)
-    assert mesh[0] == pytest.approx(losses, rel=1e-4) and mesh[1] == pytest.approx(validation, rel=1e-4)

@@ -405,7 +405,7 @@ def installation_of(transformer: Any) -> Installation | None:
 
 def _spread(transformer: Any) -> Any:
     """How a forward is spread over ranks, where ``fpsattention.parallel.shard`` hooked the transformer."""
-    owners = (getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values())
+    owners: Any = (getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values())
     return next((owner.new_forward() for owner in owners if hasattr(owner, "new_forward")), None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from ..integrations.diffusers import _transformers
 from ..integrations.state import CURRENT
+from ..layout.masks import Lists
 from .attention import EXCHANGES, OUTPUTS, SCHEMES, deal, quantized
 from .collectives import agree, all_gather, group_of
 from .heads import Heads
@@ -320,6 +321,7 @@ def _part(
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v)
         )
+    assert isinstance(part.lists, Lists)  # packed ones are for compiled layers
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16
@@ -336,7 +338,7 @@ def _heads(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, sh
         lists = None
         if forward.text_valid is None and not site.owner.adapter.per_sample and forward.tokens is not None:
             call = forward.call(site.group, sharding.layout.num_tokens, core.q.device)
-            lists = next((part.lists for part in call.parts if part.lists is not None), None)
+            lists = next((part.lists for part in call.parts if isinstance(part.lists, Lists)), None)
         state.heads[site.group] = deal(core.q.shape[2], sharding, lists)
     return state.heads[site.group]
 

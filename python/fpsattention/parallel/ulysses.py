@@ -53,7 +53,8 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _scatter_tokens(grad, *ctx.where, "gradients"), None, None, None
+        sharding, heads = ctx.where
+        return _scatter_tokens(grad, sharding, heads, "gradients"), None, None, None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -64,7 +65,8 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _scatter_heads(grad, *ctx.where, "gradients"), None, None, None
+        sharding, heads = ctx.where
+        return _scatter_heads(grad, sharding, heads, "gradients"), None, None, None
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
