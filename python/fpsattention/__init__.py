@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import BuildError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from . import parallel
     from .functional import attention
     from .integrations.diffusers import apply, remove, status
     from .layout.masks import BlockMask, dense_mask, sliding_tile_mask
@@ -35,6 +36,7 @@ _LAZY = {  # name: the module it is imported from when first used
     "Schedule": "schedule",
     "TileLayout": "layout.tiles",
     "clear_plan_cache": "layout.tiles",
+    "parallel": "",  # the subpackage itself
     "plan": "layout.tiles",
     "remove": "integrations.diffusers",
     "status": "integrations.diffusers",
@@ -55,6 +57,7 @@ __all__ = [
     "attention",
     "clear_plan_cache",
     "dense_mask",
+    "parallel",
     "plan",
     "remove",
     "sliding_tile_mask",
@@ -68,7 +71,12 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         value: object = _version()
     elif name in _LAZY:
-        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        where = _LAZY[name]
+        value = (
+            getattr(importlib.import_module(f".{where}", __name__), name)
+            if where
+            else importlib.import_module(f".{name}", __name__)
+        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .levels import Call, Tokens, index_of
 
 if TYPE_CHECKING:
+    from ..parallel.model import ForwardShard
     from .installation import Installation
 
 
@@ -44,6 +45,7 @@ class Forward:
     refused: str | None = None  # why all of it is dense
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
     by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)
+    parallel: ForwardShard | None = None  # how its tokens are spread over ranks
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""

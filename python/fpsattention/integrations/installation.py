@@ -161,6 +161,7 @@ class Installation:
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         forward.text_valid = geometry.text_valid
+        forward.parallel = _spread(transformer)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -402,6 +403,12 @@ def installation_of(transformer: Any) -> Installation | None:
     return None
 
 
+def _spread(transformer: Any) -> Any:
+    """How a forward is spread over ranks, where ``fpsattention.parallel.shard`` hooked the transformer."""
+    owners: Any = (getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values())
+    return next((owner.new_forward() for owner in owners if hasattr(owner, "new_forward")), None)
+
+
 def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     """Why a model cannot run under a schedule, or None. Changes nothing."""
     if adapter is None and (reason := refusal(transformer)) is not None:
@@ -412,8 +419,9 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
             f"{type(transformer).__name__} is not supported, wanted one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
             "call fpsattention.attention where the model computes its attention"
         )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        return "enable_parallelism() was called on the transformer, wanted whole sequences and heads on one device"
+    config = getattr(transformer, "_parallel_config", None)
+    if config is not None and getattr(config, "context_parallel_config", config) is None:
+        return "enable_parallelism() with tensor parallelism was called on the transformer, wanted whole heads: context parallelism works"
     attentions = adapter.attentions(transformer)
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"

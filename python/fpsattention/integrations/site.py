@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
+from ..layout.masks import Lists
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from . import padding
@@ -57,12 +58,25 @@ class Site:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def attend(self, core: CoreCall) -> Tensor:
-        """The output of the core, ``(B, S, H, D)``."""
+        """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
+        forward = CURRENT.forward
+        if (
+            forward is not None
+            and (core.parallel is not None or forward.parallel is not None)
+            and forward.refused is None
+        ):
+            from ..parallel import model as parallel
+
+            return parallel.attend(self, core, forward)
+        return self.attend_whole(core)
+
+    def attend_whole(self, core: CoreCall) -> Tensor:
+        """The output of a core that sees all tokens."""
         forward = CURRENT.forward
         own = forward  # compiled blocks of one code are not asked whose they are
         if not torch.compiler.is_compiling() and forward is not None and forward.owner is not self.owner:
             own = None
-        reason = self._refusal(core)
+        reason = self.refusal(core)
         if reason is None and own is not None:
             reason = own.refused
         if reason is None and core.mask is not None:
@@ -90,9 +104,9 @@ class Site:
                 "arguments of its transformer's forward say"
             )
         if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].lists is None):
-            out = padding.without(core, own, self.group, self._parts)
+            out = padding.without(core, own, self.group, self.parts)
         else:
-            out = self._parts(core, call)
+            out = self.parts(core, call)
         if self.observers and not torch.compiler.is_compiling():
             for observer in self.observers:
                 observer(self.name, core.q, core.k, core.v, out)
@@ -112,24 +126,27 @@ class Site:
             forward.tokens = (forward.tokens or forward.video)._replace(text_len=text_len)  # type: ignore[union-attr]
         return forward.call_of((sample,), text_len, self.group, core.q.device)
 
-    def _parts(self, core: CoreCall, call: Call) -> Tensor:
+    def parts(self, core: CoreCall, call: Call, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """The launches of a call, each by ``run(core, part, q, k, v)``, put together in the order of the batch."""
+        run = run or _part
         if len(call.parts) == 1:
-            return _part(core, call.parts[0], core.q, core.k, core.v)
+            return run(core, call.parts[0], core.q, core.k, core.v)
         if call.parts[0].chosen is not None:
             return _branches(core, call.parts)
         assert call.order is not None  # several parts: there is an order, and each names its samples
         outs = []
         for part in call.parts:
             assert part.samples is not None
-            outs.append(_part(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
+            outs.append(run(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
         return torch.cat(outs).index_select(0, call.order)
 
-    def _refusal(self, core: CoreCall) -> str | None:
+    def refusal(self, core: CoreCall) -> str | None:
+        """Why this call must be the model's own, or None."""
         if core.mask is not None and torch.compiler.is_compiling():
             return "got an attention mask in a compiled block, wanted None there"
         if core.causal:
             return "is causal, wanted attention in both directions"
-        if core.parallel:
+        if core.parallel is not None:
             return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
         if core.q.shape != core.k.shape or core.k.shape != core.v.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
@@ -168,7 +185,10 @@ def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor
         return core.dense(q, k, v)
     lists = part.lists
     if isinstance(lists, Packed):
-        lists = lists.unpack(q.shape[0], q.shape[2])
+        lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
+    if core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
+        index = torch.tensor(core.heads, device=q.device)
+        lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":
         dtype = torch.bfloat16

@@ -116,7 +116,8 @@ def quantize(
     elif k_mean is not None:
         mean = k_mean.float().contiguous()
     else:
-        mean = k[:, :, ::k_mean_stride].float().mean(dim=2)
+        # In FP64, then rounded: practically exact, so it does not depend on how the tokens lie (or are dealt to processes).
+        mean = k[:, :, ::k_mean_stride].double().mean(dim=2).float()
 
     q_blocks = _gather(q, source)
     q_k_mean = torch.matmul(q.float(), mean.unsqueeze(-1)).squeeze(-1)
