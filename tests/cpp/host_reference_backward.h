@@ -30,6 +30,7 @@ struct HostHead {
   std::vector<float> v_scale;           // [D]
   std::vector<float> grad_out;          // [slots, D], 0 in padding
   float softmax_scale = 0.0f;
+  bool k_scale_per_token = false;
 };
 
 struct HostForward {
@@ -47,14 +48,15 @@ struct HostBackward {
 
 inline float to_bf16(float x) { return from_bits16(to_bits16(x, DType::kBFloat16), DType::kBFloat16); }
 
-// Exponent of P, in FP32 as the kernels have it, from the exact product.
+// Exponent of P, in FP32 as the kernels have it (docs/numerics.md, step 3), from the exact product.
 inline float exponent(const HostHead& in, int qs, int ks, float m) {
   double dot = 0.0;
   for (int d = 0; d < in.dim; ++d) {
     dot += double(in.q[size_t(qs) * in.dim + d]) * in.k[size_t(ks) * in.dim + d];
   }
-  const float factor = in.q_scale[qs] * in.k_scale[ks] * scale_in_log2_units(in.softmax_scale);
-  return std::fma(static_cast<float>(dot), factor, kProbabilityShift - m);
+  const float scale_log2 = scale_in_log2_units(in.softmax_scale), product = static_cast<float>(dot);
+  return in.k_scale_per_token ? std::fma(product * in.k_scale[ks], in.q_scale[qs] * scale_log2, kProbabilityShift - m)
+                              : std::fma(product, in.q_scale[qs] * in.k_scale[ks] * scale_log2, kProbabilityShift - m);
 }
 
 // P of a key's slot.
