@@ -11,9 +11,10 @@
 //            folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
-//            WG1, WG2  tensor cores  S dK' dP | dV S dK ...       dK' is of the step before: something of a warpgroup
-//                      the rest         P | dS | P                is always in flight under its elementwise part
-//   fast               S dP | P | dV | dS | dK dQ | reduce         dS goes through shared memory: dQ sums over both
+//   D = 64   WG1, WG2  S dK' dP | P | dV | dS |                 dK' is of the step before: something of a warpgroup is
+//                                                               in flight under all of its elementwise part
+//   D = 128            S dP | P | dV | dS | dK |                the warpgroups drift apart and fill each other's gaps
+//   fast               S dP | P | dV | dS | dK dQ | reduce       dS goes through shared memory: dQ sums over both
 //
 // Barriers   name          kind       arrives                 waits       phase flips
 //            keys_loaded   mbarrier   producer + bytes        consumers   never (one work item per CTA)
@@ -22,8 +23,8 @@
 //            ds_written    named 1    256 consumer threads    the same    per step (fast mode)
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
-// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P or dS 16 = 208 at D = 128, where one packed operand is in
-//                       flight at a time; both at D = 64. 232 allowed, 40 for the producer. No spills.
+// Budget     registers  D = 128: dK 64 + dV 64 + S 32 + dP 32 + packed P or dS 16 = 208; with both packed operands in
+//                       flight it would be 224, too many. D = 64: 160. 232 allowed, 40 for the producer. No spills.
 //            shared     D = 128: K8 16K + V~ 32K + 4 stages x 41.5K = 214K
 //                       fast: 2 stages x 41K + K16 32K + dS 2 x 16K + dQ 32K = 226K
 //            clocks of an SM: docs/kernels/backward.md
