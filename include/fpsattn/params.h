@@ -143,7 +143,9 @@ struct BackwardParams {
 
   TokenTensor out, grad_out, dq, dk, dv;
 
-  void* workspace = nullptr;  // backward_workspace_bytes(params), 16-byte aligned
+  // 16-byte aligned. backward_workspace_bytes(params), at most 2^30 bytes unless one head needs more; or less, down to
+  // what it is for one batch and one head: then more rounds of kernels run, over fewer heads each.
+  void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
 

@@ -20,14 +20,14 @@ struct FinishArgs {
   bool fp16;
   float softmax_scale;
   int head_dim;  // columns of dq
-  int heads, num_blocks;
+  int first_head, heads, num_blocks;
 };
 
-// Grid: x = half block, y = head, z = batch.
+// Grid: x = half block, y = head of the workspace.
 template <int D>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs args) {
-  const int h = blockIdx.y, b = blockIdx.z;
-  const int64_t half_block = (int64_t(b) * args.heads + h) * args.num_blocks * kHalves + blockIdx.x;
+  const int all_heads = args.first_head + blockIdx.y, b = all_heads / args.heads, h = all_heads % args.heads;
+  const int64_t half_block = int64_t(blockIdx.y) * args.num_blocks * kHalves + blockIdx.x;
   const float* sums = args.dq_sum + half_block * kQueryRows * D;
   constexpr int kRowThreads = D / 8;
   for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {

@@ -238,32 +238,27 @@ class _Operands:
         self.k_scale = k_scale.reshape(-1, BLOCK) if k_scale.dim() == 4 else k_scale.reshape(-1)
         self.k_per_token = k_scale.dim() == 4
 
-    def scaled_scores(
-        self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier`` (None: 1), in log2 units.
+    def scaled_scores(self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier``, in log2 units.
 
-        Per-block scales are left out of the product, because they commute with the maximum and can be fused into the next pass.
+        What a row of a block has in common is left out of ``raw``: it commutes with the maximum and can be fused into the next pass.
         """
         items, n = blocks.shape
         raw = torch.bmm(q, _rows(self.k, blocks).transpose(1, 2)).view(items, q.shape[1], n, BLOCK)
         if self.k_per_token:
-            k_scale = self.k_scale.index_select(0, blocks.reshape(-1)).view(items, 1, n, BLOCK)
-            raw.mul_((q_scale.view(items, -1, 1, 1) * k_scale).mul_(factor))
-            return raw, None, raw.amax(-1)
+            raw.mul_(self.k_scale.index_select(0, blocks.reshape(-1)).view(items, 1, n, BLOCK))
+            multiplier = (q_scale * factor).view(items, -1, 1)
+            return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
         multiplier = q_scale.view(items, -1, 1) * self.k_scale[blocks][:, None] * factor
         return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
 
 
-def _exponents(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
+def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor) -> Tensor:
     """``x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
     shift = (P_SHIFT - row_max).unsqueeze(-1)
     if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
         # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
-        raw = raw if multiplier is None else raw.mul_(multiplier)
-        raw.sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
-    elif multiplier is None:
-        raw.add_(shift)
+        raw.mul_(multiplier).sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
     else:
         torch.addcmul(shift, raw, multiplier, out=raw)
     return raw

@@ -288,6 +288,14 @@ def _per_slot(scale: Tensor) -> Tensor:
     return scale if scale.dim() == 4 else scale.unsqueeze(-1).expand(*scale.shape, BLOCK)
 
 
+def _scores(product: Tensor, q_scale: Tensor, k_scale: Tensor, softmax_scale: float, k_per_token: bool) -> Tensor:
+    """Section 3 of one block, ``[128, 128]`` in log2 units. Where the roundings fall is part of P's definition, in every pass."""
+    scale_log2 = softmax_scale * LOG2E
+    if k_per_token:
+        return (product * k_scale) * (q_scale[:, None] * scale_log2)
+    return product * (q_scale[:, None] * k_scale * scale_log2)
+
+
 def _dequantized_v(v8t: Tensor) -> tuple[Tensor, Tensor]:
     """Raw e4m3 values of V, ``(B, H, num_blocks, 128, D)`` in slot order, and the ones row, ``(B, H, num_blocks, 128)``."""
     rows = v8t.float()[..., v_slot_order().argsort()]
@@ -320,6 +328,7 @@ def forward(
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
     q_raw, k_raw = q8.float(), k8.float()
     v_raw, ones = _dequantized_v(v8t)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
 
     out = q_raw.new_zeros(batch, heads, num_blocks, BLOCK, dim)
@@ -338,8 +347,8 @@ def forward(
                 o = q_raw.new_zeros(BLOCK, dim)
                 for j in indices[tile][: counts[tile]]:
                     # Section 3: scores in log2 units.
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q_raw[b, h, i] @ k_raw[b, h, j].T) * factor
+                    product = q_raw[b, h, i] @ k_raw[b, h, j].T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
                     m_new = torch.maximum(m, x.amax(-1).ceil())
                     p = probabilities(x - m_new[:, None] + P_SHIFT, dim)
@@ -387,6 +396,7 @@ def backward(
     """
     batch, heads, num_blocks, _, dim = q8.shape
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
     q = q8.float() * q_scale.unsqueeze(-1)
     k = k8.float() * k_scale.unsqueeze(-1)
@@ -407,8 +417,8 @@ def backward(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
                     dp = do[b, h, i] @ v[b, h, j].T
@@ -448,6 +458,7 @@ def jvp(
     """
     batch, heads, num_blocks, _, dim = q8.shape
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
     q = q8.float() * q_scale.unsqueeze(-1)
     k = k8.float() * k_scale.unsqueeze(-1)
@@ -470,8 +481,8 @@ def jvp(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)
                     s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
