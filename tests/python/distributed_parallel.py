@@ -338,11 +338,13 @@ def main():
 
         known |= vars(distributed_parallel_models)
     for name in names:
+        started = time.process_time()
         try:
             known[name]()
             results[name] = ""
         except BaseException:
             results[name] = traceback.format_exc()[-3000:]
+        print(f"{name}: {time.process_time() - started:.1f} s of CPU", flush=True)
         (folder / f"{rank}.json").write_text(json.dumps(results))
     if "lost_ranks" not in names:
         dist.destroy_process_group()
