@@ -16,7 +16,7 @@ from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from . import padding
 from .graph import Packed
-from .levels import Call, Part
+from .levels import Call, Part, index_of
 from .state import CURRENT
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     if isinstance(lists, Packed):
         lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
     if core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
-        index = torch.tensor(core.heads, device=q.device)
+        index = index_of(core.heads, q.device)
         lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
     dtype = v.dtype
     if dtype == torch.float32 and v.device.type != "cpu":

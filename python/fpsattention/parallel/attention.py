@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def attention(
         lists, device = mask.to(q.device).lists(_wants_gradient(q, k, v)), q.device
     if check:
         shape = (q.shape[0], *q.shape[2:])
-        pattern = "function" if lists is None else _shape_of(lists)
+        pattern = "function" if lists is None else _described(lists)
         agree(
             f"{scheme}/{exchange}/{output} {sharding.describe()} B,H,D {shape} {q.dtype} {granularity} {pattern} grad={_wants_gradient(q, k, v)}",
             sharding.group, device,
@@ -233,5 +234,9 @@ def _mask(window: Any, block_mask: Any, sharding: Sharding, q: Tensor) -> BlockM
     return block_mask
 
 
-def _shape_of(lists: Lists) -> str:
-    return f"lists {tuple(lists.kv_indices.shape)}"
+def _described(lists: Lists) -> str:
+    """Shapes, and on the CPU, where reading does not wait, a checksum."""
+    text = f"lists {tuple(lists.kv_indices.shape)}"
+    if lists.kv_indices.device.type != "cpu":
+        return text
+    return f"{text} {zlib.crc32(lists.kv_indices.numpy().tobytes(), zlib.crc32(lists.kv_num_blocks.numpy().tobytes())):08x}"

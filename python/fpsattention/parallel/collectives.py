@@ -165,7 +165,7 @@ def agree(signature: str, group: dist.ProcessGroup, device: torch.device) -> Non
     text = signature.encode("ascii", "replace")
     mine = (hashlib.sha256(text).hexdigest()[:16].encode() + text)[:_AGREEMENT_BYTES].ljust(_AGREEMENT_BYTES)
     on_cpu = device.type == "cpu" or _has_cpu_backend(group)
-    known = _agreed.setdefault(id(group), set())
+    known = _agreed.setdefault(group.group_name, set())
     if not on_cpu and mine in known:
         return
     message = torch.frombuffer(bytearray(mine), dtype=torch.uint8)

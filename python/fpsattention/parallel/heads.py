@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import Lists
+from ..layout.plain import plain_tensors
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,18 @@ class Heads:
         heads = self.of[rank]
         if not heads or heads == tuple(range(heads[0], heads[0] + len(heads))):
             return x.narrow(dim, heads[0] if heads else 0, len(heads))
-        return x.index_select(dim, torch.tensor(heads, device=x.device))
+        return x.index_select(dim, _index(heads, x.device))
 
     def restore(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Parts of all ranks, put together in the order of the heads."""
         whole = torch.cat(list(parts), dim)
-        return (
-            whole if self.inverse is None else whole.index_select(dim, torch.tensor(self.inverse, device=whole.device))
-        )
+        return whole if self.inverse is None else whole.index_select(dim, _index(self.inverse, whole.device))
+
+
+@lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every call
+def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with plain_tensors():
+        return torch.tensor(values).to(device)
 
 
 def deal_heads(num_heads: int, ranks: int, costs: Sequence[float] | None = None) -> Heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -258,7 +259,7 @@ def _with_whole_text(site: Site, core: CoreCall, forward: Forward, state: Forwar
     """Of q, k and v that hold the whole text, beside this rank's video: text that is another rank's is left out, and its output fetched."""
     count, prefix = state.replicated, sharding.layout.text_position == "prefix"
     video = core.q.shape[1] - count
-    index = sharding.tokens(sharding.rank, "text").to(core.q.device)
+    index = sharding.local_tokens("text", core.q.device)
 
     def own(x: Tensor) -> Tensor:
         text, rest = (x[:, :count], x[:, count:]) if prefix else (x[:, video:], x[:, :video])
@@ -281,6 +282,7 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
         )
     if not state.agreed:
         known = "" if isinstance(forward.segments, Tensor) else f" segments {tuple(forward.segments)}"
+        known += f" schedule {zlib.crc32(repr(forward.owner.tables.schedule).encode()):08x}"
         shape = (core.q.shape[0], *core.q.shape[2:])
         agree(
             f"{state.scheme}/{state.exchange}/{state.output} {sharding.describe()} B,H,D {shape} {core.q.dtype} grad={forward.backward}{known}",

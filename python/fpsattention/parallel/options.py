@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..ops.attend import _k_mean_stride, autocast
 from ..ops.backends import resolve_backend
 from ..ops.checks import GRANULARITIES, kernel_dim
-from ..ops.reference import V_EXTRA_ROWS, Operands
+from ..ops.reference import V_EXTRA_ROWS, Operands, Quantized
 from .collectives import all_gather
 from .sharding import Sharding
 
@@ -103,11 +103,13 @@ def quantize(
 ) -> tuple[Operands, Tensor]:
     """This rank's tiles of q, k, v ``(B, H, S_local, D)`` as the operands of the whole sequence have them; and ``q_k_mean``."""
     slots, offsets = sharding.local_tables(q.device)
-    *operands, _, q_k_mean = torch.ops.fpsattn.quantize(
-        q, k, v, slots, offsets, k_mean, v_absmax, granularity=options.granularity, smooth_k=options.smooth_k,
-        pow2_scales=options.pow2_scales, k_mean_stride=options.k_mean_stride,
+    z = Quantized(
+        *torch.ops.fpsattn.quantize(
+            q, k, v, slots, offsets, k_mean, v_absmax, granularity=options.granularity, smooth_k=options.smooth_k,
+            pow2_scales=options.pow2_scales, k_mean_stride=options.k_mean_stride,
+        )
     )  # fmt: skip
-    return Operands(*operands), q_k_mean
+    return z.operands, z.q_k_mean
 
 
 def v_rows(v8t: Tensor) -> Tensor:

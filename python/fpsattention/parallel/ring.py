@@ -231,7 +231,7 @@ class _Merge:
     """Running sum of parts over disjoint keys; rows without keys have a sum of 0."""
 
     def __init__(self, mine: Operands, sharding: Sharding):
-        batch, heads, blocks, _, dim = mine.q8.shape
+        (batch, heads, blocks), dim = mine.q8.shape[:3], mine.v_scale.shape[2]
         device = mine.q8.device
         self.out = torch.zeros(batch, heads, sharding.num_local, dim, device=device)
         self.row_max = torch.zeros(batch, heads, blocks * BLOCK, device=device)

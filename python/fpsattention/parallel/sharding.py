@@ -72,6 +72,23 @@ class Sharding:
     def _on(self, name: str, device: torch.device, make: Any) -> Any:
         return self._copies.get((name, device), lambda: make().to(device))
 
+    @property
+    def in_order(self) -> bool:
+        """Whether ranks hold the tokens in the order of the sequence."""
+        return self._copies.get("in order", lambda: torch.equal(self.order, torch.arange(self.order.numel())))
+
+    def order_on(self, device: torch.device) -> Tensor:
+        """``order`` on a device."""
+        return self._on("order", device, lambda: self.order)
+
+    def position_on(self, device: torch.device) -> Tensor:
+        """:meth:`position` on a device."""
+        return self._on("position", device, self.position)
+
+    def local_tokens(self, stream: str, device: torch.device) -> Tensor:
+        """:meth:`tokens` of this rank on a device."""
+        return self._on(f"tokens {stream}", device, lambda: self.tokens(self.rank, stream))
+
     def tokens(self, rank: int, stream: str = "all") -> Tensor:
         """int64: the tokens of a rank in its order, of the whole sequence or numbered within the video or the text alone."""
         start = self.starts[rank]
@@ -96,8 +113,9 @@ class Sharding:
         The gradient of ``x`` is what this rank's tokens give; that of the other ranks is theirs.
         """
         _check_stream(stream)
-        index = self._on(f"tokens {stream}", x.device, lambda: self.tokens(self.rank, stream))
-        expected = sum(self.tokens(rank, stream).numel() for rank in range(self.size))
+        index = self.local_tokens(stream, x.device)
+        video = self.layout.num_video_tokens
+        expected = {"all": self.layout.num_tokens, "video": video, "text": self.layout.num_tokens - video}[stream]
         if x.shape[dim] != expected:
             raise ConfigError(
                 f"fpsattention.parallel.Sharding.take: x has {x.shape[dim]} tokens in dimension {dim}, expected {expected} ({stream})"
@@ -111,7 +129,7 @@ class Sharding:
         the ranks of a parameter's gradients, which DDP and FSDP take, is the gradient of that loss.
         """
         _check_stream(stream)
-        wanted = self.tokens(self.rank, stream).numel()
+        wanted = self.local_tokens(stream, x.device).numel()
         if x.shape[dim] != wanted:
             raise ConfigError(
                 f"fpsattention.parallel.Sharding.gather: x has {x.shape[dim]} tokens in dimension {dim}, expected this rank's {wanted}"
@@ -131,12 +149,14 @@ class Sharding:
 
     def owner_of_tile(self) -> Tensor:
         """int64 ``[num_tiles]``: the rank that holds a tile. Of whole tiles."""
-        layout = self.layout.cpu()
-        rank_of_token = torch.empty_like(self.order)
-        ranks = torch.repeat_interleave(torch.arange(self.size, device="cpu"), torch.tensor(self.counts, device="cpu"))
-        rank_of_token[self.order] = ranks
-        first = layout.token_of_slot.long()[layout.tile_block_offsets[:-1].long() * BLOCK]
-        return rank_of_token[first]
+
+        def make() -> Tensor:
+            layout = self.layout.cpu()
+            rank_of_token = torch.empty_like(self.order)
+            rank_of_token[self.order] = torch.repeat_interleave(torch.arange(self.size), torch.tensor(self.counts))
+            return rank_of_token[layout.token_of_slot.long()[layout.tile_block_offsets[:-1].long() * BLOCK]]
+
+        return self._copies.get("owner of tile", make)
 
     def owner_of_block(self) -> Tensor:
         """int64 ``[num_blocks]``."""
@@ -144,7 +164,7 @@ class Sharding:
 
     def blocks(self, rank: int) -> Tensor:
         """int64: the blocks of a rank, ascending."""
-        return torch.nonzero(self.owner_of_block() == rank).squeeze(1)
+        return self._copies.get(f"blocks {rank}", lambda: torch.nonzero(self.owner_of_block() == rank).squeeze(1))
 
     def local_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``token_of_slot`` and ``tile_block_offsets`` of this rank's tiles, tokens numbered as it holds them."""
@@ -161,10 +181,14 @@ class Sharding:
 
     def block_places(self, device: torch.device) -> Tensor | None:
         """Where each block stands among those of rank 0, 1, ...; None: in its own place."""
-        order = torch.cat([self.blocks(rank) for rank in range(self.size)])
-        if torch.equal(order, torch.arange(order.numel(), device="cpu")):
+
+        def make() -> Tensor:
+            return torch.cat([self.blocks(rank) for rank in range(self.size)]).argsort()
+
+        places = self._on("block places", torch.device("cpu"), make)
+        if self._copies.get("blocks in order", lambda: torch.equal(places, torch.arange(places.numel()))):
             return None
-        return self._on("block places", device, lambda: order.argsort())
+        return self._on("block places", device, make)
 
     def extra_rows(self, device: torch.device) -> Tensor:
         """Rows D to D + 7 of ``v8t``, which nobody sends: e4m3 ones in valid slots of the first, as bytes ``[num_blocks, 8, 128]``."""

@@ -72,17 +72,15 @@ class _ToTokens(torch.autograd.Function):
 def to_heads(q: Tensor, k: Tensor, v: Tensor, sharding: Sharding, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's tokens of all heads, ``(B, S_local, H, D)``, to all tokens, in token order, of this rank's heads, ``(B, S, H_local, D)``."""
     whole = _ToHeads.apply(torch.stack([q, k, v]), sharding, heads, "qkv")
-    position = sharding.position()
-    if not torch.equal(position, torch.arange(position.numel(), device="cpu")):
-        whole = whole.index_select(2, position.to(whole.device))
+    if not sharding.in_order:
+        whole = whole.index_select(2, sharding.position_on(whole.device))
     return whole[0], whole[1], whole[2]
 
 
 def to_tokens(out: Tensor, sharding: Sharding, heads: Heads) -> Tensor:
     """The way back of the output, ``(B, S, H_local, D)`` in token order to ``(B, S_local, H, D)``."""
-    order = sharding.order
-    if not torch.equal(order, torch.arange(order.numel(), device="cpu")):
-        out = out.index_select(1, order.to(out.device))
+    if not sharding.in_order:
+        out = out.index_select(1, sharding.order_on(out.device))
     return _ToTokens.apply(out.unsqueeze(0), sharding, heads, "out")[0]
 
 
