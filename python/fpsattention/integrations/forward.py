@@ -15,6 +15,7 @@ from .levels import Call, Tokens, index_of
 if TYPE_CHECKING:
     from ..parallel.model import ForwardShard
     from .installation import Installation
+    from .linears import Mode, Shared
 
 
 @dataclass(eq=False)
@@ -46,6 +47,8 @@ class Forward:
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
     by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)
     parallel: ForwardShard | None = None  # how its tokens are spread over ranks
+    linears: tuple[Mode, ...] = ()  # of each group of layers; empty: all the model's own
+    shared: Shared | None = None
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""

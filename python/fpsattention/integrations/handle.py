@@ -126,6 +126,8 @@ def report(installations: Iterable[Installation], skipped: Mapping[str, str]) ->
         result.forwards[installation.name] = installation.forwards()
         result.nonfinite.update(installation.nonfinite)
         result.replaced.update(installation.replaced())
+        result.fallbacks.update(dict.fromkeys((f"{name}: {why}" for name, why in installation.linears.own.items()), 0))
+        result.fallbacks.update(installation.refused_linears)
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
         for tokens, _, _ in installation.counts():

@@ -21,6 +21,7 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
 from .levels import LevelTables, Tokens
+from .linears import Linears
 from .record import Recorder
 from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
@@ -66,12 +67,13 @@ class Installation:
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
         self.sites: list[Site] = []
-        self.modules: list[Any] = []
         self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
         self._clear()
+        self.modules = list(attentions.values())
+        self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
         for layer, (path, module) in enumerate(attentions.items()):
             core = core_of(module.processor, adapter.core)
             site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
@@ -80,7 +82,6 @@ class Installation:
             stand_in = swap(module.processor, core, site)
             _set_processor(module, stand_in)
             self.sites.append(site)
-            self.modules.append(module)
             self._stand_ins.append(stand_in)
         self._hooks = [
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -91,11 +92,16 @@ class Installation:
         self._lock = threading.Lock()
         self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
         self.nonfinite: Counter[str] = Counter()
+        self.refused_linears: Counter[str] = (
+            Counter()
+        )  # those that ran as the model's own, and why, to the number of times
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("recorder", "_lock", "masks_read", "nonfinite", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(
+            ("recorder", "_lock", "masks_read", "nonfinite", "refused_linears", "_host_counts", "_device_counts")
+        )
         return {**self.__dict__, **dropped, "copied": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +115,7 @@ class Installation:
         for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
             if module.processor is stand_in:
                 _set_processor(module, stand_in.original)
+        self.linears.remove()
         plain_checkpoints(self.transformer)
 
     # Every forward ---------------------------------------------------------------------------------------------------------
@@ -162,6 +169,9 @@ class Installation:
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         forward.text_valid = geometry.text_valid
         forward.parallel = _spread(transformer)
+        self.linears.refresh()
+        if self.linears.installed:
+            forward.linears = self.tables.linears(segments, device)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -202,6 +212,8 @@ class Installation:
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         calls = self.tables.traced_calls(tokens, device, segments)
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
+        if self.linears.installed:
+            CURRENT.forward.linears = self.tables.linears(segments, device)
 
     def _after_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Counts what ran. Also called after an error."""
@@ -212,7 +224,7 @@ class Installation:
             return
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
-        CURRENT.forward = forward.before
+        CURRENT.forward, forward.shared = forward.before, None
         if forward.tokens is None:  # no attention ran
             return
         executed = None if forward.graph_calls else tuple(forward.executed)
@@ -300,7 +312,9 @@ class Installation:
                     if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
                 granularity = level.granularity if level.precision == "fp8" else ""
-                rows.append(Row(self.name, layer, level.name, level.precision, granularity, windows, density, calls))
+                linears = self.linears.count(layer) if level.linears == "fp8" else 0
+                what = (level.name, level.precision, granularity, windows, density, calls, linears)
+                rows.append(Row(self.name, layer, *what))
         return rows
 
     def executions(self) -> list[int] | None:
@@ -344,6 +358,13 @@ def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
     heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
     return heads.pop() if len(heads) == 1 else None
+
+
+def _layers_with_linears(tables: LevelTables, paths: list[str]) -> list[tuple[int, str]]:
+    """Index and path of the layers that run FP8 linears at some level."""
+    own = {layer % len(paths) for layer in tables.schedule.own_linears if -len(paths) <= layer < len(paths)}
+    groups = [any(level.linears == "fp8" for level in levels) for levels in tables.group_levels]
+    return [(i, path) for i, path in enumerate(paths) if groups[tables.group_of_layer[i]] and i not in own]
 
 
 def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tuple[torch.nn.Module, str]]:

@@ -211,8 +211,23 @@ class LevelTables:
 
     @property
     def needs_host(self) -> bool:
-        """Some layer mixes kernel classes: outside of compiled graphs the host must know the level before it launches."""
-        return any(self.mixed)
+        """Some layer mixes kernel classes, or linears: outside of compiled graphs the host must know the level before it launches."""
+        return any(self.mixed) or any(len({level.linears for level in levels}) > 1 for levels in self.group_levels)
+
+    def linears(self, segments: Tensor | Sequence[int], device: torch.device) -> tuple[bool | Tensor, ...]:
+        """Of each group: whether all samples run FP8 linears, or none does; else bool ``[B]`` on the device. Empty: nowhere any."""
+        modes: list[bool | Tensor] = []
+        for levels in self.group_levels:
+            fp8 = tuple(level.linears == "fp8" for level in levels)
+            if len(set(fp8)) == 1:
+                modes.append(fp8[0])
+            elif isinstance(segments, Tensor):  # a graph that is being traced
+                chosen = [segments == segment for segment, wanted in enumerate(fp8) if wanted]
+                modes.append(torch.stack(chosen).any(0))
+            else:
+                samples = tuple(fp8[segment] for segment in segments)
+                modes.append(samples[0] if len(set(samples)) == 1 else mask_of(samples, device))
+        return tuple(modes) if any(mode is not False for mode in modes) else ()
 
     def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
@@ -345,6 +360,13 @@ class LevelTables:
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
 def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An int64 index, kept on the device."""
+    with plain_tensors():
+        return torch.tensor(values).to(device)
+
+
+@lru_cache(maxsize=1024)
+def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """A bool mask, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
 

@@ -79,6 +79,8 @@ class Adapter:
         kind: "video" or "image".
         per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
         note: what users should know, for the table of models.
+        linears: the layers of a block (what holds the attention) that may run in FP8, by their paths in it: projections of the video
+            tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Adapter:
     kind: str = "video"
     per_sample: bool = False
     note: str = ""
+    linears: tuple[str, ...] = ()
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
@@ -105,6 +108,16 @@ class Adapter:
     def class_name(self, model: Any) -> str:
         """The family's own name of the class of ``model``: FSDP2 and users subclass it."""
         return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes)
+
+
+def attention_linears(attention: str) -> tuple[str, ...]:
+    """Projections of an attention of diffusers, fused or not."""
+    return tuple(f"{attention}.{name}" for name in ("to_q", "to_k", "to_v", "to_qkv", "to_out.0"))
+
+
+def feed_forward_linears(feed_forward: str) -> tuple[str, ...]:
+    """Both layers of a feed-forward of diffusers."""
+    return (f"{feed_forward}.net.0.proj", f"{feed_forward}.net.2")
 
 
 def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:

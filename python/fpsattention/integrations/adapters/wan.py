@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Adapter, Arguments, Geometry, latents_grid, submodules
+from .adapter import Adapter, Arguments, Geometry, attention_linears, feed_forward_linears, latents_grid, submodules
 
 
 def video_latents(model: Any, arguments: Arguments) -> Geometry:
@@ -20,16 +20,24 @@ def frames_first(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(grid, latents, arguments["timestep"])
 
 
-WAN = Adapter("Wan 2.1, 2.2", ("WanTransformer3DModel",), submodules(blocks="attn1"), video_latents)
+#: Keys and values of the cross-attention are of the text.
+LINEARS = (*attention_linears("attn1"), "attn2.to_q", "attn2.to_out.0", *feed_forward_linears("ffn"))
+
+WAN = Adapter("Wan 2.1, 2.2", ("WanTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS)
 VACE = Adapter(
-    "Wan VACE", ("WanVACETransformer3DModel",), submodules(blocks="attn1", vace_blocks="attn1"), video_latents
+    "Wan VACE", ("WanVACETransformer3DModel",), submodules(blocks="attn1", vace_blocks="attn1"), video_latents,
+    linears=LINEARS,
+)  # fmt: skip
+ANIMATE = Adapter(
+    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS
 )
-ANIMATE = Adapter("Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), video_latents)
 SKYREELS = Adapter(
     "SkyReels-V2", ("SkyReelsV2Transformer3DModel",), submodules(blocks="attn1"), video_latents,
-    note="dense under the mask of diffusion forcing (num_frame_per_block > 1)",
+    note="dense under the mask of diffusion forcing (num_frame_per_block > 1)", linears=LINEARS,
 )  # fmt: skip
-CHRONOEDIT = Adapter("ChronoEdit", ("ChronoEditTransformer3DModel",), submodules(blocks="attn1"), video_latents)
-ANYFLOW = Adapter("AnyFlow", ("AnyFlowTransformer3DModel",), submodules(blocks="attn1"), frames_first)
+CHRONOEDIT = Adapter(
+    "ChronoEdit", ("ChronoEditTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS
+)
+ANYFLOW = Adapter("AnyFlow", ("AnyFlowTransformer3DModel",), submodules(blocks="attn1"), frames_first, linears=LINEARS)
 
 ADAPTERS = (WAN, VACE, ANIMATE, SKYREELS, CHRONOEDIT, ANYFLOW)
