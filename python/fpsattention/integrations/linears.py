@@ -61,7 +61,7 @@ class ScheduledLinear(torch.nn.Linear):
 
     fps_site: LinearSite | None = None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., K)`` to ``(..., N)``."""
         site = getattr(self, "fps_site", None)
         if site is None:
