@@ -26,6 +26,7 @@ def apply(
     schedule: Schedule | str | Path | Mapping[str, Any] = "training_free",
     *,
     linears: str | None = None,
+    token_order: str | None = None,
     adapter: Adapter | None = None,
     replace: bool = False,
     on_unsupported: str = "raise",
@@ -42,6 +43,8 @@ def apply(
         schedule: a :class:`Schedule`, the name of a preset, a file, or a JSON object.
         linears: "fp8": the projections and feed-forward layers of every "fp8" level run in FP8, too; "bf16": as the model's own;
             None: as the levels say. Layers in ``Schedule.own_linears``, by default the first and the last, keep their own.
+        token_order: "tile": tokens go to tile order once per forward, where the blocks begin, and back where they end; "raster": they stay
+            as they are. None: tile for the families that are known to allow it. Forwards with dense attention stay in raster order.
         adapter: what is known of a model of another class than those of ``integrations.adapters``.
         replace: take off a schedule that is applied already. Copies (EMA, a teacher) carry one that nobody has a handle of:
             it is taken off in any case.
@@ -94,7 +97,7 @@ def apply(
         for name, transformer in transformers.items():
             known = adapters[name]
             if name not in skipped and known is not None:
-                arguments = (scheduler, num_train_timesteps, on_unsupported, debug)
+                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order)
                 installations.append(Installation(transformer, known, resolved, name, *arguments))
     except BaseException:
         for installation in installations:

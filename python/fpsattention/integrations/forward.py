@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..parallel.model import ForwardShard
     from .installation import Installation
     from .linears import Mode, Shared
+    from .token_order import Order
 
 
 @dataclass(eq=False)
@@ -49,6 +50,8 @@ class Forward:
     parallel: ForwardShard | None = None  # how its tokens are spread over ranks
     linears: tuple[Mode, ...] = ()  # of each group of layers; empty: all the model's own
     shared: Shared | None = None
+    order: Order | None = None  # the tokens are in tile order
+    places: int = 0  # where they were moved so far
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""

@@ -134,7 +134,8 @@ def report(installations: Iterable[Installation], skipped: Mapping[str, str]) ->
             layout = installation.tables.tables(tokens).layout
             text = f"tile {'x'.join(map(str, layout.tile))}, {'x'.join(map(str, layout.tile_grid))} tiles, "
             grid = "x".join(map(str, tokens.grid)) + (f" + {tokens.text_len} text" if tokens.text_len else "")
-            result.grids[grid] = text + f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
+            text += f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
+            result.grids[grid] = text + (", tokens in tile order" if tokens.order == "tile" else "")
         result.host_reads += installation.reader.host_reads
     return result
 

@@ -27,6 +27,8 @@ from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
 from .site import Site
 from .state import CURRENT
+from .token_order import Order
+from .token_order import install as token_order_hooks
 
 #: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
 Executed = tuple[int, ...] | None
@@ -54,6 +56,7 @@ class Installation:
         num_train_timesteps: int,
         on_unsupported: str,
         debug: bool,
+        token_order: str | None = None,
     ):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
@@ -74,16 +77,19 @@ class Installation:
         self._clear()
         self.modules = list(attentions.values())
         self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
+        order_hooks = token_order_hooks(self, token_order)
         for layer, (path, module) in enumerate(attentions.items()):
             core = core_of(module.processor, adapter.core)
             site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
             if debug:
-                site.observers.append(self._check_finite)
+                site.check = self._check_finite
             stand_in = swap(module.processor, core, site)
             _set_processor(module, stand_in)
             self.sites.append(site)
             self._stand_ins.append(stand_in)
+        self.places = len(order_hooks)
         self._hooks = [
+            *order_hooks,
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             transformer.register_forward_hook(self._after_forward, always_call=True),
         ]
@@ -163,12 +169,18 @@ class Installation:
             segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:
             segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), edges)
+        spread = _spread(transformer)
+        whole = spread is None and getattr(transformer, "_parallel_config", None) is None  # on this rank
+        if self.places and whole and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         before = CURRENT.forward
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         forward.text_valid = geometry.text_valid
-        forward.parallel = _spread(transformer)
+        forward.parallel = spread
+        if tokens.order == "tile":
+            forward.order = Order(*self.tables.order_on(tokens, device))
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
@@ -210,8 +222,12 @@ class Installation:
         tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+        if self.places and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         calls = self.tables.traced_calls(tokens, device, segments)
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
+        if tokens.order == "tile":
+            CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
         if self.linears.installed:
             CURRENT.forward.linears = self.tables.linears(segments, device)
 
@@ -227,6 +243,11 @@ class Installation:
         CURRENT.forward, forward.shared = forward.before, None
         if forward.tokens is None:  # no attention ran
             return
+        if 0 < forward.places < self.places and output is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
+                'model was left out or replaced: token_order="raster"'
+            )
         executed = None if forward.graph_calls else tuple(forward.executed)
         with self._lock:
             if isinstance(forward.segments, Tensor):

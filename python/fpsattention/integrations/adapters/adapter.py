@@ -61,6 +61,30 @@ def inverted_sigma(timestep: Any, num_train_timesteps: int) -> Any:
     return 1.0 - timestep / num_train_timesteps
 
 
+#: ``move(x, dim)``: x with its video tokens, which are along ``dim``, in the other order.
+Move = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tokens change their order in a forward: at the output of a module, or, on their way back, at its input.
+
+    Attributes:
+        path: of the module. It is outside of the repeated blocks, so that compiled blocks stay as they are.
+        change: ``(output, move)`` to the changed output; with ``back``: the positional arguments, changed.
+        back: from tile order to raster order.
+    """
+
+    path: str
+    change: Callable[[Any, Move], Any]
+    back: bool = False
+
+
+def first_argument(arguments: tuple[Any, ...], move: Move) -> tuple[Any, ...]:
+    """Tokens ``(B, S, C)`` are the first argument."""
+    return (move(arguments[0], 1), *arguments[1:])
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One model family: a row of the table in ``adapters/``.
@@ -81,6 +105,8 @@ class Adapter:
         note: what users should know, for the table of models.
         linears: the layers of a block (what holds the attention) that may run in FP8, by their paths in it: projections of the video
             tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
+        token_order: model to the places where its tokens go to tile order and come back, everything that is said per token (rotary
+            tables, modulation) with them; empty where nothing is known of such a model, whose tokens then stay in raster order.
     """
 
     name: str
@@ -94,6 +120,7 @@ class Adapter:
     per_sample: bool = False
     note: str = ""
     linears: tuple[str, ...] = ()
+    token_order: Callable[[Any], tuple[Place, ...]] = lambda model: ()
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
