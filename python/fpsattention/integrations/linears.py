@@ -86,7 +86,7 @@ class ScheduledLinear(torch.nn.Linear):
             if not compiling:
                 site.owner.refused_linears[f"{site.name}: {reason}"] += 1
             return torch.nn.functional.linear(input, self.weight, self.bias)
-        quantized = None if compiling or site.readers == 1 else _shared(forward, input, site.readers)
+        quantized = None if site.readers == 1 else _shared(forward, input, site.readers)
         out = fp8_linear(input, self.weight, self.bias, quantized)
         if isinstance(mode, bool):
             return out
@@ -99,8 +99,10 @@ class ScheduledLinear(torch.nn.Linear):
 
 
 def _shared(forward: Forward, x: Tensor, readers: int) -> tuple[Tensor, Tensor]:
-    """The quantized rows of ``x``: once for all its readers. What compiled graphs compute twice, their compiler merges."""
-    known, version = forward.shared, 0 if x.is_inference() else x._version
+    """The quantized rows of ``x``: once for all its readers. In a graph that is being traced, too: inductor does not merge them."""
+    known, version = forward.shared, 0
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        version = x._version
     if known is not None and known.x is x and known.version == version:
         known.left -= 1
         if known.left == 0:

@@ -64,8 +64,8 @@ def multiply(
 
 
 def scaled_mm(x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`multiply` of the GPU, BF16: without fast accumulation, whose 13 bits cost as much as the rounding of the operands where K
-    is large (docs/numerics.md)."""
+    """:func:`multiply` of the GPU, BF16: without fast accumulation, whose 13 bits lose a fifth of a long sum of one sign
+    (docs/numerics.md)."""
     bias = None if bias is None else bias.to(torch.bfloat16)
     return torch._scaled_mm(x8, w8.t(), x_scale, w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False)
 
