@@ -478,6 +478,7 @@ def test_training_with_checkpointing(model):
     assert 1e-4 < float((wanted[ffn] - plain[ffn]).norm() / plain[ffn].norm()) < 0.1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks():
     """A graph for the layers in FP8 and one for the others, whatever the sigma; a batch of both is a third. q, k and v share one
@@ -500,6 +501,7 @@ def test_compiled_blocks():
     assert quantized == [both, 0, both]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_outer_graph_decides_on_the_device():
     model = tiny_wan.transformer()

@@ -218,6 +218,7 @@ def test_copies_keep_their_order(same_mean):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(same_mean):
     """The blocks are compiled as ever; in a graph of the whole model the permutations are part of it."""

@@ -75,7 +75,7 @@ class Installation:
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
         self._clear()
-        self.modules = list(attentions.values())
+        self.modules: list[Any] = list(attentions.values())
         self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
         order_hooks = token_order_hooks(self, token_order)
         for layer, (path, module) in enumerate(attentions.items()):

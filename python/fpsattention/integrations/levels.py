@@ -310,7 +310,8 @@ class LevelTables:
     def order_on(self, tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
         """:meth:`TokenTables.order_on` of a grid; in a traced graph, constants of it."""
         if torch.compiler.is_compiling():
-            return self._constant_order(*tokens, device)
+            to_tile, to_raster = self._constant_order(*tokens, device)
+            return to_tile, to_raster
         return self.tables(tokens).order_on(device)
 
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:

@@ -85,6 +85,11 @@ def first_argument(arguments: tuple[Any, ...], move: Move) -> tuple[Any, ...]:
     return (move(arguments[0], 1), *arguments[1:])
 
 
+def raster_only(model: Any) -> tuple[Place, ...]:
+    """``token_order`` of models whose tokens stay as they are."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One model family: a row of the table in ``adapters/``.
@@ -120,7 +125,7 @@ class Adapter:
     per_sample: bool = False
     note: str = ""
     linears: tuple[str, ...] = ()
-    token_order: Callable[[Any], tuple[Place, ...]] = lambda model: ()
+    token_order: Callable[[Any], tuple[Place, ...]] = raster_only
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
