@@ -21,11 +21,14 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, is_swapped, swap
 from .forward import Forward
 from .levels import LevelTables, Tokens
+from .linears import Linears
 from .record import Recorder
 from .report import Row
 from .sigmas import SchedulerOf, SigmaReader
 from .site import Site
 from .state import CURRENT
+from .token_order import Order
+from .token_order import install as token_order_hooks
 
 #: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
 Executed = tuple[int, ...] | None
@@ -53,6 +56,7 @@ class Installation:
         num_train_timesteps: int,
         on_unsupported: str,
         debug: bool,
+        token_order: str | None = None,
     ):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
@@ -66,23 +70,26 @@ class Installation:
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
         self.sites: list[Site] = []
-        self.modules: list[Any] = []
         self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
         self._clear()
+        self.modules: list[Any] = list(attentions.values())
+        self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
+        order_hooks = token_order_hooks(self, token_order)
         for layer, (path, module) in enumerate(attentions.items()):
             core = core_of(module.processor, adapter.core)
             site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
             if debug:
-                site.observers.append(self._check_finite)
+                site.check = self._check_finite
             stand_in = swap(module.processor, core, site)
             _set_processor(module, stand_in)
             self.sites.append(site)
-            self.modules.append(module)
             self._stand_ins.append(stand_in)
+        self.places = len(order_hooks)
         self._hooks = [
+            *order_hooks,
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             transformer.register_forward_hook(self._after_forward, always_call=True),
         ]
@@ -91,11 +98,16 @@ class Installation:
         self._lock = threading.Lock()
         self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
         self.nonfinite: Counter[str] = Counter()
+        self.refused_linears: Counter[str] = (
+            Counter()
+        )  # those that ran as the model's own, and why, to the number of times
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("recorder", "_lock", "masks_read", "nonfinite", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(
+            ("recorder", "_lock", "masks_read", "nonfinite", "refused_linears", "_host_counts", "_device_counts")
+        )
         return {**self.__dict__, **dropped, "copied": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +121,7 @@ class Installation:
         for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
             if module.processor is stand_in:
                 _set_processor(module, stand_in.original)
+        self.linears.remove()
         plain_checkpoints(self.transformer)
 
     # Every forward ---------------------------------------------------------------------------------------------------------
@@ -156,12 +169,21 @@ class Installation:
             segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:
             segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), edges)
+        spread = _spread(transformer)
+        whole = spread is None and getattr(transformer, "_parallel_config", None) is None  # on this rank
+        if self.places and whole and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         before = CURRENT.forward
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
         forward.text_valid = geometry.text_valid
-        forward.parallel = _spread(transformer)
+        forward.parallel = spread
+        if tokens.order == "tile":
+            forward.order = Order(*self.tables.order_on(tokens, device))
+        self.linears.refresh()
+        if self.linears.installed:
+            forward.linears = self.tables.linears(segments, device)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -200,8 +222,14 @@ class Installation:
         tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+        if self.places and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         calls = self.tables.traced_calls(tokens, device, segments)
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
+        if tokens.order == "tile":
+            CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
+        if self.linears.installed:
+            CURRENT.forward.linears = self.tables.linears(segments, device)
 
     def _after_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Counts what ran. Also called after an error."""
@@ -212,9 +240,14 @@ class Installation:
             return
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
-        CURRENT.forward = forward.before
+        CURRENT.forward, forward.shared = forward.before, None
         if forward.tokens is None:  # no attention ran
             return
+        if 0 < forward.places < self.places and output is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
+                'model was left out or replaced: token_order="raster"'
+            )
         executed = None if forward.graph_calls else tuple(forward.executed)
         with self._lock:
             if isinstance(forward.segments, Tensor):
@@ -300,7 +333,9 @@ class Installation:
                     if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
                 granularity = level.granularity if level.precision == "fp8" else ""
-                rows.append(Row(self.name, layer, level.name, level.precision, granularity, windows, density, calls))
+                linears = self.linears.count(layer) if level.linears == "fp8" else 0
+                what = (level.name, level.precision, granularity, windows, density, calls, linears)
+                rows.append(Row(self.name, layer, *what))
         return rows
 
     def executions(self) -> list[int] | None:
@@ -344,6 +379,13 @@ def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
     heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
     return heads.pop() if len(heads) == 1 else None
+
+
+def _layers_with_linears(tables: LevelTables, paths: list[str]) -> list[tuple[int, str]]:
+    """Index and path of the layers that run FP8 linears at some level."""
+    own = {layer % len(paths) for layer in tables.schedule.own_linears if -len(paths) <= layer < len(paths)}
+    groups = [any(level.linears == "fp8" for level in levels) for levels in tables.group_levels]
+    return [(i, path) for i, path in enumerate(paths) if groups[tables.group_of_layer[i]] and i not in own]
 
 
 def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tuple[torch.nn.Module, str]]:

@@ -18,13 +18,14 @@ from . import padding
 from .graph import Packed
 from .levels import Call, Part, index_of
 from .state import CURRENT
+from .token_order import moved
 
 if TYPE_CHECKING:
     from .cores import CoreCall
     from .forward import Forward
     from .installation import Installation
 
-#: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE.
+#: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE, tokens in raster order.
 Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -48,6 +49,7 @@ class Site:
         self.core = core
         self.on_unsupported = on_unsupported
         self.observers: list[Observer] = []
+        self.check: Observer | None = None  # sees the tensors of the graph themselves, in whatever order
         self.fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -82,7 +84,7 @@ class Site:
         if reason is None and core.mask is not None:
             reason = padding.unexplained(core, own, self.layer)
         if reason is not None:
-            return self._refused(core, reason)
+            return self._refused(core, reason, own)
         if own is None:
             raise self._no_forward()
         if torch.compiler.is_compiling():
@@ -107,9 +109,14 @@ class Site:
             out = padding.without(core, own, self.group, self.parts)
         else:
             out = self.parts(core, call)
+        if self.check is not None and not torch.compiler.is_compiling():
+            self.check(self.name, core.q, core.k, core.v, out)
         if self.observers and not torch.compiler.is_compiling():
+            seen = (core.q, core.k, core.v, out)
+            if own.order is not None:
+                seen = tuple(moved(x, 1, own.order.to_raster) for x in seen)  # type: ignore[assignment]
             for observer in self.observers:
-                observer(self.name, core.q, core.k, core.v, out)
+                observer(self.name, *seen)
         return out
 
     def _call_of_sample(self, core: CoreCall, forward: Forward) -> Call:
@@ -157,7 +164,7 @@ class Site:
             return f"has dropout {core.dropout}, wanted 0"
         return None
 
-    def _refused(self, core: CoreCall, reason: str) -> Tensor:
+    def _refused(self, core: CoreCall, reason: str, forward: Forward | None) -> Tensor:
         if self.on_unsupported == "raise":
             raise UnsupportedError(
                 f'fpsattention.apply: {self.name} {reason}: call remove(), or apply(..., on_unsupported="dense")'
@@ -165,7 +172,10 @@ class Site:
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[reason] += 1
-        return core.dense(core.q, core.k, core.v)
+        if forward is None or forward.order is None:
+            return core.dense(core.q, core.k, core.v)
+        to_tile, to_raster = forward.order  # a mask is in raster order
+        return moved(core.dense(*(moved(x, 1, to_raster) for x in (core.q, core.k, core.v))), 1, to_tile)
 
     def _no_forward(self) -> ConfigError:
         return ConfigError(

@@ -22,9 +22,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import cogvideo, hunyuan, images, ltx, others, wan
-from .adapter import Adapter, Geometry, latents_grid, submodules
+from .adapter import Adapter, Geometry, Place, latents_grid, submodules
 
-__all__ = ["ADAPTERS", "REFUSED", "Adapter", "Geometry", "find", "latents_grid", "refusal", "submodules"]
+__all__ = ["ADAPTERS", "REFUSED", "Adapter", "Geometry", "Place", "find", "latents_grid", "refusal", "submodules"]
 
 ADAPTERS: tuple[Adapter, ...] = (
     *wan.ADAPTERS, *hunyuan.ADAPTERS, *cogvideo.ADAPTERS, *ltx.ADAPTERS, *others.ADAPTERS, *images.ADAPTERS,
