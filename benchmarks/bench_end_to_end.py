@@ -1,8 +1,9 @@
 """End to end: one denoising step of the real Wan2.1 transformers with random weights, dense against ``fps.apply``.
 
 Weights are made on the device, nothing is downloaded. The dense step takes the best SDPA backend and is measured before and
-after the sparse one (their difference is the drift of the run). Amdahl's law says what the attention's own speed-up should
-have made of the whole step.
+after the sparse ones (their difference is the drift of the run). Each density runs with the model's own linears and with FP8 linears. Amdahl's
+law says what the attention's own speed-up should have made of the whole step; ``benchmarks.tables`` prints the parts in the table of
+``fpsattn estimate``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention.analysis.time_split import time_split
+from fpsattention import estimate
+from fpsattention.analysis.time_split import coarse, time_split
+from fpsattention.estimate.forward import DENSITIES
 
 from . import timing
-
-PRESET = "paper"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Model:
     latent: tuple[int, int, int]
     text_tokens: int = 512
     all_layers: int = 0  # of the real model, where ``config`` has fewer
+    known: str = ""  # to fpsattention.estimate
 
     def truncated(self, layers: int) -> Model:
         """The same blocks, fewer of them: time per block is unchanged, the step is shorter."""
@@ -48,8 +50,10 @@ class Model:
 _14B = dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
 _1B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
 _720P, _480P = (21, 90, 160), (21, 60, 104)
-WAN_14B_720P, WAN_14B_480P = Model("wan2.1-14b-720p", _14B, _720P), Model("wan2.1-14b-480p", _14B, _480P)
-WAN_1B_720P, WAN_1B_480P = Model("wan2.1-1.3b-720p", _1B, _720P), Model("wan2.1-1.3b-480p", _1B, _480P)
+WAN_14B_720P = Model("wan2.1-14b-720p", _14B, _720P, known="wan-14b")
+WAN_14B_480P = Model("wan2.1-14b-480p", _14B, _480P, known="wan-14b")
+WAN_1B_720P = Model("wan2.1-1.3b-720p", _1B, _720P, known="wan-1.3b")
+WAN_1B_480P = Model("wan2.1-1.3b-480p", _1B, _480P, known="wan-1.3b")
 _TINY = dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=2, text_dim=32)
 MODELS = {
     "quick": (WAN_14B_720P.truncated(2), WAN_1B_480P.truncated(4)),
@@ -102,6 +106,29 @@ def sdpa_backend(name: str | None) -> Iterator[None]:
         yield
 
 
+def schedule_of(density: float, linears: str) -> dict[str, Any]:
+    """One level at all sigmas, in all layers."""
+    level = {"precision": "fp8", "granularity": "block", "window": {"density": density}, "linears": linears}
+    return {
+        "format": "fpsattn-schedule/2",
+        "own_linears": [],
+        "levels": {"it": level},
+        "phases": [{"sigma": [1.0, 0.0], "level": "it"}],
+    }
+
+
+def floors(model: Model, device: str, density: float, configuration: str) -> dict[str, float | None]:
+    """ms at the peaks of this GPU's datasheet, by part; empty for models and GPUs that the estimate does not know."""
+    title = torch.cuda.get_device_name() if device == "cuda" else ""
+    gpu = next((name for name in ("h200", "h100", "h20") if name.upper() in title), None)
+    if gpu is None or not model.known:
+        return {}
+    grid = (model.latent[0], model.latent[1] // 2, model.latent[2] // 2)
+    sizes = replace(estimate.MODELS[model.known], layers=(model.config["num_layers"], 0))
+    found = estimate.estimate(sizes, grid, gpu, density=density, own_linears=False)
+    return {part: time.floor for part, time in found.columns[configuration].items()}
+
+
 def amdahl(dense: dict[str, float], sparse: dict[str, float]) -> dict[str, float]:
     """What the speed-up of attention (quantization included) predicts for the whole step.
 
@@ -149,7 +176,7 @@ def test_step(model: Model, bench, record) -> None:
         )  # fmt: skip
 
     def split(call: Callable[[], Any]) -> dict[str, float]:
-        return {part: 1e3 * seconds for part, seconds in time_split(call, device)[1].items()}
+        return {part: 1e3 * seconds for part, seconds in time_split(call, device, fine=True)[1].items()}
 
     budget = {"quick": 6.0, "full": 30.0, "dry": 0.1}[bench["mode"]]
     before = measure({name: lambda name=name: dense(name) for name in backends}, budget)
@@ -158,29 +185,34 @@ def test_step(model: Model, bench, record) -> None:
     dense_split = split(lambda: dense(best))
     dense_peak = peak_bytes(lambda: dense(best), device)
 
-    schedule = fps.Schedule.preset(PRESET)
-    calls = {f"fps-{p.level}": lambda sigma=(p.high + p.low) / 2: step(sigma) for p in schedule.in_sigma().phases}
-    handle = fps.apply(transformer, schedule)
-    try:
-        with sdpa_backend(backends[best]):  # cross-attention and any dense level run as they did before
-            times = measure(calls, budget)
-            splits = {name: split(calls[name]) for name in times}
-            peaks = {name: peak_bytes(calls[name], device) for name in times}
-            finite = {name: bool(calls[name]().isfinite().all()) for name in times}
-    finally:
-        handle.remove()
+    times, splits, peaks, finite, about_run = {}, {}, {}, {}, {}
+    for linears in ("bf16", "fp8"):
+        for density in DENSITIES:
+            name = f"fps-{density:g}" + ("-fp8-linears" if linears == "fp8" else "")
+            with fps.apply(transformer, schedule_of(density, linears)), sdpa_backend(backends[best]):
+                # cross-attention runs as it did before
+                found = measure({name: lambda: step(0.5)}, budget / 6)
+                if name in found:
+                    times[name], splits[name] = found[name], split(lambda: step(0.5))
+                    peaks[name], finite[name] = peak_bytes(lambda: step(0.5), device), bool(step(0.5).isfinite().all())
+                    configuration = "FP8 linears too" if linears == "fp8" else "attention only"
+                    floor = floors(model, device, density, configuration)
+                    about_run[name] = {"density": density, "linears": linears, "floor_ms": floor}
     after = measure({best: lambda: dense(best)}, budget / 2)
     for name, ms in before.items():
         baseline = {
-            "split_ms": dense_split,
+            "split_ms": coarse(dense_split),
+            "parts_ms": dense_split,
+            "floor_ms": floors(model, device, 1.0, "baseline"),
             "peak_bytes": dense_peak,
             "drift": after[best]["median"] / ms["median"] - 1.0,
         }
         record("step", **about, name=name, ms=ms, **(baseline if name == best else {}))
     for name, ms in times.items():
         record(
-            "step", **about, name=name, preset=PRESET, ms=ms, split_ms=splits[name], peak_bytes=peaks[name],
-            speedup=before[best]["median"] / ms["median"], amdahl=amdahl(dense_split, splits[name]), finite=finite[name],
+            "step", **about, **about_run[name], name=name, ms=ms, split_ms=coarse(splits[name]), parts_ms=splits[name],
+            peak_bytes=peaks[name], speedup=before[best]["median"] / ms["median"], finite=finite[name],
+            amdahl=amdahl(coarse(dense_split), coarse(splits[name])),
         )  # fmt: skip
     assert all(finite.values()), f"the transformer's output is not finite: {finite}"
     assert not {name for name in failed if name.startswith("fps")}, failed

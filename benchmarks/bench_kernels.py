@@ -87,7 +87,7 @@ def test_forward(shape: w.Shape, granularity: str, bench, record) -> None:
     """Operands already quantized, at several densities of blocks. ``of_ideal``: time over dense time times density; 1 is ideal."""
     workload = w.build(shape, 1.0, bench["device"])
     layout, (x, *_) = workload.layout, w.random_inputs(shape, bench["device"])
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
         x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity], smooth_k=True,
         pow2_scales=False,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def test_backward(shape: w.Shape, density: float, bench, record) -> None:
     """Both modes, on what a forward left behind."""
     workload = w.build(shape, density, bench["device"])
     layout, mask, (x, *_) = workload.layout, workload.mask, w.random_inputs(shape, bench["device"])
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
         x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES["tile"], smooth_k=True,
         pow2_scales=True,
     )  # fmt: skip

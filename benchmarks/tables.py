@@ -15,6 +15,7 @@ from typing import Any
 
 from fpsattention.analysis.markdown import significant as number
 from fpsattention.analysis.markdown import table
+from fpsattention.estimate import Time, render
 
 from .peers import BASELINES
 from .plugin import read_lines
@@ -189,6 +190,28 @@ def steps_table(report: Report) -> str:
     return table(head, rows) if rows else ""
 
 
+def parts_tables(report: Report) -> str:
+    """The table of ``fpsattn estimate``, measured: per model and density the dense step, attention alone, FP8 linears too."""
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for row in report.measured("step"):
+        if row.get("parts_ms"):
+            steps.setdefault(row["model"]["name"], []).append(row)
+    blocks = []
+    for name, rows in steps.items():
+        dense = [row for row in rows if "density" not in row]
+        for density in dict.fromkeys(row["density"] for row in rows if "density" in row):
+            shown = [*dense[:1], *(row for row in rows if row.get("density") == density)]
+            columns = {row["name"]: _times(row) for row in shown}
+            layers = f"{rows[0]['model']['layers']} of {rows[0]['model']['layers_of_real_model']} layers"
+            blocks.append(f"**{name}, {layers}, density {density:g}**\n\n```\n" + "\n".join(render(columns)) + "\n```")
+    return "\n\n".join(blocks)
+
+
+def _times(row: dict[str, Any]) -> dict[str, Time]:
+    floors = row.get("floor_ms") or {}
+    return {part: Time(ms, floors.get(part), "measured") for part, ms in row["parts_ms"].items()}
+
+
 def facts_table(report: Report) -> str:
     facts = report.measured("facts")
     return (
@@ -234,6 +257,7 @@ def markdown(paths: Sequence[Path]) -> str:
         "Attention forward": comparison_tables(report, training=False),
         "Forward and backward": comparison_tables(report, training=True),
         "One denoising step": steps_table(report),
+        "One denoising step, part by part": parts_tables(report),
         "Kernels: predicted and measured": kernel_table(report),
         "Hardware facts": facts_table(report),
         "Not measured, or not right": unmeasured_table(report),

@@ -11,11 +11,10 @@ constexpr const char* kOp = "backward";
 void check_sizes(const BackwardParams& params) {
   const ProblemSize& size = params.size;
   check_size(kOp, size);
+  FPSATTN_CHECK(int64_t{size.batch} * size.heads <= INT32_MAX, kOp, ": batch * heads is ",
+                int64_t{size.batch} * size.heads, ", expected at most ", INT32_MAX);
   check_lists(kOp, "kv", params.kv, size, size.num_tiles, "num_tiles", "query tile");
   check_lists(kOp, "q", params.q, size, size.num_blocks, "num_blocks", "KV block");
-  const int64_t rows = int64_t{size.batch} * size.heads * size.num_blocks * kBlockSlots;
-  FPSATTN_CHECK(rows <= INT32_MAX, kOp, ": batch * heads * num_blocks * 128 is ", rows, ", expected at most ",
-                INT32_MAX, " (32-bit TMA coordinates): split the batch or the heads");
 }
 
 void check(const BackwardParams& params) {
@@ -39,7 +38,7 @@ void check(const BackwardParams& params) {
   check_tensor(kOp, "dq", params.dq, true);
   check_tensor(kOp, "dk", params.dk, true);
   check_tensor(kOp, "dv", params.dv, true);
-  check_workspace(kOp, params.workspace, params.workspace_bytes, backward_workspace_bytes(params));
+  check_workspace(kOp, params.workspace, params.workspace_bytes, sm90::backward::least_workspace_bytes(params));
 }
 
 }  // namespace

@@ -15,9 +15,10 @@ namespace fpsattn {
 
 inline constexpr int kPointerAlignment = 16;  // of every buffer that kernels read or write 16 bytes at a time
 
+inline constexpr const char* kHeadDims = "64, 96 or 128";  // is_head_dim, in words
+
 inline void check_size(const char* op, const ProblemSize& size) {
-  FPSATTN_CHECK(size.head_dim == 64 || size.head_dim == 128, op, ": head_dim is ", size.head_dim,
-                ", expected 64 or 128");
+  FPSATTN_CHECK(is_head_dim(size.head_dim), op, ": head_dim is ", size.head_dim, ", expected ", kHeadDims);
   FPSATTN_CHECK(size.batch >= 1 && size.batch <= 65535, op, ": batch is ", size.batch, ", expected 1..65535");
   FPSATTN_CHECK(size.heads >= 1 && size.heads <= 65535, op, ": heads is ", size.heads, ", expected 1..65535");
   FPSATTN_CHECK(size.num_tokens >= 1, op, ": num_tokens is ", size.num_tokens, ", expected at least 1");

@@ -42,6 +42,8 @@ void check(const QuantizeParams& params) {
   check_pointer(kOp, "v_scale", params.v_scale, 4);
   check_pointer(kOp, "k_mean", params.k_mean);
   check_pointer(kOp, "q_k_mean", params.q_k_mean, 4);
+  if (params.q_block_sum != nullptr) check_pointer(kOp, "q_block_sum", params.q_block_sum, 4);
+  if (params.k_block_sum != nullptr) check_pointer(kOp, "k_block_sum", params.k_block_sum, 4);
   check_workspace(kOp, params.workspace, params.workspace_bytes, quantize_workspace_bytes(params));
 }
 

@@ -120,16 +120,16 @@ void check_entries(const char* op, const char* name, const Tensor& x, int64_t en
   }
 }
 
-using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
                       OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
-                      bool pow2_scales, int64_t k_mean_stride) {
+                      bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
   const char* op = "quantize";
   const Launch launch(op, q);
   FPSATTN_CHECK(q.dim() == 4, op, ": q has shape ", shape_text(q), ", expected (B, H, S, D)");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
-  FPSATTN_CHECK(dim == 64 || dim == 128, op, ": q has head dimension ", dim, ", supported are 64 and 128");
+  FPSATTN_CHECK(is_head_dim(dim), op, ": q has head dimension ", dim, ", supported are ", kHeadDims);
   FPSATTN_CHECK(batch > 0 && heads > 0 && tokens > 0, op, ": q has shape ", shape_text(q), ": no size may be 0");
   QuantizeParams params;
   params.dtype = kernel_dtype(op, "q", q.scalar_type());
@@ -165,15 +165,18 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
   params.given_v_absmax = optional_floats(op, "v_absmax", v_absmax, q, {batch, heads, dim});
 
   const auto e4m3 = ScalarType::Float8_e4m3fn;
-  Tensor q8 = empty(q, {batch, heads, num_blocks, kBlockSlots, dim}, e4m3);
-  Tensor k8 = empty(q, {batch, heads, num_blocks, kBlockSlots, dim}, e4m3);
-  Tensor v8t = empty(q, {batch, heads, num_blocks, dim + kVExtraRows, kBlockSlots}, e4m3);
+  const int64_t columns = code_dim(params.size.head_dim);
+  Tensor q8 = empty(q, {batch, heads, num_blocks, kBlockSlots, columns}, e4m3);
+  Tensor k8 = empty(q, {batch, heads, num_blocks, kBlockSlots, columns}, e4m3);
+  Tensor v8t = empty(q, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots}, e4m3);
   std::vector<int64_t> scales = {batch, heads, num_blocks};
   if (params.granularity == Granularity::kToken) scales.push_back(kBlockSlots);
   Tensor q_scale = empty(q, scales, ScalarType::Float), k_scale = empty(q, scales, ScalarType::Float);
   Tensor v_scale = empty(q, {batch, heads, dim}, ScalarType::Float);
   Tensor used_mean = empty(q, {batch, heads, dim}, ScalarType::Float);
   Tensor q_k_mean = empty(q, {batch, heads, tokens}, ScalarType::Float);
+  Tensor q_block_sum = empty(q, {batch, heads, block_sums ? num_blocks : 0, dim}, ScalarType::Float);
+  Tensor k_block_sum = empty(q, {batch, heads, block_sums ? num_blocks : 0, dim}, ScalarType::Float);
   params.q8 = data<uint8_t>(q8);
   params.k8 = data<uint8_t>(k8);
   params.v8t = data<uint8_t>(v8t);
@@ -182,11 +185,13 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
   params.v_scale = data<float>(v_scale);
   params.k_mean = data<float>(used_mean);
   params.q_k_mean = data<float>(q_k_mean);
+  params.q_block_sum = block_sums ? data<float>(q_block_sum) : nullptr;
+  params.k_block_sum = block_sums ? data<float>(k_block_sum) : nullptr;
   params.workspace_bytes = quantize_workspace_bytes(params);
   Tensor workspace = empty(q, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
   params.workspace = workspace.data_ptr();
   quantize(params, launch.stream());
-  return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean};
+  return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean, q_block_sum, k_block_sum};
 }
 
 // What forward and backward share of their arguments.
@@ -197,11 +202,14 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
                    int64_t num_tokens) {
   const auto e4m3 = ScalarType::Float8_e4m3fn;
   FPSATTN_CHECK(q8.dim() == 5, op, ": q8 has shape ", shape_text(q8), ", expected (B, H, num_blocks, 128, D)");
-  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
-  FPSATTN_CHECK(dim == 64 || dim == 128, op, ": q8 has head dimension ", dim, ", supported are 64 and 128");
-  check_buffer(op, "q8", q8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, dim});
-  check_buffer(op, "k8", k8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, dim});
-  check_buffer(op, "v8t", v8t, q8, e4m3, {batch, heads, num_blocks, dim + kVExtraRows, kBlockSlots});
+  // D is the length of v_scale; the codes have code_dim(D) columns.
+  FPSATTN_CHECK(v_scale.dim() == 3, op, ": v_scale has shape ", shape_text(v_scale), ", expected (B, H, D)");
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
+  FPSATTN_CHECK(is_head_dim(dim), op, ": v_scale has head dimension ", dim, ", supported are ", kHeadDims);
+  const int64_t columns = code_dim(static_cast<int>(dim));
+  check_buffer(op, "q8", q8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});
+  check_buffer(op, "k8", k8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});
+  check_buffer(op, "v8t", v8t, q8, e4m3, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
   const auto check_scale = [&](const char* name, const Tensor& x) {
     if (x.dim() == 4) {
       check_buffer(op, name, x, q8, ScalarType::Float, {batch, heads, num_blocks, kBlockSlots});
@@ -243,7 +251,7 @@ Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_s
   ForwardParams params;
   fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks,
                 kv_indices, num_tokens);
-  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
   params.out_dtype = kernel_dtype(op, "out_dtype", out_dtype);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.q_k_mean = optional_floats(op, "q_k_mean", q_k_mean, q8, {batch, heads, num_tokens});
@@ -274,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
   BackwardParams params;
   fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks,
                 kv_indices, tokens);
-  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = q8.size(4);
+  const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
   const ScalarType type = out.scalar_type();
   params.dtype = kernel_dtype(op, "out", type);
   check_dtype(op, "grad_out", grad_out, type);

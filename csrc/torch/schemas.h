@@ -10,9 +10,8 @@ namespace fpsattn {
 inline constexpr const char* kQuantizeSchema =
     "quantize(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, "
     "Tensor? k_mean=None, Tensor? v_absmax=None, *, int granularity, bool smooth_k, bool pow2_scales, "
-    "SymInt k_mean_stride=1) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
-    "Tensor k_mean_used, "
-    "Tensor q_k_mean)";
+    "SymInt k_mean_stride=1, bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
+    "Tensor k_scale, Tensor v_scale, Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, Tensor k_block_sum)";
 
 inline constexpr const char* kForwardSchema =
     "forward(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor token_of_slot, "

@@ -10,8 +10,13 @@
 
 namespace fpsattn {
 
+// Head dimensions. The kernels multiply e4m3 operands of code_dim(D) columns; those beyond D are zeros that quantize
+// appends, which change nothing (docs/numerics.md).
+constexpr bool is_head_dim(int64_t dim) { return dim == 64 || dim == 96 || dim == 128; }
+constexpr int code_dim(int head_dim) { return head_dim <= 64 ? 64 : 128; }
+
 inline constexpr int kBlockSlots = 128;      // slots of a block
-inline constexpr int kVExtraRows = 8;        // rows D..D+7 of v8t: one row of ones in valid slots, seven of zeros
+inline constexpr int kVExtraRows = 8;        // rows C..C+7 of v8t: one row of ones in valid slots, seven of zeros
 inline constexpr float kE4m3Max = 448.0f;    // largest finite e4m3
 inline constexpr int kProbabilityShift = 8;  // P = e4m3(2^(x - m + 8)): at most 256, so it cannot saturate
 
@@ -36,7 +41,7 @@ inline constexpr int64_t kMaxTokenStride = INT32_MAX / 2;
 struct ProblemSize {
   int batch = 0;
   int heads = 0;
-  int head_dim = 0;    // D: 64 or 128
+  int head_dim = 0;    // D: 64, 96 or 128. Below, C = code_dim(D)
   int num_tokens = 0;  // S: video and text tokens together
   int num_blocks = 0;
   int num_tiles = 0;
@@ -57,14 +62,16 @@ struct QuantizeParams {
   const float* given_k_mean = nullptr;    // [B, H, D] or null: computed
   const float* given_v_absmax = nullptr;  // [B, H, D] or null: computed. Delayed scaling: |v| above it saturates
 
-  uint8_t* q8 = nullptr;      // e4m3 [B, H, num_blocks, 128, D]
-  uint8_t* k8 = nullptr;      // e4m3 [B, H, num_blocks, 128, D]
-  uint8_t* v8t = nullptr;     // e4m3 [B, H, num_blocks, D + 8, 128], slots permuted inside each 16 (kVSlotOrder)
-  float* q_scale = nullptr;   // [B, H, num_blocks] (tile, block) or [B, H, num_blocks, 128] (token)
-  float* k_scale = nullptr;   // likewise
-  float* v_scale = nullptr;   // [B, H, D]
-  float* k_mean = nullptr;    // [B, H, D]: the mean that was used; zeros without smooth_k
-  float* q_k_mean = nullptr;  // [B, H, S]: q . k_mean of every token; zeros without smooth_k
+  uint8_t* q8 = nullptr;         // e4m3 [B, H, num_blocks, 128, C]
+  uint8_t* k8 = nullptr;         // e4m3 [B, H, num_blocks, 128, C]
+  uint8_t* v8t = nullptr;        // e4m3 [B, H, num_blocks, C + 8, 128], slots permuted inside each 16 (kVSlotOrder)
+  float* q_scale = nullptr;      // [B, H, num_blocks] (tile, block) or [B, H, num_blocks, 128] (token)
+  float* k_scale = nullptr;      // likewise
+  float* v_scale = nullptr;      // [B, H, D]
+  float* k_mean = nullptr;       // [B, H, D]: the mean that was used; zeros without smooth_k
+  float* q_k_mean = nullptr;     // [B, H, S]: q . k_mean of every token; zeros without smooth_k
+  float* q_block_sum = nullptr;  // [B, H, num_blocks, D] or null: sum of the block's tokens of q, FP32
+  float* k_block_sum = nullptr;  // [B, H, num_blocks, D] or null: likewise of k, nothing subtracted
 
   void* workspace = nullptr;  // quantize_workspace_bytes(params), 16-byte aligned
   size_t workspace_bytes = 0;
@@ -136,7 +143,9 @@ struct BackwardParams {
 
   TokenTensor out, grad_out, dq, dk, dv;
 
-  void* workspace = nullptr;  // backward_workspace_bytes(params), 16-byte aligned
+  // 16-byte aligned. backward_workspace_bytes(params), at most 2^30 bytes unless one head needs more; or less, down to
+  // what it is for one batch and one head: then more rounds of kernels run, over fewer heads each.
+  void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
 

@@ -18,6 +18,7 @@ from .ops.attend import attend
 from .ops.backends import BACKENDS
 from .ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
 from .ops.lists import planned_lists, traced
+from .ops.prepare import Norm, Rope
 
 LAYOUTS = ("NHD", "HND")
 FP32_MAX = float(np.finfo(np.float32).max)
@@ -50,12 +51,14 @@ def attention(
     v_absmax: Tensor | None = None,
     deterministic: bool = False,
     softmax_scale: float | None = None,
+    norm: Norm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
     Args:
-        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64
-            or 128, or any smaller one, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
+        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64,
+            96 or 128, or any other one below, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
         grid: ``(T, H, W)``, the token grid of the video.
         tile: ``(tT, tH, tW)``; None: the planner's choice. Part of the meaning of ``window``.
         window: ``(wT, wH, wW)`` sliding tile window, in tiles; text tokens attend and are attended by everything. None with no
@@ -74,6 +77,8 @@ def attention(
         k_mean: f32 ``(B, H, D)``, subtracted instead of the computed mean.
         v_absmax: f32 ``(B, H, D)``, taken for V's scales instead of the computed maximum; values beyond it saturate.
         deterministic: same bits on repeat in the backward too.
+        norm, rope: q and k are raw projections, which are normalized and rotated first, in FP32 without rounding in between:
+            ``fpsattention.Norm``, ``fpsattention.Rope``. On the CPU. Gradients are those of the raw tensors and of the norm's weights.
 
     Under autocast q, k and v are cast as those of ``scaled_dot_product_attention`` are.
 
@@ -104,6 +109,8 @@ def attention(
         k_mean=_statistic("k_mean", k_mean, q, heads),
         v_absmax=_statistic("v_absmax", v_absmax, q, heads),
         deterministic=_flag("deterministic", deterministic),
+        norm=_instance("norm", norm, Norm),
+        rope=_instance("rope", rope, Rope),
         tensor_layout=tensor_layout,
         backend=backend,
     )  # fmt: skip
@@ -136,6 +143,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str) -> None:
 def _choice(name: str, value: Any, options: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise _fail(f"{name} {shown(value)}, expected one of {', '.join(map(repr, options))}")
+    return value
+
+
+def _instance(name: str, value: Any, kind: type) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise _fail(f"{name} is a {type(value).__name__}, expected fpsattention.{kind.__name__}")
     return value
 
 

@@ -161,6 +161,7 @@ void BackwardRun::make_operands(const Poison& poison) {
       in.table = &table_;
       in.kv = &kv_lists_[(case_.mask_batch == 1 ? 0 : b) * case_.mask_heads + (case_.mask_heads == 1 ? 0 : h)];
       in.softmax_scale = params.softmax_scale;
+      in.k_scale_per_token = params.k_scale_per_token;
       in.v_scale.assign(v_scale_.begin() + head * dim, v_scale_.begin() + (head + 1) * dim);
       in.v.resize(slots * dim);
       for (size_t slot = 0; slot < slots; ++slot) {
@@ -262,12 +263,12 @@ void BackwardRun::upload() {
   params.dq = dq_.tensor(), params.dk = dk_.tensor(), params.dv = dv_.tensor();
 }
 
-Gradients BackwardRun::launch(bool deterministic, bool nan_expected) {
+Gradients BackwardRun::launch(bool deterministic, bool nan_expected, int rounds) {
   for (TokenBuffer* gradient : {&dq_, &dk_, &dv_}) {
     gradient->poison();
   }
   params.deterministic = deterministic;
-  params.workspace_bytes = backward_workspace_bytes(params);
+  params.workspace_bytes = backward_workspace_bytes(params) / rounds;
   DeviceBuffer<uint8_t> workspace(params.workspace_bytes, 0xff);  // NaN: whatever is read must have been written
   params.workspace = workspace.data();
   backward(params, nullptr);

@@ -77,7 +77,8 @@ class BackwardRun {
   explicit BackwardRun(
       const BackwardCase& c, const Poison& poison = [](float x, int, int, int, int, int) { return x; });
 
-  Gradients launch(bool deterministic, bool nan_expected = false);
+  // rounds: what the workspace asked for is divided by.
+  Gradients launch(bool deterministic, bool nan_expected = false, int rounds = 1);
   void check(const Gradients& got);  // tolerance: see the definition
 
   BackwardParams params;

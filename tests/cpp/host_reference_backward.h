@@ -4,7 +4,8 @@
 // Besides the gradients themselves two yardsticks come out of the same loops:
 //   low    the same maths with what a BF16 kernel must round: p, dS, V~, dO (FP16 inputs), each to BF16
 //   slack  P is a step function: where 2^y lies so close to the boundary of two e4m3 values that FP32 arithmetic may
-//          fall on either side, the difference that the other value would make to each gradient element, summed
+//          fall on either side, the difference that the other value would make to each gradient element, summed; and
+//          what dP - delta, a difference of FP32 sums, may be off by: it matters where the gradient all but cancels
 #pragma once
 
 #include <cmath>
@@ -30,6 +31,7 @@ struct HostHead {
   std::vector<float> v_scale;           // [D]
   std::vector<float> grad_out;          // [slots, D], 0 in padding
   float softmax_scale = 0.0f;
+  bool k_scale_per_token = false;
 };
 
 struct HostForward {
@@ -47,14 +49,15 @@ struct HostBackward {
 
 inline float to_bf16(float x) { return from_bits16(to_bits16(x, DType::kBFloat16), DType::kBFloat16); }
 
-// Exponent of P, in FP32 as the kernels have it, from the exact product.
+// Exponent of P, in FP32 as the kernels have it (docs/numerics.md, step 3), from the exact product.
 inline float exponent(const HostHead& in, int qs, int ks, float m) {
   double dot = 0.0;
   for (int d = 0; d < in.dim; ++d) {
     dot += double(in.q[size_t(qs) * in.dim + d]) * in.k[size_t(ks) * in.dim + d];
   }
-  const float factor = in.q_scale[qs] * in.k_scale[ks] * scale_in_log2_units(in.softmax_scale);
-  return std::fma(static_cast<float>(dot), factor, kProbabilityShift - m);
+  const float scale_log2 = scale_in_log2_units(in.softmax_scale), product = static_cast<float>(dot);
+  return in.k_scale_per_token ? std::fma(product * in.k_scale[ks], in.q_scale[qs] * scale_log2, kProbabilityShift - m)
+                              : std::fma(product, in.q_scale[qs] * in.k_scale[ks] * scale_log2, kProbabilityShift - m);
 }
 
 // P of a key's slot.
@@ -128,10 +131,11 @@ inline HostBackward host_backward(const HostHead& in, const HostForward& f, doub
     }
     const float* g = &in.grad_out[size_t(qs) * dim];
     const float* g_low = &do_low[size_t(qs) * dim];
-    double delta = 0.0, delta_low = 0.0;
+    double delta = 0.0, delta_low = 0.0, delta_magnitude = 0.0;
     for (int d = 0; d < dim; ++d) {
       delta += double(g[d]) * f.out[size_t(qs) * dim + d];
       delta_low += double(g_low[d]) * f.out[size_t(qs) * dim + d];
+      delta_magnitude += std::fabs(double(g[d]) * f.out[size_t(qs) * dim + d]);
     }
     for (int block : (*in.kv)[in.table->tile_of_block[qs / kBlockSlots]]) {
       for (int ks = block * kBlockSlots; ks < (block + 1) * kBlockSlots; ++ks) {
@@ -142,15 +146,19 @@ inline HostBackward host_backward(const HostHead& in, const HostForward& f, doub
         const float y = exponent(in, qs, ks, m);
         const uint8_t byte = probability_byte(y, ks, dim);
         const double p = double(e4m3_to_float(byte)) / l, p_low = to_bf16(static_cast<float>(p));
-        double dp = 0.0, dp_low = 0.0;
+        double dp = 0.0, dp_low = 0.0, dp_magnitude = 0.0;
         for (int d = 0; d < dim; ++d) {
           dp += double(g[d]) * v[key + d];
           dp_low += double(g_low[d]) * v_low[key + d];
+          dp_magnitude += std::fabs(double(g[d]) * v[key + d]);
         }
         const double ds = p * (dp - delta) * in.softmax_scale, sq = in.q_scale[qs], sk = in.k_scale[ks];
         const double ds_q = to_bf16(static_cast<float>(p * (dp_low - delta_low) * sq)) * in.softmax_scale;
         const double ds_k = to_bf16(static_cast<float>(p * (dp_low - delta_low) * sk)) * in.softmax_scale;
+        const double ds_error = 0x1p-22 * p * (dp_magnitude + delta_magnitude) * in.softmax_scale;
         for (int d = 0; d < dim; ++d) {
+          out.slack.dk[key + d] += ds_error * sq * std::fabs(in.q[query + d]);
+          out.slack.dq[query + d] += ds_error * sk * std::fabs(in.k[key + d]);
           out.exact.dv[key + d] += p * g[d];
           out.exact.dk[key + d] += ds * sq * in.q[query + d];
           out.exact.dq[query + d] += ds * sk * in.k[key + d];

@@ -24,8 +24,9 @@ struct HostQuantizeInput {
 struct HostQuantized {
   std::vector<uint8_t> q8, k8, v8t;
   std::vector<float> q_scale, k_scale, v_scale;
-  std::vector<double> q_k_mean;            // [B, H, S], exact
-  std::vector<double> q_k_mean_magnitude;  // sum of |terms|: what the error of an FP32 dot is relative to
+  std::vector<float> q_block_sum, k_block_sum;  // [B, H, num_blocks, D]
+  std::vector<double> q_k_mean;                 // [B, H, S], exact
+  std::vector<double> q_k_mean_magnitude;       // sum of |terms|: what the error of an FP32 dot is relative to
 };
 
 // NaN if any is NaN.
@@ -42,10 +43,10 @@ inline float reference_scale(float absmax, bool pow2) {
   return pow2 ? static_cast<float>(std::exp2(std::ceil(std::log2(static_cast<double>(scale))))) : scale;
 }
 
-// Q or K: bytes [num_blocks, 128, D] and scales of one (batch, head).
+// Q or K: bytes [num_blocks, 128, C] and scales of one (batch, head).
 inline void reference_rows(const HostQuantizeInput& in, const std::function<float(int s, int d)>& x, uint8_t* bytes,
                            float* scales) {
-  const int dim = in.size.head_dim;
+  const int dim = in.size.head_dim, columns = code_dim(dim);
   const auto token = [&](int slot) {
     const int t = in.table->token_of_slot[slot];
     return t >= 0 ? t : in.table->token_of_slot[slot / kBlockSlots * kBlockSlots];
@@ -82,8 +83,9 @@ inline void reference_rows(const HostQuantizeInput& in, const std::function<floa
       }
       scale_of_slot[slot] = reference_scale(group, in.pow2_scales);
     }
-    for (int d = 0; d < dim; ++d) {
-      bytes[static_cast<size_t>(slot) * dim + d] = to_e4m3(x(token(slot), d) / scale_of_slot[slot]);
+    for (int d = 0; d < columns; ++d) {
+      const float value = d < dim ? x(token(slot), d) : 0.0f;
+      bytes[static_cast<size_t>(slot) * columns + d] = to_e4m3(value / scale_of_slot[slot]);
     }
     if (in.granularity == Granularity::kToken) {
       scales[slot] = scale_of_slot[slot];
@@ -93,10 +95,10 @@ inline void reference_rows(const HostQuantizeInput& in, const std::function<floa
   }
 }
 
-// V: bytes [num_blocks, D + 8, 128] of one (batch, head), scales [D].
+// V: bytes [num_blocks, C + 8, 128] of one (batch, head), scales [D].
 inline void reference_columns(const HostQuantizeInput& in, int b, int h, const float* given_absmax, uint8_t* bytes,
                               float* scales) {
-  const int dim = in.size.head_dim;
+  const int dim = in.size.head_dim, columns = code_dim(dim);
   for (int d = 0; d < dim; ++d) {
     float absmax = 0.0f;
     for (int s = 0; s < in.size.num_tokens; ++s) {
@@ -105,7 +107,7 @@ inline void reference_columns(const HostQuantizeInput& in, int b, int h, const f
     scales[d] = reference_scale(given_absmax ? given_absmax[d] : absmax, in.pow2_scales);
   }
   for (int block = 0; block < in.size.num_blocks; ++block) {
-    for (int row = 0; row < dim + kVExtraRows; ++row) {
+    for (int row = 0; row < columns + kVExtraRows; ++row) {
       for (int position = 0; position < kBlockSlots; ++position) {
         const int slot = block * kBlockSlots + position / 16 * 16 + kVSlotOrder[position % 16];
         const int token = in.table->token_of_slot[slot];
@@ -113,11 +115,30 @@ inline void reference_columns(const HostQuantizeInput& in, int b, int h, const f
         if (token >= 0 && row < dim) {
           const float x = in.v(b, h, token, row);
           byte = std::isinf(x) ? 0x7f : to_e4m3(x / scales[row]);  // an Inf never becomes finite
-        } else if (token >= 0 && row == dim) {
+        } else if (token >= 0 && row == columns) {
           byte = 0x38;
         }
-        bytes[(static_cast<size_t>(block) * (dim + kVExtraRows) + row) * kBlockSlots + position] = byte;
+        bytes[(static_cast<size_t>(block) * (columns + kVExtraRows) + row) * kBlockSlots + position] = byte;
       }
+    }
+  }
+}
+
+// Sums of a block's tokens: 16 slots one after another, then the 8 sums one after another. [num_blocks, D] of one (b, h).
+inline void reference_block_sums(const HostQuantizeInput& in, const std::function<float(int s, int d)>& x,
+                                 std::vector<float>& sums) {
+  for (int block = 0; block < in.size.num_blocks; ++block) {
+    for (int d = 0; d < in.size.head_dim; ++d) {
+      float total = 0.0f;
+      for (int group = 0; group < kBlockSlots; group += 16) {
+        float sum = 0.0f;
+        for (int i = 0; i < 16; ++i) {
+          const int token = in.table->token_of_slot[block * kBlockSlots + group + i];
+          if (token >= 0) sum += x(token, d);
+        }
+        total = group == 0 ? sum : total + sum;
+      }
+      sums.push_back(total);
     }
   }
 }
@@ -126,11 +147,12 @@ inline HostQuantized reference_quantize(const HostQuantizeInput& in) {
   const ProblemSize& size = in.size;
   const size_t groups = static_cast<size_t>(size.batch) * size.heads;
   const size_t rows = static_cast<size_t>(size.num_blocks) * kBlockSlots;
+  const size_t columns = code_dim(size.head_dim);
   const size_t scales = in.granularity == Granularity::kToken ? rows : size.num_blocks;
   HostQuantized out;
-  out.q8.resize(groups * rows * size.head_dim);
-  out.k8.resize(groups * rows * size.head_dim);
-  out.v8t.resize(groups * rows * (size.head_dim + kVExtraRows));
+  out.q8.resize(groups * rows * columns);
+  out.k8.resize(groups * rows * columns);
+  out.v8t.resize(groups * rows * (columns + kVExtraRows));
   out.q_scale.resize(groups * scales);
   out.k_scale.resize(groups * scales);
   out.v_scale.resize(groups * size.head_dim);
@@ -140,10 +162,12 @@ inline HostQuantized reference_quantize(const HostQuantizeInput& in) {
       const float* mean = in.k_mean.data() + group * size.head_dim;
       const auto q = [&](int s, int d) { return in.q(b, h, s, d); };
       const auto k = [&](int s, int d) { return in.k(b, h, s, d) - mean[d]; };
-      reference_rows(in, q, &out.q8[group * rows * size.head_dim], &out.q_scale[group * scales]);
-      reference_rows(in, k, &out.k8[group * rows * size.head_dim], &out.k_scale[group * scales]);
+      reference_rows(in, q, &out.q8[group * rows * columns], &out.q_scale[group * scales]);
+      reference_rows(in, k, &out.k8[group * rows * columns], &out.k_scale[group * scales]);
       reference_columns(in, b, h, in.v_absmax.empty() ? nullptr : in.v_absmax.data() + group * size.head_dim,
-                        &out.v8t[group * rows * (size.head_dim + kVExtraRows)], &out.v_scale[group * size.head_dim]);
+                        &out.v8t[group * rows * (columns + kVExtraRows)], &out.v_scale[group * size.head_dim]);
+      reference_block_sums(in, q, out.q_block_sum);
+      reference_block_sums(in, [&](int s, int d) { return in.k(b, h, s, d); }, out.k_block_sum);
       for (int s = 0; s < size.num_tokens; ++s) {
         double dot = 0.0, magnitude = 0.0;
         for (int d = 0; d < size.head_dim; ++d) {

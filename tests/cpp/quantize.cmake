@@ -1,5 +1,8 @@
-# Tests of csrc/quantize.
+# Tests of csrc/quantize, and of the head dimension that quantize pads, through all kernels.
 if(FPSATTN_HAS_CUDA)
+  fpsattn_add_gtest(test_head_dim test_head_dim.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_device_run(test_head_dim.lazy test_head_dim --async=lazy)
+  fpsattn_add_device_run(test_head_dim.truncated test_head_dim --async=random --seed=11 --fp8-acc=truncated)
   fpsattn_add_device_test(test_quantize test_quantize.cpp quantize_case.cpp)
   if(FPSATTN_EMULATOR)  # its stricter checks
     fpsattn_add_device_run(test_quantize.racecheck test_quantize --racecheck --async=random --seed=3)

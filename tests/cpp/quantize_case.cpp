@@ -111,15 +111,17 @@ QuantizeRun::QuantizeRun(const QuantizeCase& c, const Poison& poison)
       tile_block_offsets(table.tile_block_offsets),
       given_k_mean(given_mean(c)),
       given_v_absmax(given_absmax(c)),
-      q8(static_cast<size_t>(c.batch) * c.heads * table.token_of_slot.size() * c.head_dim),
+      q8(static_cast<size_t>(c.batch) * c.heads * table.token_of_slot.size() * code_dim(c.head_dim)),
       k8(q8.size()),
-      v8t(static_cast<size_t>(c.batch) * c.heads * table.token_of_slot.size() * (c.head_dim + kVExtraRows)),
+      v8t(static_cast<size_t>(c.batch) * c.heads * table.token_of_slot.size() * (code_dim(c.head_dim) + kVExtraRows)),
       q_scale(static_cast<size_t>(c.batch) * c.heads *
               (c.granularity == Granularity::kToken ? table.token_of_slot.size() : table.num_blocks())),
       k_scale(q_scale.size()),
       v_scale(static_cast<size_t>(c.batch) * c.heads * c.head_dim),
       k_mean(v_scale.size()),
       q_k_mean(static_cast<size_t>(c.batch) * c.heads * table.num_tokens),
+      q_block_sum(static_cast<size_t>(c.batch) * c.heads * table.num_blocks() * c.head_dim),
+      k_block_sum(q_block_sum.size()),
       workspace([&] {
         params.size = size_of(c, table);
         params.smooth_k = c.mean != Mean::kOff;
@@ -145,6 +147,8 @@ QuantizeRun::QuantizeRun(const QuantizeCase& c, const Poison& poison)
   params.v_scale = v_scale.data();
   params.k_mean = k_mean.data();
   params.q_k_mean = q_k_mean.data();
+  params.q_block_sum = c.block_sums ? q_block_sum.data() : nullptr;
+  params.k_block_sum = c.block_sums ? k_block_sum.data() : nullptr;
   params.workspace = workspace.data();
   params.workspace_bytes = workspace.bytes() - 1;
 }
@@ -198,6 +202,10 @@ void QuantizeRun::check() {
   expect_same_bytes("q8", q8.to_host(), want.q8);
   expect_same_bytes("k8", k8.to_host(), want.k8);
   expect_same_bytes("v8t", v8t.to_host(), want.v8t);
+  if (case_.block_sums) {
+    expect_same_floats("q_block_sum", q_block_sum.to_host(), want.q_block_sum);
+    expect_same_floats("k_block_sum", k_block_sum.to_host(), want.k_block_sum);
+  }
   const std::vector<float> dots = q_k_mean.to_host();
   for (size_t i = 0; i < dots.size(); ++i) {
     if (std::isfinite(want.q_k_mean[i])) {
@@ -216,6 +224,8 @@ void QuantizeRun::check() {
   v_scale.check_guards("v_scale");
   k_mean.check_guards("k_mean");
   q_k_mean.check_guards("q_k_mean");
+  q_block_sum.check_guards("q_block_sum");
+  k_block_sum.check_guards("k_block_sum");
   workspace.check_guards("workspace");
 }
 

@@ -39,6 +39,7 @@ struct QuantizeCase {
   int k_mean_stride = 1;
   bool pow2 = false;
   bool given_v_absmax = false;
+  bool block_sums = true;
   Values values = Values::kNormal;
 };
 
@@ -66,7 +67,7 @@ class QuantizeRun {
   DeviceBuffer<int32_t> token_of_slot, tile_block_offsets;
   DeviceBuffer<float> given_k_mean, given_v_absmax;
   DeviceBuffer<uint8_t> q8, k8, v8t;
-  DeviceBuffer<float> q_scale, k_scale, v_scale, k_mean, q_k_mean;
+  DeviceBuffer<float> q_scale, k_scale, v_scale, k_mean, q_k_mean, q_block_sum, k_block_sum;
   DeviceBuffer<uint8_t> workspace;
 
  private:

@@ -22,6 +22,22 @@ TEST_P(Backward, FastModeEqualsTheHostReference) {
   run.check(run.launch(false));
 }
 
+// A workspace for two of five heads, and for one: the same bits in deterministic mode.
+TEST(BackwardWorkspace, LessOfItMeansMoreRounds) {
+  FPSATTN_SKIP_WITHOUT_DEVICE();
+  BackwardCase c;
+  c.grid = {4, 6, 14};
+  c.heads = c.mask_heads = 5;
+  c.mask = Mask::kRandom;
+  c.head_dim = 64;
+  c.granularity = Granularity::kToken;
+  BackwardRun run(c);
+  const Gradients at_once = run.launch(true);
+  run.check(at_once);
+  for (int rounds : {2, 5}) EXPECT_TRUE(run.launch(true, false, rounds) == at_once) << rounds;
+  run.check(run.launch(false, false, 2));
+}
+
 BackwardCase variant(const std::string& name, const std::function<void(BackwardCase&)>& change) {
   BackwardCase c;
   c.name = name;

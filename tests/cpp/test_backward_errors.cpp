@@ -7,6 +7,7 @@
 
 #include "fpsattn/launch.h"
 #include "fpsattn/status.h"
+#include "fpsattn/tile_layout.h"
 
 namespace fpsattn::test {
 namespace {
@@ -37,11 +38,11 @@ struct BadCase {
 
 TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
   const BadCase cases[] = {
-      {"backward: head_dim is 96, expected 64 or 128", [](auto& p) { p.size.head_dim = 96; }},
+      {"backward: head_dim is 80, expected 64, 96 or 128", [](auto& p) { p.size.head_dim = 80; }},
       {"backward: batch is 0, expected 1..65535", [](auto& p) { p.size.batch = 0; }},
       {"backward: heads is 0", [](auto& p) { p.size.heads = 0; }},
       {"backward: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},
-      {"backward: batch * heads * num_blocks * 128 is", [](auto& p) { p.size.num_blocks = p.q.rows = 1 << 22; }},
+      {"backward: batch * heads is 4294836225, expected at most", [](auto& p) { p.size.batch = p.size.heads = 65535; }},
       {"backward: dtype is 7", [](auto& p) { p.dtype = static_cast<DType>(7); }},
       {"backward: softmax_scale is nan, expected a positive finite number", [](auto& p) { p.softmax_scale = NAN; }},
       {"backward: softmax_scale is 0, expected a positive", [](auto& p) { p.softmax_scale = 0.0f; }},
@@ -91,9 +92,34 @@ TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
 TEST(BackwardErrors, WorkspaceIsWhatTheDocumentationSays) {
   BackwardParams params = good_params();
   const size_t rows = 2 * 3 * 2 * 128;
-  EXPECT_EQ(backward_workspace_bytes(params), rows * (128 * 8 + 20 + 128 * 4));
+  EXPECT_EQ(backward_workspace_bytes(params), rows * (128 * 8 + 28 + 128 * 4));
   params.deterministic = true;
-  EXPECT_EQ(backward_workspace_bytes(params), rows * (128 * 8 + 20));
+  EXPECT_EQ(backward_workspace_bytes(params), rows * (128 * 8 + 28));
+}
+
+// Wan 14B at 720p and 81 frames: 2 GB would do, and batches cost nothing.
+TEST(BackwardErrors, WorkspaceOfALargeModelIsBounded) {
+  const TileLayout layout = plan({21, 45, 80});
+  BackwardParams params = good_params();
+  for (int batch : {1, 2}) {
+    for (bool deterministic : {true, false}) {
+      params.size = {batch, 40, 128, layout.num_tokens, layout.num_blocks, layout.num_tiles};
+      params.kv.rows = params.size.num_tiles, params.q.rows = params.size.num_blocks;
+      params.deterministic = deterministic;
+      const size_t bytes = backward_workspace_bytes(params);
+      EXPECT_LE(bytes, size_t{1} << 30);
+      EXPECT_GE(bytes, size_t{1} << 29) << "rounds of few heads: many tails";
+      RecordProperty("bytes", std::to_string(bytes));
+    }
+  }
+}
+
+TEST(BackwardErrors, OneHeadOfAnySizeIsAccepted) {
+  BackwardParams params = good_params();
+  params.size = {1, 2, 128, 1 << 22, 1 << 15, 1 << 15};
+  params.kv.rows = params.size.num_tiles, params.q.rows = params.size.num_blocks;
+  params.deterministic = true;
+  EXPECT_EQ(backward_workspace_bytes(params), (size_t{1} << 22) * (128 * 8 + 28));
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ TEST_P(ForwardErrors, SayWhatIsWrong) {
 }
 
 const Case kCases[] = {
-    {"head_dim", [](ForwardParams& p) { p.size.head_dim = 96; }, "head_dim is 96, expected 64 or 128"},
+    {"head_dim", [](ForwardParams& p) { p.size.head_dim = 80; }, "head_dim is 80, expected 64, 96 or 128"},
     {"blocks", [](ForwardParams& p) { p.size.num_blocks = 3; }, "num_blocks is 3"},
     {"coordinates", [](ForwardParams& p) { p.size.num_blocks = 2000000; },
      "batch * heads * num_blocks is 16000000, expected at most"},

@@ -6,6 +6,7 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <vector>
 
+#include "backward/sm90/products.h"
 #include "common/sm90/fragments.h"
 #include "common/sm90/tile.h"
 #include "fpsattn/params.h"
@@ -95,6 +96,54 @@ TEST(Fragments, AccumulatorPackedTo16BitsIsAnAOperandAsItStands) {
         ASSERT_TRUE((held == Element{operand.row, 16 * (i / 4) + operand.column})) << thread << " " << i << " " << b;
       }
     }
+  }
+}
+
+// The products of the backward are TiledMMAs over both warpgroups. Register i of a thread, in the order that its fragment
+// is indexed and packed:
+template <class Mma, int kRows, int kColumns>
+bool accumulator_is(const Mma& mma, bool split_rows) {
+  const auto all = cute::make_identity_tensor(cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{});
+  for (int thread = 0; thread < 2 * kThreads; ++thread) {
+    const auto mine = mma.get_slice(thread).partition_C(all);
+    const int warpgroup = thread / kThreads, columns = split_rows ? kColumns : kColumns / 2;
+    for (int i = 0; i < columns / 2; ++i) {
+      const Element wanted{accumulator_row(thread % kThreads, i) + (split_rows ? kRows / 2 * warpgroup : 0),
+                           accumulator_column(thread % kThreads, i) + (split_rows ? 0 : columns * warpgroup)};
+      if (!(Element{cute::get<0>(mine(i)), cute::get<1>(mine(i))} == wanted)) return false;
+    }
+    if (static_cast<int>(cute::size(mine)) != columns / 2) return false;
+  }
+  return true;
+}
+
+// ... of an accumulator, shifted by `rotation` registers, is what the A operand of the next product wants.
+template <class Scores, class Gradient, int kColumns>
+bool packs_into_operand(int rotation) {
+  const auto all = cute::make_identity_tensor(cute::Shape<cute::Int<128>, cute::Int<kColumns>>{});
+  for (int thread = 0; thread < 2 * kThreads; ++thread) {
+    const auto held = Scores{}.get_slice(thread).partition_C(all);
+    const auto wanted = Gradient{}.get_slice(thread).partition_A(all);
+    const int registers = static_cast<int>(cute::size(held));
+    if (registers != static_cast<int>(cute::size(wanted))) return false;
+    for (int i = 0; i < registers; ++i) {
+      if (held((i + rotation) % registers) != wanted(i)) return false;
+    }
+  }
+  return true;
+}
+
+TEST(Fragments, ProductsOfTheBackward) {
+  using namespace backward;
+  EXPECT_TRUE((accumulator_is<SharedMma<E4m3, 64, SplitRows>, 128, 64>({}, true)));    // S^T
+  EXPECT_TRUE((accumulator_is<SharedMma<Bf16, 128, SplitRows>, 128, 128>({}, true)));  // dP of the dQ kernel
+  EXPECT_TRUE((accumulator_is<RegisterMma<128>, 128, 128>({}, true)));                 // dK, dV, dQ
+  EXPECT_TRUE((accumulator_is<SharedMma<Bf16, 64, SplitColumns, Major::MN>, 64, 128>({}, false)));  // dQ, fast mode
+  EXPECT_FALSE((accumulator_is<SharedMma<Bf16, 64, SplitColumns, Major::MN>, 64, 128>({}, true)));
+  EXPECT_TRUE((packs_into_operand<SharedMma<E4m3, 64, SplitRows>, RegisterMma<64>, 64>(0)));
+  EXPECT_TRUE((packs_into_operand<SharedMma<Bf16, 128, SplitRows>, RegisterMma<128>, 128>(0)));
+  for (int rotation : {1, 2, 4, 8}) {
+    EXPECT_FALSE((packs_into_operand<SharedMma<E4m3, 64, SplitRows>, RegisterMma<64>, 64>(rotation))) << rotation;
   }
 }
 

@@ -16,7 +16,7 @@ TEST_P(Quantize, EqualsTheHostReference) {
 std::vector<QuantizeCase> product_cases() {
   std::vector<QuantizeCase> cases;
   for (Granularity granularity : {Granularity::kTile, Granularity::kBlock, Granularity::kToken}) {
-    for (int head_dim : {64, 128}) {
+    for (int head_dim : {64, 96, 128}) {
       for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
         QuantizeCase c;
         c.name = std::string(granularity == Granularity::kTile    ? "tile"
@@ -144,6 +144,7 @@ std::vector<QuantizeCase> single_cases() {
                 c.head_dim = 64;
               }),  // 1768 rows: 4 parts
       variant("pow2_tile", [](C& c) { c.pow2 = true; }),
+      variant("without_block_sums", [](C& c) { c.block_sums = false; }),
       variant("pow2_token",
               [](C& c) {
                 c.pow2 = true;

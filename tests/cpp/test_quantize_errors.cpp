@@ -32,7 +32,7 @@ struct BadCase {
 
 TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
   const BadCase cases[] = {
-      {"quantize: head_dim is 96, expected 64 or 128", [](auto& p) { p.size.head_dim = 96; }},
+      {"quantize: head_dim is 80, expected 64, 96 or 128", [](auto& p) { p.size.head_dim = 80; }},
       {"quantize: batch is 0, expected 1..65535", [](auto& p) { p.size.batch = 0; }},
       {"quantize: heads is -1", [](auto& p) { p.size.heads = -1; }},
       {"quantize: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},

@@ -52,4 +52,5 @@ CASES = [
     Case("text_prefix_batch", (4, 6, 6), (2, 3, 6), (1, 2, 1), text_len=131, text_position="prefix", batch=2, heads=1),
     Case("big_tile", (9, 9, 9), (9, 9, 9), None, heads=1),  # 729 tokens in one tile of 6 blocks
 ]
+NARROW = Case("narrow_d96", (3, 5, 7), (3, 4, 4), (1, 1, 2), text_len=3, dim=96)  # codes of 128 columns
 IDS = [case.name for case in CASES]

@@ -1,4 +1,4 @@
-"""Run by test_training_distributed.py in every process of a torchrun. Arguments: ddp or fsdp2, data, output, LoRA rank, [resume]."""
+"""Run by test_training_distributed.py in every process of a torchrun. Arguments: ddp or fsdp2, data, output, LoRA rank, settings as JSON."""
 
 import json
 import os
@@ -23,7 +23,8 @@ from fpsattention.training import TrainConfig, train  # noqa: E402  (after the e
 
 config = TrainConfig(
     data=data, output=str(output), steps=4, batch_size=1, validate_every=2, validation_samples=2, learning_rate=1e-3,
-    warmup_steps=1, ema_decay=0.5, prompt_dropout=0.3, checkpoint_every=2, debug=True, lora_rank=int(sys.argv[4]), resume=len(sys.argv) > 5,
+    warmup_steps=1, ema_decay=0.5, prompt_dropout=0.3, checkpoint_every=2, debug=True, lora_rank=int(sys.argv[4]),
+    **json.loads(sys.argv[5]),
 )  # fmt: skip
 result = train(config)
 if process.is_main_process:

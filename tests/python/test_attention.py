@@ -48,7 +48,7 @@ def test_backends_agree(case):
 
 @pytest.mark.parametrize("dim", [96, 80, 32, 7])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_head_dims_without_kernels_are_padded(backend, dim):
+def test_head_dims_are_padded(backend, dim):
     """The same tokens, cut to ``dim`` channels, as zeros in the others give; their gradients are exact, too."""
     case = Case("padded", (3, 5, 7), (3, 4, 4), (1, 1, 2), text_len=3, dim=dim)
     q, k, v = (x.requires_grad_() for x in case.inputs())

@@ -46,6 +46,7 @@ def write(path: Path, *, dry: bool = False, empty: bool = False) -> Path:
             comparison("sdpa-cudnn", 18.0, 1.0, sparse=False), comparison("fpsattn", 7.0, 0.2, sparse=True, training=True)]  # fmt: skip
     model = {"name": "wan", "grid": [1, 2, 3], "layers": 2, "layers_of_real_model": 40, "heads": 40, "head_dim": 128}
     split = {"quantize": 1.0, "attention": 5.0, "rest": 4.0}
+    parts = {"attention": 5.0, "quantize": 1.0, "linears": 3.0, "cross-attention": 0.5, "norms": 0.5}
     kernel = {
         "id": "k",
         "kind": "kernel",
@@ -61,9 +62,10 @@ def write(path: Path, *, dry: bool = False, empty: bool = False) -> Path:
         {**kernel, "name": "forward", "tflops": 683.0}, {**kernel, "name": "quantize", "gb_per_s": 3200.0},
         {"id": "c", "kind": "ceiling", "name": "copy", "ms": ms(1.0), "rate": 4000.0, "unit": "GB/s"},
         {"id": "c", "kind": "ceiling", "name": "fp8-gemm", "ms": ms(1.0), "rate": 1300.0, "unit": "TFLOP/s"},
-        {"id": "s", "kind": "step", "model": model, "name": "dense-cudnn", "ms": ms(100.0), "split_ms": split, "peak_bytes": 2**31},
-        {"id": "s", "kind": "step", "model": model, "name": "fps-coarse", "ms": ms(40.0), "split_ms": split, "peak_bytes": 2**31,
-         "speedup": 2.5, "amdahl": {"predicted": 2.58, "limit": 3.33}},
+        {"id": "s", "kind": "step", "model": model, "name": "dense-cudnn", "ms": ms(100.0), "split_ms": split, "peak_bytes": 2**31,
+         "parts_ms": {**parts, "attention": 15.0}},
+        {"id": "s", "kind": "step", "model": model, "name": "fps-0.1", "ms": ms(40.0), "split_ms": split, "peak_bytes": 2**31,
+         "density": 0.1, "linears": "bf16", "parts_ms": parts, "floor_ms": {part: 0.5 for part in parts}, "speedup": 2.5, "amdahl": {"predicted": 2.58, "limit": 3.33}},
         {"id": "f", "kind": "facts", "rows": {"pipe/ex2": [15.9, "instr/clk"]}},
     ]  # fmt: skip
     for row in rows:
@@ -87,7 +89,10 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert cells[4:] == ["1", "246", "1366", "456", "9", "0.0432", "0.99912"]
     assert "speed-up over title of sdpa-cudnn" in text
     assert "| sage | skipped: no module / here | 1 |" in text
-    assert "| wan | 2 of 40 | fps-coarse |" in text and "2.58" in text
+    assert "| wan | 2 of 40 | fps-0.1 |" in text and "2.58" in text
+    assert "**wan, 2 of 40 layers, density 0.1**" in text
+    (speedups,) = [line.split() for line in text.splitlines() if line.startswith("speed-up")]
+    assert speedups == ["speed-up", "1.00x", "2.00x"]  # 20 ms and 10 ms
     assert "| 683 TFLOP/s | 1366 TFLOP/s | 0.5 |" in text and "| 3200 GB/s | 4000 GB/s (copy) | 0.8 |" in text
     assert "| pipe/ex2 | 15.9 | instr/clk |" in text
 
@@ -102,13 +107,13 @@ def test_the_paper_and_our_measurements_share_no_table(tmp_path: Path) -> None:
 def test_a_dry_run_is_loud_on_every_section(tmp_path: Path) -> None:
     ours = markdown([write(tmp_path / "r.jsonl", dry=True)]).split("# The paper reports")[0]
     sections = ours.split("\n## ")[1:]
-    assert len(sections) == 7 and all(DRY in section for section in sections)
+    assert len(sections) == 8 and all(DRY in section for section in sections)
     with pytest.raises(ValueError, match="report them apart"):
         Report([write(tmp_path / "measured.jsonl"), tmp_path / "r.jsonl"])
 
 
 def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
-    assert markdown([write(tmp_path / "r.jsonl", empty=True)]).count("No data.") == 6
+    assert markdown([write(tmp_path / "r.jsonl", empty=True)]).count("No data.") == 7
 
 
 def test_the_baseline_is_the_fastest_dense_bf16(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def outcome_of(lines: list[dict], name: str) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
     chosen = "test_own or test_ceilings or test_interleaved or test_facts or (test_forward and tiny-odd)"
     status, lines, output = run(tmp_path / "r.jsonl", "-k", f"({chosen}) and not training and not fpsattn-token")
@@ -183,6 +184,7 @@ def test_a_killed_run_keeps_what_it_had_and_is_resumed(tmp_path: Path, peers_fil
     assert sum(line.get("name") == "copy" for line in lines) == 1 and outcome_of(lines, "good") == {"passed"}
 
 
+@pytest.mark.slow
 def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     Results(out).append("run", schema="fpsattn-bench/2", mode="dry", commit="another")
@@ -204,6 +206,7 @@ def test_what_the_time_limit_leaves_is_left_for_resuming(tmp_path: Path) -> None
     assert any(line.get("name") == "copy" for line in lines)
 
 
+@pytest.mark.slow
 def test_cpp_programs_pass_fail_crash_and_skip(tmp_path: Path) -> None:
     folder = tmp_path / "build" / "tests" / "cpp"
     folder.mkdir(parents=True)

@@ -100,6 +100,7 @@ def test_methods_by_name(all_methods):
     assert free.is_dense(fine._replace(sigma=1.0)) and not free.is_dense(fine._replace(sigma=0.1))
 
 
+@pytest.mark.slow
 def test_a_comparison_resumes_and_reports(tmp_path, monkeypatch, small):
     """Two prompts; the second call runs only what is new, and a changed setting runs again."""
     from fpsattention.compare import harness
@@ -148,6 +149,7 @@ def test_a_comparison_resumes_and_reports(tmp_path, monkeypatch, small):
     assert data["settings"]["seeds"] == [0] and (tmp_path / "error_by_sigma.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_processes_share_the_items(tmp_path, small):
     """Two processes give what one gives."""
     common = {"methods": ("fps",), "seeds": (0, 1), **{**small, "max_rows": 0}}

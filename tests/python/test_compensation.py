@@ -104,6 +104,7 @@ def smooth(layout, seed, noise=0.1, heads=2, dim=64):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_at_density_a_fifth_it_takes_a_third_of_the_error_away(seed):
     """Video-like data, 8192 tokens: relative L1 at least 30 % lower for at most 3 % more blocks than the visited ones."""

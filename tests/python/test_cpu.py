@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, IDS, Case
+from cases import CASES, IDS, NARROW, Case
 
 from fpsattention.ops import cpu, reference
 
@@ -26,9 +26,11 @@ def same_bytes(a, b):
     return torch.equal(torch.where(a % 128 == 127, 127, a), torch.where(b % 128 == 127, 127, b))  # any NaN is NaN
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [*CASES, NARROW], ids=[*IDS, NARROW.name])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("options", [{}, {"pow2_scales": True}, {"smooth_k": False}], ids=["plain", "pow2", "raw_k"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pow2_scales": True, "block_sums": True}, {"smooth_k": False}], ids=["plain", "pow2", "raw_k"]
+)
 def test_quantize_is_bit_exact(case, granularity, options):
     layout, qkv, want, options = quantized(case, granularity, torch.bfloat16, **options)
     if options["smooth_k"]:

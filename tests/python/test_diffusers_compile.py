@@ -85,7 +85,11 @@ def ways() -> dict[str, Any]:
     "schedule, way",
     [
         *((preset, "whole") for preset in PRESETS),
-        *((schedule, way) for schedule in (SWITCHED, MIXED) for way in ("in place", "forward", "inside a function")),
+        *(
+            pytest.param(schedule, way, marks=pytest.mark.slow if schedule is MIXED else ())
+            for schedule in (SWITCHED, MIXED)
+            for way in ("in place", "forward", "inside a function")
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "mixed" if value is MIXED else "switched",
 )

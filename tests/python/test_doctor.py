@@ -61,6 +61,7 @@ def test_without_torch(copy):
     ] == ["torch"]
 
 
+@pytest.mark.slow
 def test_parts_that_are_missing_or_spoiled(copy):
     next(copy.glob("_C*.so")).unlink()
     status, report = examine(copy)

@@ -62,6 +62,22 @@ def problem(granularity, *, pow2=False, smooth=True, dim=64, mask=MASK, sizes=SI
     return q, k, v, token_mask, quantized, result, (token_of_slot, tile_of_block, counts, indices)
 
 
+@pytest.mark.parametrize("dim", [64, 96])
+def test_block_sums_are_those_of_the_tokens_of_a_block(dim):
+    token_of_slot, offsets, *_ = tables(SIZES)
+    q, k, v = (randn(2, 3, sum(SIZES), dim, seed=s) for s in (1, 2, 3))
+    z = ref.quantize(
+        q, k + 5, v, token_of_slot, offsets, granularity=0, smooth_k=True, pow2_scales=False, block_sums=True
+    )
+    for x, sums in ((q, z.q_block_sum), (k + 5, z.k_block_sum)):
+        for block, slots in enumerate(token_of_slot.view(-1, 128).tolist()):
+            tokens = x[:, :, [t for t in slots if t >= 0]].double()
+            bound = 22 * 2.0**-24 * tokens.abs().sum(2)  # of 15 + 7 additions
+            assert ((sums[:, :, block] - tokens.sum(2)).abs() <= bound).all()
+    without = ref.quantize(q, k, v, token_of_slot, offsets, granularity=0, smooth_k=True, pow2_scales=False)
+    assert without.q_block_sum.shape == without.k_block_sum.shape == (2, 3, 0, dim)
+
+
 @pytest.mark.parametrize("granularity", [ref.TILE, ref.BLOCKWISE, ref.TOKEN])
 @pytest.mark.parametrize("pow2", [False, True])
 def test_forward_is_close_to_fp64(granularity, pow2):

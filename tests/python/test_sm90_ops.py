@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from cases import CASES, IDS, Case
+from cases import CASES, IDS, NARROW, Case
 from fp8_accumulator import forward_bounds
 
 import fpsattention as fps
@@ -40,13 +40,19 @@ def same_bytes(a, b):
     return torch.equal(torch.where(a % 128 == 127, 127, a), torch.where(b % 128 == 127, 127, b))  # any NaN is NaN
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [*CASES, NARROW], ids=[*IDS, NARROW.name])
 @pytest.mark.parametrize("granularity", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "pow2"), [(torch.bfloat16, False), (torch.float16, True)])
 def test_quantize_is_bit_exact(case, granularity, dtype, pow2):
     layout = case.layout()
     qkv = inputs(case, dtype)
-    options = {"granularity": granularity, "smooth_k": True, "pow2_scales": pow2, "k_mean_stride": 2}
+    options = {
+        "granularity": granularity,
+        "smooth_k": True,
+        "pow2_scales": pow2,
+        "k_mean_stride": 2,
+        "block_sums": pow2,
+    }
     got = SM90.quantize(*on_device(*qkv, layout.token_of_slot, layout.tile_block_offsets), **options)
     got = [x.cpu() for x in got]
     mean = qkv[1].float()[:, :, ::2].mean(2)
@@ -210,7 +216,22 @@ def test_backward_equals_the_reference(case, dtype, deterministic):
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("dim", [128, 96])
+def test_head_dim_96_has_the_bits_of_the_padded_one():
+    """Forward and backward through the public function, on views of one projection of 96 columns a head."""
+    case = NARROW
+    fused = torch.randn(1, case.layout().num_tokens, 3, case.heads, 96, generator=torch.Generator().manual_seed(5))
+    narrow = [x.requires_grad_() for x in fused.bfloat16().to(DEVICE).unbind(2)]
+    wide = [torch.nn.functional.pad(x.detach(), (0, 32)).requires_grad_() for x in narrow]
+    results = []
+    for tensors in (narrow, wide):
+        out, lse = fps.attention(*tensors, scale=0.1, return_lse=True, deterministic=True, **case.kwargs())
+        assert out.shape == tensors[0].shape
+        grads = torch.autograd.grad(out.float().square().sum(), tensors)
+        results.append([out[..., :96], lse, *(g[..., :96] for g in grads)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dim", [128, 96, 80])
 def test_public_function_and_its_gradients(dim):
     case = Case("public", (4, 9, 10), (4, 5, 5), (1, 2, 1), text_len=9, batch=2, dim=dim)
     host = [x.requires_grad_() for x in case.inputs(torch.bfloat16)]
@@ -295,6 +316,10 @@ def test_forward_mode_and_other_backends_are_refused():
     q, k, v = on_device(*case.inputs(torch.bfloat16))
     with pytest.raises(UnsupportedError, match="a forward-mode derivative .* was asked on the sm_90a kernels"):
         torch.func.jvp(lambda x: fps.attention(q, k, x, **case.kwargs()), (v,), (v,))
+    with pytest.raises(
+        UnsupportedError, match="norm and RoPE inside of the quantizer were asked on the sm_90a kernels"
+    ):
+        fps.attention(q, k, v, norm=fps.Norm("rms"), **case.kwargs())
     with pytest.raises(
         (ConfigError, UnsupportedError), match="backend 'cpu' but|backend 'cpu', but FPSATTN_SM90_ON_HOST=1"
     ):

@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
 
+import fpsattention as fps
 from fpsattention.training import write_synthetic
 
 pytestmark = pytest.mark.slow
@@ -27,11 +28,11 @@ def latents(tmp_path_factory):
     return write_synthetic(folder, num_samples=6, latent_shape=(4, 3, 10, 14), text_shape=(3, 16))  # grid 3 x 5 x 7
 
 
-def run(mode, latents, output, lora_rank, *resume):
+def run(mode, latents, output, lora_rank, processes=2, **settings):
     """What train() returned in distributed_training.py: losses, validation losses."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [*torchrun, str(SCRIPT), mode, str(latents), str(output), str(lora_rank), *resume],
+        [*torchrun, str(SCRIPT), mode, str(latents), str(output), str(lora_rank), json.dumps(settings)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -51,7 +52,7 @@ def test_sharded_weights_train_like_replicated_ones_and_resume_exactly(lora_rank
 
     shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-000004")
     shutil.rmtree(tmp_path / "fsdp2" / weights)
-    assert run("fsdp2", latents, tmp_path / "fsdp2", lora_rank, "resume") == [sharded[0][2:], sharded[1][1:]]
+    assert run("fsdp2", latents, tmp_path / "fsdp2", lora_rank, resume=True) == [sharded[0][2:], sharded[1][1:]]
 
     (path,) = (tmp_path / "ddp" / weights).glob("*.safetensors")
     replicated, gathered = load_file(path), load_file(tmp_path / "fsdp2" / weights / path.name)
@@ -60,3 +61,23 @@ def test_sharded_weights_train_like_replicated_ones_and_resume_exactly(lora_rank
     for name, tensor in replicated.items():
         assert (tensor - gathered[name]).abs().max() <= 4 * 1e-3 and gathered[name].shape == tensor.shape, name
     assert torch.cat([(t - gathered[n]).abs().flatten() for n, t in replicated.items()]).mean() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def schedule(tmp_path_factory):
+    """Of tiles that are frames, so that there is more than one."""
+    levels = {"dense": fps.Level("dense", "fp8", "block"), "window": fps.Level("window", "fp8", "block", (2, 1, 1))}
+    path = tmp_path_factory.mktemp("schedule") / "schedule.json"
+    fps.Schedule(levels, (fps.Phase(1.0, 0.5, "dense"), fps.Phase(0.5, 0.0, "window")), tile=(1, 5, 7)).save(path)
+    return str(path)
+
+
+def test_processes_that_share_a_sample_train_like_one_and_resume_exactly(latents, schedule, tmp_path):
+    """One process, then two that share its samples, weights sharded, with accumulation and checkpointing."""
+    settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "schedule": schedule}
+    losses, validation = run("ddp", latents, tmp_path / "one", 0, processes=1, **settings)
+    settings["sequence_parallel"] = 2
+    both = run("fsdp2", latents, tmp_path / "two", 0, **settings)
+    assert both[0] == pytest.approx(losses, rel=1e-4) and both[1] == pytest.approx(validation, rel=1e-4)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-000004")
+    assert run("fsdp2", latents, tmp_path / "two", 0, **settings, resume=True) == [both[0][2:], both[1][1:]]

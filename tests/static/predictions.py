@@ -22,7 +22,7 @@ import budgets  # noqa: E402
 from sasstime import machine, sass  # noqa: E402
 from sasstime.predict import predict, read_description  # noqa: E402
 
-DATA = Path(__file__).with_name("predictions.json")
+DATA = ROOT / "python/fpsattention/estimate/predictions.json"  # the package reads it, too
 DOCUMENT = ROOT / "docs/speed_model.md"
 BEGIN, END = "<!-- predictions: python tests/static/predictions.py FOLDER --write -->", "<!-- end of predictions -->"
 

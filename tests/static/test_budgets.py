@@ -16,14 +16,6 @@ KEYS = {"name", "kernel", "instances", "max_registers", "max_stack", "max_spills
 KEYS |= {"opcodes", "forbid_opcodes", "sass", "forbid_sass"}
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return budgets.read_kernels()
-    except budgets.Unavailable as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
 def test_within_budget(entry, kernels):
     assert budgets.violations(entry, kernels) == []

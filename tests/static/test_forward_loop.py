@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import budgets
 
 PROMOTE_BLOCKS = 2  # Config::kPromoteBlocks
 
@@ -74,14 +69,6 @@ def problems(loop: dict[str, Any], steady: float, limit: int) -> list[str]:
     if loop["mix"]["wgsync"] != 5:
         found.append(f"{loop['mix']['wgsync']} warpgroup synchronizations, expected 5: are the WGMMAs serialized?")
     return found
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return budgets.read_kernels()
-    except budgets.Unavailable as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("config", LIMITS)

@@ -127,7 +127,9 @@ def ptx_files(tmp_path_factory) -> list[str]:
     return [text for text in texts if any(name in text for name in DEPBARS)]
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(
+    "release", [pytest.param(name, marks=() if name == "newest" else pytest.mark.slow) for name in RELEASES]
+)
 def test_wgmmas_overlap_with_every_release(release, ptx_files, tmp_path):
     ptxas, cuobjdump = fetch_ptxas(release), budgets.find_cuobjdump()
     assert ptx_files

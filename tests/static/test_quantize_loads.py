@@ -6,13 +6,8 @@ Memory is what bounds these kernels: 16 bytes x loads in flight x threads of an 
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import budgets
 
 # Loads per patch (kPatchSlots) and of the statistics (kUnroll). Roles of the main kernel: V with a given and a computed scale,
 # K and Q; the two that share a scale by tile load in front of a loop, in it, and again when they walk back. Statistics: K and V,
@@ -40,18 +35,10 @@ def groups_in_flight(sass: str) -> list[int]:
     return groups + [count] * bool(count)
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return budgets.read_kernels()
-    except budgets.Unavailable as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.mark.parametrize("pattern", EXPECTED)
 def test_all_loads_of_a_patch_are_in_flight(pattern, kernels):
     matching = [kernel for kernel in kernels if re.search(pattern, kernel["name"])]
-    assert len(matching) == 4
+    assert matching  # how many: budgets.json
     loads, groups = EXPECTED[pattern]
     for kernel in matching:
         assert groups_in_flight(kernel["text"]) == [loads] * groups, kernel["name"]

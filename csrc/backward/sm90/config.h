@@ -15,7 +15,6 @@ inline constexpr int kProducerRegisters = 40;
 inline constexpr int kConsumerRegisters = 232;
 static_assert(kWarpgroupThreads * (kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters) <= kThreads * 168,
               "registers that the launch of kThreads threads reserves");
-inline constexpr uint32_t kRowFactsBytes = kNumRowFacts * kQueryRows * sizeof(float);
 
 template <int D>
 using Fp8Block = Tile<E4m3, kBlockSlots, D>;  // K8, Q8

@@ -1,18 +1,20 @@
 // Straight-through backward, KV-major: dK and dV of one block of 128 keys; in fast mode dQ on the side. sm_90a.
 //
-//   S^T = K8 Q8^T (e4m3, the forward's product)      p = e4m3(2^(S s_q s_k scale log2e - m + 8)) / l
-//   dV += p^T dO        dP^T = V~ dO^T               dS = p (dP - delta)
+//   S^T = K8 Q8^T (e4m3, the forward's product)      P = e4m3(2^(S s_q s_k scale log2e - m + 8)), p = P / l
+//   dV += p^T dO        dP^T = V~ dO^T               dS = P (dP / l - delta / l)
 //   dK += (dS s_q)^T Q8, times scale at the end      dQ += (dS s_k) K8, times scale at the end (fast mode)
 //
-// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): Q8, K8, V~, dO as BF16 [slots, D], row facts
+// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (workspace.h): Q8, K8, V~, dO as BF16 [slots, D], facts
 // Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
 //            registers
 // Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are
 //            folded into dS before it is rounded to BF16: the e4m3 values stay exact.
 //
 // Pipeline   producer  K8 V~ | Q8 dO Q16 facts of half block 0, 1, 2, ... of the transposed list, kStages ahead
-//            WG1, WG2  S dP | exp2, e4m3 | dV | dS | dK |           they drift apart and fill each other's gaps
-//   fast               S dP | exp2, e4m3 | dV | dS | dK dQ | reduce  dS goes through shared memory: dQ sums over both
+//   D = 64   WG1, WG2  S dK' dP | P | dV | dS |                 dK' is of the step before: something of a warpgroup is
+//                                                               in flight under all of its elementwise part
+//   D = 128            S dP | P | dV | dS | dK |                the warpgroups drift apart and fill each other's gaps
+//   fast               S dP | P | dV | dS | dK dQ | reduce       dS goes through shared memory: dQ sums over both
 //
 // Barriers   name          kind       arrives                 waits       phase flips
 //            keys_loaded   mbarrier   producer + bytes        consumers   never (one work item per CTA)
@@ -21,12 +23,11 @@
 //            ds_written    named 1    256 consumer threads    the same    per step (fast mode)
 //            sum_staged    named 2,3  128 threads of a WG     the same    twice per step (fast mode)
 //
-// Budget     registers  dK 64 + dV 64 + S 32 + dP 32 + packed P, dS 32 = 224 at D = 128, not all live at once
-//                       232 allowed, 40 for the producer. No spills.
-//            shared     D = 128: K8 16K + V~ 32K + 3 stages x 41K = 171K
-//                       fast: 2 stages + K16 32K + dS 2 x 16K + dQ 32K = 226K
-//            clocks of an SM per 128 x 64 tile, D = 128 (sassbudget): tensor 1792, shared memory 1920, issue 958,
-//                       EX2 512. Fast: tensor 2304, shared memory 2816, issue 1230. Limit: shared memory.
+// Budget     registers  D = 128: dK 64 + dV 64 + S 32 + dP 32 + packed P or dS 16 = 208; with both packed operands in
+//                       flight it would be 224, too many. D = 64: 160. 232 allowed, 40 for the producer. No spills.
+//            shared     D = 128: K8 16K + V~ 32K + 4 stages x 41.5K = 214K
+//                       fast: 2 stages x 41K + K16 32K + dS 2 x 16K + dQ 32K = 226K
+//            clocks of an SM: docs/kernels/backward.md
 //
 // Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
 //            p = dS = 0; rows of padding keys are computed and never stored; K16 is 0 there: they add nothing to dQ.
@@ -51,26 +52,31 @@ struct DkdvArgs {
   const float* k_scale;
   const int32_t* token_of_slot;
   BlockLists queries;  // rows = KV blocks, entries = query blocks
-  int heads, num_blocks;
+  int head_dim;        // columns of dk and dv: fewer than D for 96
+  int first_head, heads, num_blocks;
+  bool k_scale_per_token;
   float softmax_scale, scale_log2;
   TokenTensor dk, dv;
   bool fp16;
   float* dq_sum;  // fast mode
 };
 
-template <int D, int kStages>
+template <int D, int kStages, int kFacts>
 struct DkdvRing {
   alignas(kSharedAlignment) E4m3 q8[kStages][Fp8Half<D>::kElements];
   alignas(kSharedAlignment) Bf16 q[kStages][Half<D>::kElements];
   alignas(kSharedAlignment) Bf16 d_out[kStages][Half<D>::kElements];
-  alignas(128) float facts[kStages][kNumRowFacts * kQueryRows];
-  static constexpr uint32_t kStageBytes = Fp8Half<D>::kBytes + 2 * Half<D>::kBytes + kRowFactsBytes;
+  alignas(128) float facts[kStages][kFacts * kQueryRows];  // the first kFacts of RowFact
+  static constexpr uint32_t kFactsBytes = kFacts * kQueryRows * sizeof(float);
+  static constexpr uint32_t kStageBytes = Fp8Half<D>::kBytes + 2 * Half<D>::kBytes + kFactsBytes;
 };
 
 // Policy: dQ is left to its own kernel (dq_kernel.h), nothing is reduced across CTAs: same bits on every run.
 template <int D>
 struct SeparateDq {
-  static constexpr int kStages = 3;
+  static constexpr bool kRunsAhead = D == 64;
+  static constexpr int kStages = 4;  // one or two for the products in flight, the others to load
+  static constexpr int kFacts = kNumRowFacts;
   static constexpr bool kReducesDq = false;
   struct Storage {};
 };
@@ -78,13 +84,14 @@ struct SeparateDq {
 // Policy: dQ is summed in FP32 by the copy engine. The order of the sums, and so the last bits, varies from run to run.
 template <int D>
 struct ReducedDq {
+  static constexpr bool kRunsAhead = false;
   static constexpr int kStages = 2;
+  static constexpr int kFacts = kDelta + 1;
   static constexpr bool kReducesDq = true;
   using KeyPanels = Tile<Bf16, kBlockSlots, D, D / 2>;  // panel w: the columns of warpgroup w
-  using KeyPanel = Tile<Bf16, kBlockSlots, D / 2>;
-  using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;  // [key][query]
+  using Ds = Tile<Bf16, kBlockSlots, kQueryRows>;       // [key][query]
   struct Storage {
-    alignas(kSharedAlignment) Bf16 k[kConsumerWarpgroups][KeyPanel::kElements];
+    alignas(kSharedAlignment) Bf16 k[KeyPanels::kElements];
     alignas(kSharedAlignment) Bf16 ds[2][Ds::kElements];  // by parity of the step: the other warpgroup may lag by one
     alignas(128) float sum[kConsumerWarpgroups][kQueryRows * D / 2];  // accumulators on their way out
   };
@@ -94,7 +101,7 @@ template <int D, template <int> class DqPolicy>
 struct DkdvStorage {
   alignas(kSharedAlignment) E4m3 k8[Fp8Block<D>::kElements];
   alignas(kSharedAlignment) Bf16 v[Block<D>::kElements];
-  DkdvRing<D, DqPolicy<D>::kStages> ring;
+  DkdvRing<D, DqPolicy<D>::kStages, DqPolicy<D>::kFacts> ring;
   typename DqPolicy<D>::Storage dq;
   int query_half[DqPolicy<D>::kStages];  // whose queries are in the ring: index of the half block among all
   Mbarrier keys_loaded;
@@ -107,13 +114,13 @@ template <int D, template <int> class DqPolicy>
 __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem, int head,
                                                 int block, const int32_t* list, int count) {
   using Policy = DqPolicy<D>;
-  using Ring = DkdvRing<D, Policy::kStages>;
+  using Ring = DkdvRing<D, Policy::kStages, Policy::kFacts>;
   const int key_row = (head * args.num_blocks + block) * kBlockSlots;
   smem.keys_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + (Policy::kReducesDq ? 2 : 1) * Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.k8, args.k8, smem.keys_loaded, key_row);
   load_tile<Block<D>>(smem.v, args.v, smem.keys_loaded, key_row);
   if constexpr (Policy::kReducesDq) {
-    load_tile<typename Policy::KeyPanels>(smem.dq.k[0], args.k, smem.keys_loaded, key_row);
+    load_tile<typename Policy::KeyPanels>(smem.dq.k, args.k, smem.keys_loaded, key_row);
   }
   RingPosition<Policy::kStages> at;
   for (int i = 0; i < count; ++i) {
@@ -128,7 +135,7 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
       Mbarrier& full = smem.full[at.stage];
       full.arrive_and_expect_tx(Ring::kStageBytes);
       load_tile<Fp8Half<D>>(smem.ring.q8[at.stage], args.q8, full, row);
-      bulk_load(smem.ring.facts[at.stage], args.row_facts + int64_t(row) * kNumRowFacts, kRowFactsBytes, full);
+      bulk_load(smem.ring.facts[at.stage], args.row_facts + int64_t(row) * kNumRowFacts, Ring::kFactsBytes, full);
       load_tile<Half<D>>(smem.ring.d_out[at.stage], args.d_out, full, row);
       load_tile<Half<D>>(smem.ring.q[at.stage], args.q, full, row);
       at.advance();
@@ -136,114 +143,218 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
   }
 }
 
-// kCodes: the keys are in code slots. s: S^T in, p out (FP32); packed: p as the A operand of dV. sk: scales of this thread's two keys.
-template <bool kCodes>
-__device__ __forceinline__ void probabilities(float (&s)[32], uint32_t (&packed)[16], const float* facts,
-                                              const float (&sk)[2], float scale_log2) {
-  const int quad_lane = threadIdx.x % 4;
+// First of pair j of the queries (columns of S^T) that this thread has scores of.
+__device__ __forceinline__ int query_pair(int j) { return accumulator_column(threadIdx.x % kWarpgroupThreads, 4 * j); }
+
+// A fact of the queries of pair j.
+__device__ __forceinline__ float2 fact_pair(const float* facts, RowFact fact, int j) {
+  return *reinterpret_cast<const float2*>(facts + fact * kQueryRows + query_pair(j));
+}
+
+// kCodes: the keys are in code slots. kKeyScales: one K scale per token. s: S^T in, P out; packed: P / l in BF16, the A
+// operand of dV; sk: scales of this thread's two keys.
+template <bool kCodes, bool kKeyScales, class Scores, class Packed>
+__device__ __forceinline__ void probabilities(Scores& s, Packed& packed, const float* facts, const float (&sk)[2],
+                                              float scale_log2) {
+  auto pairs = cute::recast<uint32_t>(packed);
 #pragma unroll
   for (int j = 0; j < kQueryRows / 8; ++j) {
-    const int column = 8 * j + 2 * quad_lane;
-    const float2 sq = *reinterpret_cast<const float2*>(facts + kQueryScale * kQueryRows + column);
-    const float2 shift = *reinterpret_cast<const float2*>(facts + kExponentShift * kQueryRows + column);
-    const float2 inverse = *reinterpret_cast<const float2*>(facts + kInverseSum * kQueryRows + column);
+    const float2 sq = fact_pair(facts, kQueryScale, j), shift = fact_pair(facts, kExponentShift, j);
+    const float2 inverse = fact_pair(facts, kInverseSum, j);
+    // Rounded where the forward rounds (docs/numerics.md, step 3). Without kKeyScales both keys have the same scale.
+    const float factor0 = (kKeyScales ? sq.x : sq.x * sk[0]) * scale_log2;
+    const float factor1 = (kKeyScales ? sq.y : sq.y * sk[0]) * scale_log2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* pair = s + 4 * j + 2 * r;
-      const float2 p = quantized_probabilities(fmaf(pair[0], sq.x * sk[r] * scale_log2, shift.x),
-                                               fmaf(pair[1], sq.y * sk[r] * scale_log2, shift.y), kCodes);
-      pair[0] = p.x * inverse.x;
-      pair[1] = p.y * inverse.y;
-      packed[2 * j + r] = pack_bf16(pair[0], pair[1]);
+      float &s0 = s(4 * j + 2 * r), &s1 = s(4 * j + 2 * r + 1);
+      const float2 p = quantized_probabilities(fmaf(kKeyScales ? s0 * sk[r] : s0, factor0, shift.x),
+                                               fmaf(kKeyScales ? s1 * sk[r] : s1, factor1, shift.y), kCodes);
+      s0 = p.x;
+      s1 = p.y;
+      pairs(2 * j + r) = pack_bf16(p.x * inverse.x, p.y * inverse.y);
     }
   }
 }
 
-// The consumers: one warpgroup.
+// The consumers: one warpgroup. Members are registers.
 template <int D, template <int> class DqPolicy>
 struct DkdvConsumer {
   using Policy = DqPolicy<D>;
+  using ScoreMma = SharedMma<E4m3, kQueryRows, SplitRows>;        // S^T = K8 Q8^T
+  using DpMma = SharedMma<Bf16, kQueryRows, SplitRows>;           // dP^T = V~ dO^T
+  using GradientMma = RegisterMma<D>;                             // dV += p^T dO, dK += dS^T Q16
+  using DqMma = SharedMma<Bf16, D / 2, SplitColumns, Major::MN>;  // dQ = dS K16
+  using Scores = Accumulator<ScoreMma, kBlockSlots, kQueryRows>;
+  using Packed = RegisterOperand<GradientMma, kBlockSlots, kQueryRows>;
+
   const DkdvArgs& args;
   DkdvStorage<D, DqPolicy>& smem;
   int warpgroup;
-  float sk[2];
-  float dk[D / 2];
-  float dv[D / 2];
+  int first_key;  // of the block: this thread has it, and first_key + 8
+  float sk[2];    // their scales
+  Accumulator<GradientMma, kBlockSlots, D> dk, dv;
 
-  // Columns 8 group + 2 q, + 1 of dS^T * s_k, key first_key + 8 * half, to shared memory, for dQ.
-  __device__ __forceinline__ void write_ds(int buffer, int first_key, int group, int half, uint32_t pair) const {
+  __device__ __forceinline__ DkdvConsumer(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem, int warpgroup,
+                                          int first_key, const float* k_scale)
+      : args(args), smem(smem), warpgroup(warpgroup), first_key(first_key), sk{k_scale[0], k_scale[8]} {
+    cute::clear(dk);
+    cute::clear(dv);
+  }
+
+  __device__ __forceinline__ void issue_scores(int stage, Scores& s) const {
+    multiply<ScoreMma, false>(fragment_a<ScoreMma>(warpgroup, operand<Fp8Block<D>>(smem.k8)),
+                              fragment_b<ScoreMma>(warpgroup, operand<Fp8Half<D>>(smem.ring.q8[stage])), s);
+    warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_dp(int stage, Scores& dp) const {
+    multiply<DpMma, false>(fragment_a<DpMma>(warpgroup, operand<Block<D>>(smem.v)),
+                           fragment_b<DpMma>(warpgroup, operand<Half<D>>(smem.ring.d_out[stage])), dp);
+    warpgroup_commit_batch();
+  }
+
+  // dV += p^T dO or dK += dS^T Q16: `queries` is the tile in question.
+  __device__ __forceinline__ void issue_gradient(const Packed& packed, const Bf16* queries,
+                                                 decltype(dv)& gradient) const {
+    multiply<GradientMma, true>(packed, fragment_b<GradientMma>(warpgroup, transposed_operand<Half<D>>(queries)),
+                                gradient);
+    warpgroup_commit_batch();
+  }
+
+  // P from S, in its registers, and p_packed, p. Each branch is taken by whole warps.
+  __device__ __forceinline__ void make_probabilities(int stage, Scores& s, Packed& p_packed) const {
+    const float* facts = smem.ring.facts[stage];
+    if (args.k_scale_per_token) {
+      if (is_code_slot<D>(first_key)) {
+        probabilities<true, true>(s, p_packed, facts, sk, args.scale_log2);
+      } else {
+        probabilities<false, true>(s, p_packed, facts, sk, args.scale_log2);
+      }
+    } else {
+      if (is_code_slot<D>(first_key)) {
+        probabilities<true, false>(s, p_packed, facts, sk, args.scale_log2);
+      } else {
+        probabilities<false, false>(s, p_packed, facts, sk, args.scale_log2);
+      }
+    }
+    keep_registers(p_packed);
+  }
+
+  // ds_packed, dS^T s_q; in fast mode dS^T s_k to shared memory, too.
+  __device__ __forceinline__ void make_ds(int stage, int buffer, const Scores& s, const Scores& dp,
+                                          Packed& ds_packed) const {
+    constexpr RowFact kFactor = Policy::kReducesDq ? kInverseSum : kScaledInverseSum;
+    constexpr RowFact kOffset = Policy::kReducesDq ? kDelta : kScaledDelta;
+    const float* facts = smem.ring.facts[stage];
+    auto pairs = cute::recast<uint32_t>(ds_packed);
+#pragma unroll
+    for (int j = 0; j < kQueryRows / 8; ++j) {
+      const float2 factor = fact_pair(facts, kFactor, j), offset = fact_pair(facts, kOffset, j);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = 4 * j + 2 * r;
+        const float ds0 = s(i) * fmaf(dp(i), factor.x, offset.x);
+        const float ds1 = s(i + 1) * fmaf(dp(i + 1), factor.y, offset.y);
+        if constexpr (Policy::kReducesDq) {
+          const float2 sq = fact_pair(facts, kQueryScale, j);
+          pairs(2 * j + r) = pack_bf16(ds0 * sq.x, ds1 * sq.y);
+          write_ds(buffer, j, r, pack_bf16(ds0 * sk[r], ds1 * sk[r]));
+        } else {
+          pairs(2 * j + r) = pack_bf16(ds0, ds1);
+        }
+      }
+    }
+    keep_registers(ds_packed);
+  }
+
+  // Columns 8 group + 2 q, + 1 of dS^T * s_k, key first_key + 8 * half.
+  __device__ __forceinline__ void write_ds(int buffer, int group, int half, uint32_t pair) const {
     using Ds = typename Policy::Ds;  // a swizzle is linear in the bits of an index, and these have none in common
     const int own_index = Ds::index(first_key, threadIdx.x % 4 * 2);
     const int index = (own_index ^ Ds::index(0, 8 * group)) + Ds::index(8 * half, 0);
     *reinterpret_cast<uint32_t*>(smem.dq.ds[buffer] + index) = pair;
   }
 
-  __device__ __forceinline__ void step(int stage, int buffer, int first_key) {
-    float s[32], dp[32];
-    const float* facts = smem.ring.facts[stage];
-
-    keep_registers(s);
-    keep_registers(dp);
-    warpgroup_arrive();
-    multiply_rows<Fp8Block<D>, Fp8Half<D>>(s, Fp8Block<D>::descriptor(smem.k8) + warpgroup * Fp8Block<D>::step(64, 0),
-                                           Fp8Half<D>::descriptor(smem.ring.q8[stage]));
-    warpgroup_commit_batch();
-    multiply_rows<Block<D>, Half<D>>(dp, Block<D>::descriptor(smem.v) + warpgroup * Block<D>::step(64, 0),
-                                     Half<D>::descriptor(smem.ring.d_out[stage]));
-    warpgroup_commit_batch();
-    warpgroup_wait<1>();  // S
-    keep_registers(s);
-
-    uint32_t p_packed[16];
-    if (is_code_slot<D>(first_key)) {  // a whole warp's keys, or none
-      probabilities<true>(s, p_packed, facts, sk, args.scale_log2);
-    } else {
-      probabilities<false>(s, p_packed, facts, sk, args.scale_log2);
-    }
-    keep_registers(p_packed);
-    keep_registers(dv);
-    warpgroup_arrive();
-    accumulate_registers<Half<D>>(dv, p_packed, Half<D>::template descriptor<Major::MN>(smem.ring.d_out[stage]));
-    warpgroup_commit_batch();
-    warpgroup_wait<1>();  // dP
-    keep_registers(dp);
-
-    uint32_t ds_packed[16];
-    const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < kQueryRows / 8; ++j) {
-      const int column = 8 * j + 2 * quad_lane;
-      const float2 sq = *reinterpret_cast<const float2*>(facts + kQueryScale * kQueryRows + column);
-      const float2 delta = *reinterpret_cast<const float2*>(facts + kDelta * kQueryRows + column);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int i = 4 * j + 2 * r;
-        const float ds0 = s[i] * (dp[i] - delta.x);
-        const float ds1 = s[i + 1] * (dp[i + 1] - delta.y);
-        ds_packed[2 * j + r] = pack_bf16(ds0 * sq.x, ds1 * sq.y);
-        if constexpr (Policy::kReducesDq) {
-          write_ds(buffer, first_key, j, r, pack_bf16(ds0 * sk[r], ds1 * sk[r]));
-        }
-      }
-    }
-    keep_registers(ds_packed);
-    keep_registers(dk);
-    warpgroup_arrive();
-    accumulate_registers<Half<D>>(dk, ds_packed, Half<D>::template descriptor<Major::MN>(smem.ring.q[stage]));
-    warpgroup_commit_batch();
-    if constexpr (Policy::kReducesDq) {
-      add_to_dq(buffer, stage);
-    } else {
-      warpgroup_wait<0>();
-      keep_registers(dv);
-      keep_registers(dk);
-      release(stage);
-    }
+  __device__ __forceinline__ void release(int stage, bool used = true) const {
+    smem.empty[stage].arrive_if(used && threadIdx.x % 32 == 0);
   }
 
-  __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % 32 == 0) {
-      smem.empty[stage].arrive();
+  // Products run under all of the elementwise part, those of dK a step late. What is in flight from one step to the next
+  // is dV alone: ptxas serializes what it cannot see the wait of in the same step.
+  __device__ __forceinline__ void run_ahead(int steps) {
+    if (steps == 0) return;
+    RingPosition<Policy::kStages> at, last;
+    Packed ds_packed;
+    cute::clear(ds_packed);  // the first step adds 0^T Q16 to dK
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      smem.full[at.stage].wait(at.parity);
+      Scores s, dp;  // of one step: nothing of them is live from one to the next
+      keep_registers(s);
+      keep_registers(dp);
+      keep_registers(dk);
+      keep_registers(ds_packed);
+      warpgroup_arrive();
+      issue_scores(at.stage, s);
+      issue_gradient(ds_packed, smem.ring.q[last.stage], dk);
+      issue_dp(at.stage, dp);
+      warpgroup_wait<2>();  // S, and dV of the last step
+      keep_registers(s);
+      Packed p_packed;
+      make_probabilities(at.stage, s, p_packed);
+      keep_registers(dv);
+      warpgroup_arrive();
+      issue_gradient(p_packed, smem.ring.d_out[at.stage], dv);
+      warpgroup_wait<1>();  // dP, and dK of the last step
+      keep_registers(dp);
+      release(last.stage, i > 0);
+      make_ds(at.stage, 0, s, dp, ds_packed);
+      last = at;
+      at.advance();
+    }
+    keep_registers(dk);
+    warpgroup_arrive();
+    issue_gradient(ds_packed, smem.ring.q[last.stage], dk);
+    warpgroup_wait<0>();
+    keep_registers(dv);
+    keep_registers(dk);
+  }
+
+  // The same without registers for a second packed operand in flight, or a stage for it.
+  __device__ __forceinline__ void run(int steps) {
+    RingPosition<Policy::kStages> at;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      smem.full[at.stage].wait(at.parity);
+      Scores s, dp;
+      keep_registers(s);
+      keep_registers(dp);
+      warpgroup_arrive();
+      issue_scores(at.stage, s);
+      issue_dp(at.stage, dp);
+      warpgroup_wait<1>();  // S
+      keep_registers(s);
+      Packed p_packed;
+      make_probabilities(at.stage, s, p_packed);
+      keep_registers(dv);
+      warpgroup_arrive();
+      issue_gradient(p_packed, smem.ring.d_out[at.stage], dv);
+      warpgroup_wait<1>();  // dP
+      keep_registers(dp);
+      Packed ds_packed;
+      make_ds(at.stage, i & 1, s, dp, ds_packed);
+      keep_registers(dk);
+      warpgroup_arrive();
+      issue_gradient(ds_packed, smem.ring.q[at.stage], dk);
+      if constexpr (Policy::kReducesDq) {
+        add_to_dq(i & 1, at.stage);
+      } else {
+        warpgroup_wait<0>();
+        keep_registers(dv);
+        keep_registers(dk);
+        release(at.stage);
+      }
+      at.advance();
     }
   }
 
@@ -251,14 +362,12 @@ struct DkdvConsumer {
   __device__ __forceinline__ void add_to_dq(int buffer, int stage) {
     fence_async_shared();
     NamedBarrier::sync(kConsumerWarpgroups * kWarpgroupThreads, kDsWritten);
-    using Ds = typename Policy::Ds;
-    using KeyPanel = typename Policy::KeyPanel;
     const int query_half = smem.query_half[stage];
-    float dq[D / 4];
+    Accumulator<DqMma, kQueryRows, D> dq;
     keep_registers(dq);
     warpgroup_arrive();
-    multiply_columns<Ds, KeyPanel>(dq, Ds::template descriptor<Major::MN>(smem.dq.ds[buffer]),
-                                   KeyPanel::template descriptor<Major::MN>(smem.dq.k[warpgroup]));
+    multiply<DqMma, false>(fragment_a<DqMma>(warpgroup, transposed_operand<typename Policy::Ds>(smem.dq.ds[buffer])),
+                           fragment_b<DqMma>(warpgroup, transposed_operand<typename Policy::KeyPanels>(smem.dq.k)), dq);
     warpgroup_commit_batch();
     warpgroup_wait<0>();
     keep_registers(dv);
@@ -275,7 +384,7 @@ struct DkdvConsumer {
 #pragma unroll
     for (int j = 0; j < D / 16; ++j) {
       reinterpret_cast<float4*>(sum)[j * kWarpgroupThreads + thread] =
-          make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+          make_float4(dq(4 * j), dq(4 * j + 1), dq(4 * j + 2), dq(4 * j + 3));
     }
     fence_async_shared();
     NamedBarrier::sync(kWarpgroupThreads, kSumStaged + warpgroup);
@@ -290,15 +399,11 @@ struct DkdvConsumer {
   enum BarrierId : uint32_t { kDsWritten = 1, kSumStaged = 2 };  // and 3
 };
 
-// Grid: x = KV block, last first (text tiles have the longest lists and come last in slot order), y = head, z = batch.
 template <int D, template <int> class DqPolicy>
 __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant__ DkdvArgs args) {
   using Policy = DqPolicy<D>;
-  extern __shared__ __align__(kSharedAlignment) uint8_t dynamic_shared[];
-  auto& smem = declared_storage<DkdvStorage<D, DqPolicy>>(dynamic_shared);
-  const int block = args.num_blocks - 1 - static_cast<int>(blockIdx.x);
-  const int h = blockIdx.y, b = blockIdx.z;
-  const int head = b * args.heads + h;
+  auto& smem = shared_storage<DkdvStorage<D, DqPolicy>>();
+  const auto [head, b, h, block] = Work::of_cta(args);  // a block of keys
 
   if (threadIdx.x == 0) {
     smem.keys_loaded.init(1);
@@ -327,26 +432,25 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int first_key = warpgroup * 64 + accumulator_row(thread, 0);  // and first_key + 8
-  const int slot = block * kBlockSlots + first_key;
-  const float* k_scale = args.k_scale + int64_t(head) * args.num_blocks * kBlockSlots + slot;
-  DkdvConsumer<D, DqPolicy> consumer{args, smem, warpgroup, {k_scale[0], k_scale[8]}, {}, {}};
+  const float* k_scale = args.k_scale + (int64_t(head) * args.num_blocks + block) * kBlockSlots + first_key;
+  DkdvConsumer<D, DqPolicy> consumer(args, smem, warpgroup, first_key, k_scale);
 
   smem.keys_loaded.wait(0);
-  RingPosition<Policy::kStages> at;
-  for (int i = 0; i < count * kHalves; ++i) {
-    smem.full[at.stage].wait(at.parity);
-    consumer.step(at.stage, i & 1, first_key);
-    at.advance();
+  if constexpr (Policy::kRunsAhead) {
+    consumer.run_ahead(count * kHalves);
+  } else {
+    consumer.run(count * kHalves);
   }
-
   if constexpr (Policy::kReducesDq) {
     if (thread == 0) {
       bulk_wait<0>();
     }
   }
-  const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(consumer.dv, 1.0f, args.dv, args.fp16, b, h, tokens);
-  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.fp16, b, h, tokens);
+  const Work work = Work::of_cta(args);
+  const int32_t* token = args.token_of_slot + work.block * kBlockSlots + first_key;
+  const int tokens[2] = {token[0], token[8]};
+  store_rows<D>(consumer.dv, 1.0f, args.dv, args.head_dim, args.fp16, work.b, work.h, tokens);
+  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.head_dim, args.fp16, work.b, work.h, tokens);
 }
 
 }  // namespace fpsattn::sm90::backward

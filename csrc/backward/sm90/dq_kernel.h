@@ -1,27 +1,30 @@
 // Straight-through backward, query-major: dQ of one block of 128 queries (deterministic mode). sm_90a.
 //
-//   S = Q8 K8^T (e4m3, the forward's product)   p = e4m3(2^(S s_q s_k scale log2e - m + 8)) / l
-//   dP = dO V~^T    dS = p (dP - delta)         dQ += (dS s_k) K8, times scale at the end
+//   S = Q8 K8^T (e4m3, the forward's product)   P = e4m3(2^(S s_q s_k scale log2e - m + 8))
+//   dP = dO V~^T    dS = P (dP / l - delta / l)   dQ += (dS s_k) K8, times scale at the end
 //
 // It recomputes S and dP, 7 products in place of 5 over both kernels, and needs no sum across CTAs: the same bits.
 //
-// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (config.h): K8, V~, dO as BF16 [slots, D], facts, s_k
-// Tiles      128 queries x 128 keys x D; consumer warpgroup w owns queries 64w..64w+63; dS: A operand in registers
+// Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (workspace.h): K8, V~, dO as BF16 [slots, D], facts, s_k
+// Tiles      128 queries x 128 keys (64 at D = 128) x D; consumer warpgroup w owns queries 64w..64w+63; dS: A operand in
+//            registers
 // Layouts    as in dkdv_kernel.h; K16 is read MN-major
 //
-// Pipeline   producer  Q8 dO | K8 V~ K16 s_k of key block 0, 1, 2, ... of the tile's list, 2 stages
-//            WG1, WG2  S dP | exp2, e4m3 | dS | dQ |               they drift apart and fill each other's gaps
+// Pipeline   producer  Q8 dO | K8 V~ s_k, K16 of key block 0, 1, 2, ... of the tile's list, 2 stages (3 at D = 64)
+//            WG1, WG2  tensor cores  S dQ' dP | S dQ ...           dQ' is of the step before: it and dP run under P
+//                      the rest         P | dS | P
 //
 // Barriers   name            kind       arrives              waits       phase flips
 //            queries_loaded  mbarrier   producer + bytes     consumers   never (one work item per CTA)
-//            full[s]         mbarrier   producer + bytes     consumers   per lap of the ring
-//            empty[s]        mbarrier   lane 0 of 8 warps    producer    per lap of the ring
+//            full[s]         mbarrier   producer + bytes     consumers   per lap of the ring of K8, V~, s_k
+//            empty[s]        mbarrier   lane 0 of 8 warps    producer    per lap of it
+//            k_full[s]       mbarrier   producer + bytes     consumers   per lap of the ring of K16
+//            k_empty[s]      mbarrier   lane 0 of 8 warps    producer    per lap of it
 //
-// Budget     registers  dQ 64 + S 64 + dP 64 (packed dS 32 takes their place as they die) = 192 at D = 128 (peak 213);
+// Budget     registers  D = 128: dQ 64 + S 32 + dP 32 + packed dS 16 = 144; D = 64: 32 + 64 + 64 + 32 = 192.
 //                       232 allowed, 40 for the producer. No spill.
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
-//            clocks of an SM per 128 x 128 tile at D = 128 (sassbudget): tensor 2560, shared memory 2176, issue 1578,
-//                       EX2 1024. Limit: tensor.
+//            clocks of an SM: docs/kernels/backward.md
 //
 // Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding
 //            keys: their dS does not matter;
@@ -45,25 +48,27 @@ struct DqArgs {
   const int32_t* token_of_slot;
   const int32_t* tile_of_block;
   BlockLists keys;  // rows = query tiles, entries = KV blocks
-  int heads, num_blocks;
+  int head_dim;     // columns of dq: fewer than D for 96
+  int first_head, heads, num_blocks;
+  bool k_scale_per_token;
   float softmax_scale, scale_log2;
   TokenTensor dq;
   bool fp16;
 };
 
-inline constexpr int kDqStages = 2;
-
+// Two rings of KV blocks: K16 is read a step later than the rest, and loaded when its stage is free.
 template <int D>
 struct DqStorage {
+  static constexpr int kStages = D == 64 ? 3 : 2;
   alignas(kSharedAlignment) E4m3 q8[Fp8Block<D>::kElements];
   alignas(kSharedAlignment) Bf16 d_out[Block<D>::kElements];
-  alignas(kSharedAlignment) E4m3 k8[kDqStages][Fp8Block<D>::kElements];
-  alignas(kSharedAlignment) Bf16 v[kDqStages][Block<D>::kElements];
-  alignas(kSharedAlignment) Bf16 k[kDqStages][Block<D>::kElements];
-  alignas(128) float k_scale[kDqStages][kBlockSlots];
+  alignas(kSharedAlignment) E4m3 k8[kStages][Fp8Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 v[kStages][Block<D>::kElements];
+  alignas(kSharedAlignment) Bf16 k[kStages][Block<D>::kElements];
+  alignas(128) float k_scale[kStages][kBlockSlots];
   Mbarrier queries_loaded;
-  Mbarrier full[kDqStages];
-  Mbarrier empty[kDqStages];
+  Mbarrier full[kStages], empty[kStages];      // of k8, v, k_scale
+  Mbarrier k_full[kStages], k_empty[kStages];  // of k
 };
 
 // The producer: one thread.
@@ -74,18 +79,20 @@ __device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& s
   smem.queries_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.q8, args.q8, smem.queries_loaded, query_row);
   load_tile<Block<D>>(smem.d_out, args.d_out, smem.queries_loaded, query_row);
-  RingPosition<kDqStages> at;
+  RingPosition<DqStorage<D>::kStages> at;
   for (int i = 0; i < count; ++i) {
     const int key_block = list[i];
     trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(args.num_blocks));
     const int row = (head * args.num_blocks + key_block) * kBlockSlots;
     smem.empty[at.stage].wait(at.parity ^ 1);
     Mbarrier& full = smem.full[at.stage];
-    full.arrive_and_expect_tx(Fp8Block<D>::kBytes + 2 * Block<D>::kBytes + sizeof(smem.k_scale[0]));
+    full.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes + sizeof(smem.k_scale[0]));
     load_tile<Fp8Block<D>>(smem.k8[at.stage], args.k8, full, row);
     bulk_load(smem.k_scale[at.stage], args.k_scale + row, sizeof(smem.k_scale[0]), full);
     load_tile<Block<D>>(smem.v[at.stage], args.v, full, row);
-    load_tile<Block<D>>(smem.k[at.stage], args.k, full, row);
+    smem.k_empty[at.stage].wait(at.parity ^ 1);
+    smem.k_full[at.stage].arrive_and_expect_tx(Block<D>::kBytes);
+    load_tile<Block<D>>(smem.k[at.stage], args.k, smem.k_full[at.stage], row);
     at.advance();
   }
 }
@@ -107,75 +114,189 @@ struct QueryRows {
   }
 };
 
-// The consumers: one warpgroup, one KV block.
+// The consumers: one warpgroup. Members are registers.
 template <int D>
-__device__ __forceinline__ void dq_step(float (&dq)[D / 2], const DqStorage<D>& smem, int stage, int warpgroup,
-                                        const QueryRows& q, float scale_log2) {
-  float s[64], dp[64];
-  keep_registers(s);
-  keep_registers(dp);
-  using Fp8 = Fp8Block<D>;
-  using Wide = Block<D>;
-  warpgroup_arrive();
-  multiply_rows<Fp8, Fp8>(s, Fp8::descriptor(smem.q8) + warpgroup * Fp8::step(64, 0), Fp8::descriptor(smem.k8[stage]));
-  warpgroup_commit_batch();
-  multiply_rows<Wide, Wide>(dp, Wide::descriptor(smem.d_out) + warpgroup * Wide::step(64, 0),
-                            Wide::descriptor(smem.v[stage]));
-  warpgroup_commit_batch();
-  warpgroup_wait<1>();  // S
-  keep_registers(s);
+struct DqConsumer {
+  static constexpr int kStages = DqStorage<D>::kStages;
+  static constexpr int kKeys = D == 64 ? 128 : 64;     // of a step: as many as registers allow
+  static constexpr int kSteps = kBlockSlots / kKeys;   // of a block
+  using ScoreMma = SharedMma<E4m3, kKeys, SplitRows>;  // S = Q8 K8^T
+  using DpMma = SharedMma<Bf16, kKeys, SplitRows>;     // dP = dO V~^T
+  using DqMma = RegisterMma<D>;                        // dQ += dS K16
+  using Scores = Accumulator<ScoreMma, kBlockSlots, kKeys>;
+  using Packed = RegisterOperand<DqMma, kBlockSlots, kKeys>;
 
-  const float* k_scale = smem.k_scale[stage];
-  const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < kBlockSlots / 8; ++j) {
-    const float2 sk = *reinterpret_cast<const float2*>(k_scale + 8 * j + 2 * quad_lane);
+  const DqArgs& args;
+  DqStorage<D>& smem;
+  int warpgroup;
+  QueryRows q;
+  Accumulator<DqMma, kBlockSlots, D> dq;
+
+  __device__ __forceinline__ DqConsumer(const DqArgs& args, DqStorage<D>& smem, int warpgroup, const QueryRows& q)
+      : args(args), smem(smem), warpgroup(warpgroup), q(q) {
+    cute::clear(dq);
+  }
+
+  // Keys part * kKeys .. of a block, as columns of S and dP, and as what dQ sums over.
+  template <class Tile>
+  __device__ __forceinline__ static auto keys(const typename Tile::Element* block, int part) {
+    return cute::local_tile(operand<Tile>(block), cute::Shape<cute::Int<kKeys>, cute::Int<D>>{},
+                            cute::make_coord(part, cute::_0{}));
+  }
+  __device__ __forceinline__ static auto summed_keys(const Bf16* block, int part) {
+    return cute::local_tile(transposed_operand<Block<D>>(block), cute::Shape<cute::Int<D>, cute::Int<kKeys>>{},
+                            cute::make_coord(cute::_0{}, part));
+  }
+
+  __device__ __forceinline__ void issue_scores(int stage, int part, Scores& s) const {
+    multiply<ScoreMma, false>(fragment_a<ScoreMma>(warpgroup, operand<Fp8Block<D>>(smem.q8)),
+                              fragment_b<ScoreMma>(warpgroup, keys<Fp8Block<D>>(smem.k8[stage], part)), s);
+    warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_dp(int stage, int part, Scores& dp) const {
+    multiply<DpMma, false>(fragment_a<DpMma>(warpgroup, operand<Block<D>>(smem.d_out)),
+                           fragment_b<DpMma>(warpgroup, keys<Block<D>>(smem.v[stage], part)), dp);
+    warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_dq(int stage, int part, const Packed& ds_packed) {
+    multiply<DqMma, true>(ds_packed, fragment_b<DqMma>(warpgroup, summed_keys(smem.k[stage], part)), dq);
+    warpgroup_commit_batch();
+  }
+
+  // Scales of the keys of pair j of this thread's columns.
+  __device__ __forceinline__ static float2 key_scales(const float* k_scale, int j) {
+    return *reinterpret_cast<const float2*>(k_scale + accumulator_column(threadIdx.x % kWarpgroupThreads, 4 * j));
+  }
+
+  // P from S, in its registers. kKeyScales: one K scale per token. Rounded where the forward rounds (docs/numerics.md,
+  // step 3).
+  template <bool kKeyScales, int kPart>
+  __device__ __forceinline__ void probabilities(const float* k_scale, Scores& s) const {
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* pair = s + 4 * j + 2 * r;
-      const float2 p =
-          quantized_probabilities(fmaf(pair[0], q.scale[r] * sk.x * scale_log2, q.shift[r]),
-                                  fmaf(pair[1], q.scale[r] * sk.y * scale_log2, q.shift[r]), is_code_slot<D>(8 * j));
-      pair[0] = p.x * q.inverse_sum[r];
-      pair[1] = p.y * q.inverse_sum[r];
+      factor[r] = (kKeyScales ? q.scale[r] : q.scale[r] * k_scale[0]) * args.scale_log2;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const float2 sk = kKeyScales ? key_scales(k_scale, j) : make_float2(1.0f, 1.0f);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float &s0 = s(4 * j + 2 * r), &s1 = s(4 * j + 2 * r + 1);
+        const float2 p = quantized_probabilities(fmaf(kKeyScales ? s0 * sk.x : s0, factor[r], q.shift[r]),
+                                                 fmaf(kKeyScales ? s1 * sk.y : s1, factor[r], q.shift[r]),
+                                                 is_code_slot<D>(kPart * kKeys + 8 * j));
+        s0 = p.x;
+        s1 = p.y;
+      }
     }
   }
-  warpgroup_wait<0>();  // dP
-  keep_registers(dp);
 
-  uint32_t ds_packed[32];
-#pragma unroll
-  for (int j = 0; j < kBlockSlots / 8; ++j) {
-    const float2 sk = *reinterpret_cast<const float2*>(k_scale + 8 * j + 2 * quad_lane);
+  template <bool kKeyScales>
+  __device__ __forceinline__ void probabilities(const float* k_scale, int part, Scores& s) const {
+    if (part == 0) {
+      probabilities<kKeyScales, 0>(k_scale, s);
+    } else {
+      probabilities<kKeyScales, kSteps - 1>(k_scale, s);
+    }
+  }
+
+  // ds_packed, dS s_k = P (dP - rowsum(dO * O)) / l s_k.
+  template <bool kKeyScales>
+  __device__ __forceinline__ void ds(const float* k_scale, const Scores& s, const Scores& dp, Packed& ds_packed) const {
+    auto pairs = cute::recast<uint32_t>(ds_packed);
+    float factor[2], offset[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = 4 * j + 2 * r;
-      ds_packed[2 * j + r] = pack_bf16(s[i] * (dp[i] - q.delta[r]) * sk.x, s[i + 1] * (dp[i + 1] - q.delta[r]) * sk.y);
+      const float scale = kKeyScales ? 1.0f : k_scale[0];
+      factor[r] = q.inverse_sum[r] * scale;
+      offset[r] = q.delta[r] * scale;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const float2 sk = kKeyScales ? key_scales(k_scale, j) : make_float2(1.0f, 1.0f);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = 4 * j + 2 * r;
+        const float ds0 = s(i) * fmaf(dp(i), factor[r], offset[r]);
+        const float ds1 = s(i + 1) * fmaf(dp(i + 1), factor[r], offset[r]);
+        pairs(2 * j + r) = pack_bf16(kKeyScales ? ds0 * sk.x : ds0, kKeyScales ? ds1 * sk.y : ds1);
+      }
     }
   }
-  keep_registers(ds_packed);
-  keep_registers(dq);
-  warpgroup_arrive();
-  accumulate_registers<Wide>(dq, ds_packed, Wide::template descriptor<Major::MN>(smem.k[stage]));
-  warpgroup_commit_batch();
-  warpgroup_wait<0>();
-  keep_registers(dq);
-}
 
-// Grid: x = query block, last first (text tiles, the longest lists, come last in slot order), y = head, z = batch.
+  __device__ __forceinline__ void release(Mbarrier& empty, bool used) const {
+    empty.arrive_if(used && threadIdx.x % 32 == 0);
+  }
+
+  // The products of dQ are issued a step late, so that they run under the elementwise part.
+  __device__ __forceinline__ void run(int steps) {
+    if (steps == 0) return;
+    RingPosition<kStages> at, last;
+    int part = 0, last_part = 0;
+    Packed ds_packed;
+    cute::clear(ds_packed);  // the first step adds 0 K16 to dQ
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      const float* k_scale = smem.k_scale[at.stage] + part * kKeys;
+      smem.full[at.stage].wait(at.parity);
+      smem.k_full[last.stage].wait(last.parity);
+      Scores s, dp;  // of one step: nothing of them is live from one to the next
+      keep_registers(s);
+      keep_registers(dp);
+      keep_registers(dq);
+      keep_registers(ds_packed);
+      warpgroup_arrive();
+      issue_scores(at.stage, part, s);
+      issue_dq(last.stage, last_part, ds_packed);
+      issue_dp(at.stage, part, dp);
+      warpgroup_wait<2>();  // S
+      keep_registers(s);
+      if (args.k_scale_per_token) {
+        probabilities<true>(k_scale, part, s);
+      } else {
+        probabilities<false>(k_scale, part, s);
+      }
+      warpgroup_wait<0>();  // dP, and dQ of the last step
+      keep_registers(dp);
+      release(smem.k_empty[last.stage], i > 0 && last_part == kSteps - 1);
+      if (args.k_scale_per_token) {
+        ds<true>(k_scale, s, dp, ds_packed);
+      } else {
+        ds<false>(k_scale, s, dp, ds_packed);
+      }
+      release(smem.empty[at.stage], part == kSteps - 1);
+      last = at;
+      last_part = part;
+      if (++part == kSteps) {
+        part = 0;
+        at.advance();
+      }
+    }
+    smem.k_full[last.stage].wait(last.parity);
+    keep_registers(dq);
+    keep_registers(ds_packed);
+    warpgroup_arrive();
+    issue_dq(last.stage, last_part, ds_packed);
+    warpgroup_wait<0>();
+    keep_registers(dq);
+  }
+};
+
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ DqArgs args) {
-  extern __shared__ __align__(kSharedAlignment) uint8_t dynamic_shared[];
-  auto& smem = declared_storage<DqStorage<D>>(dynamic_shared);
-  const int block = args.num_blocks - 1 - static_cast<int>(blockIdx.x);
-  const int h = blockIdx.y, b = blockIdx.z;
-  const int head = b * args.heads + h;
+  auto& smem = shared_storage<DqStorage<D>>();
+  const auto [head, b, h, block] = Work::of_cta(args);  // a block of queries
 
   if (threadIdx.x == 0) {
     smem.queries_loaded.init(1);
-    for (int stage = 0; stage < kDqStages; ++stage) {
+    for (int stage = 0; stage < DqStorage<D>::kStages; ++stage) {
       smem.full[stage].init(1);
+      smem.k_full[stage].init(1);
       smem.empty[stage].init(kConsumerWarps);
+      smem.k_empty[stage].init(kConsumerWarps);
     }
     fence_barrier_init();
   }
@@ -202,22 +323,15 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   const int row = accumulator_row(thread, 0);  // of this warpgroup's half block, and row + 8
   const int64_t half_block = (int64_t(head) * args.num_blocks + block) * kHalves + warpgroup;
   const QueryRows queries = QueryRows::load(args.row_facts + half_block * kNumRowFacts * kQueryRows, row);
-  float dq[D / 2] = {};
+  DqConsumer<D> consumer(args, smem, warpgroup, queries);
 
   smem.queries_loaded.wait(0);
-  RingPosition<kDqStages> at;
-  for (int i = 0; i < count; ++i) {
-    smem.full[at.stage].wait(at.parity);
-    dq_step<D>(dq, smem, at.stage, warpgroup, queries, args.scale_log2);
-    if (thread % 32 == 0) {
-      smem.empty[at.stage].arrive();
-    }
-    at.advance();
-  }
+  consumer.run(count * DqConsumer<D>::kSteps);
 
-  const int slot = block * kBlockSlots + warpgroup * 64 + row;
-  const int tokens[2] = {args.token_of_slot[slot], args.token_of_slot[slot + 8]};
-  store_rows<D>(dq, args.softmax_scale, args.dq, args.fp16, b, h, tokens);
+  const Work work = Work::of_cta(args);
+  const int32_t* token = args.token_of_slot + work.block * kBlockSlots + warpgroup * 64 + row;
+  const int tokens[2] = {token[0], token[8]};
+  store_rows<D>(consumer.dq, args.softmax_scale, args.dq, args.head_dim, args.fp16, work.b, work.h, tokens);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -1,4 +1,5 @@
-// The scalar part that both main kernels share: quantized probabilities, and rows of a gradient from accumulators.
+// What both main kernels share besides products: their work, quantized probabilities, and rows of a gradient from
+// accumulators.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,21 @@
 #include "common/sm90/ptx.h"
 
 namespace fpsattn::sm90::backward {
+
+// What a CTA of a main kernel works on: x = block, last first (text tiles, the longest lists, come last in slot order),
+// y = head. Read anew where it is needed: kept, it would take registers of the main loop.
+struct Work {
+  int head;  // of the workspace
+  int b, h;
+  int block;
+
+  template <class Args>
+  __device__ __forceinline__ static Work of_cta(const Args& args) {
+    const int head = static_cast<int>(opaque(blockIdx.y)), all_heads = args.first_head + head;
+    return {head, all_heads / args.heads, all_heads % args.heads,
+            args.num_blocks - 1 - static_cast<int>(opaque(blockIdx.x))};
+  }
+};
 
 // Whether the forward takes P of a slot of a block from arithmetic.
 template <int D>
@@ -48,10 +64,11 @@ __device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offs
       make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Stores factor * accumulator to the rows of tokens[0] (accumulator row g) and tokens[1] (row g + 8); -1: not stored.
-template <int D>
-__device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], float factor, const TokenTensor& out,
-                                           bool fp16, int b, int h, const int (&tokens)[2]) {
+// Stores the first head_dim columns of factor * accumulator (64 x D) to the rows of tokens[0] (accumulator row g) and
+// tokens[1] (row g + 8); -1: not stored.
+template <int D, class Accumulator>
+__device__ __forceinline__ void store_rows(const Accumulator& accumulator, float factor, const TokenTensor& out,
+                                           int head_dim, bool fp16, int b, int h, const int (&tokens)[2]) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int columns = 0; columns < D; columns += 32) {
@@ -60,11 +77,11 @@ __device__ __forceinline__ void store_rows(const float (&accumulator)[D / 2], fl
       uint32_t w[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float* pair = accumulator + 4 * (columns / 8 + i) + 2 * r;
-        w[i] = pack_16bit(factor * pair[0], factor * pair[1], fp16);
+        const int pair = 4 * (columns / 8 + i) + 2 * r;
+        w[i] = pack_16bit(factor * accumulator(pair), factor * accumulator(pair + 1), fp16);
       }
       transpose_quad(w);
-      if (tokens[r] >= 0) {
+      if (tokens[r] >= 0 && columns + 8 * quad_lane < head_dim) {
         store_8(out, token_offset(out, b, h, tokens[r]), columns + 8 * quad_lane, w);
       }
     }

@@ -19,20 +19,21 @@ struct FinishArgs {
   TokenTensor dq;
   bool fp16;
   float softmax_scale;
-  int heads, num_blocks;
+  int head_dim;  // columns of dq
+  int first_head, heads, num_blocks;
 };
 
-// Grid: x = half block, y = head, z = batch.
+// Grid: x = half block, y = head of the workspace.
 template <int D>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs args) {
-  const int h = blockIdx.y, b = blockIdx.z;
-  const int64_t half_block = (int64_t(b) * args.heads + h) * args.num_blocks * kHalves + blockIdx.x;
+  const int all_heads = args.first_head + blockIdx.y, b = all_heads / args.heads, h = all_heads % args.heads;
+  const int64_t half_block = int64_t(blockIdx.y) * args.num_blocks * kHalves + blockIdx.x;
   const float* sums = args.dq_sum + half_block * kQueryRows * D;
   constexpr int kRowThreads = D / 8;
   for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {
     const int row = i / kRowThreads, group = i % kRowThreads;  // group of 8 columns
     const int token = args.token_of_slot[blockIdx.x * kQueryRows + row];
-    if (token < 0) {
+    if (token < 0 || 8 * group >= args.head_dim) {
       continue;
     }
     const int warpgroup = group / (kRowThreads / 2), j = group % (kRowThreads / 2);

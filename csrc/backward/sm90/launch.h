@@ -7,7 +7,8 @@
 
 namespace fpsattn::sm90::backward {
 
-size_t workspace_bytes(const BackwardParams& params);
+size_t workspace_bytes(const BackwardParams& params);        // what is worth handing in
+size_t least_workspace_bytes(const BackwardParams& params);  // one head at a time
 void launch(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace fpsattn::sm90::backward

@@ -2,7 +2,7 @@
 //
 //   Q16, K16 = raw e4m3 values as BF16 (exact); 0 in padding slots    V~ = bf16(v8 * v_scale), transposed back from v8t
 //   dO gathered to slot order as BF16; 0 in padding slots             delta = rowsum(dO * O), from the rounded dO
-//   facts: s_q, 8 - m, 1 / l, delta, 64 rows of each after another; s_k per slot, whatever the granularity
+//   facts of a row (workspace.h), 64 rows of each after another; s_k per slot, whatever the granularity
 //
 // FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): dS would not survive FP16's range.
 // One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO)
@@ -27,7 +27,8 @@ struct PrepareArgs {
   TokenTensor out, grad_out;
   uint16_t *q, *k, *v, *d_out;  // workspace, BF16
   float *row_facts, *k_scale_of_slot;
-  int heads, num_blocks, num_tokens;
+  int head_dim;  // columns of out, grad_out and v_scale: fewer than D for 96, the others are zeros
+  int first_head, heads, num_blocks, num_tokens;  // first_head: of this round, counted over batch and heads
 };
 
 // Eight elements of a token's row as FP32.
@@ -51,23 +52,29 @@ __device__ __forceinline__ uint4 widen_8(uint2 bytes) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// `head`: of the workspace.
 template <int D>
-__device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int h, int block) {
+__device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int head, int block) {
   constexpr int kRowThreads = D / 8;
   const int part = threadIdx.x % kRowThreads;
-  const int64_t head_block = (int64_t(b) * args.heads + h) * args.num_blocks + block;
+  const int all_heads = args.first_head + head, b = all_heads / args.heads, h = all_heads % args.heads;
+  const int64_t head_block = int64_t(head) * args.num_blocks + block;
+  const int64_t source_block = int64_t(all_heads) * args.num_blocks + block;
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
     const int token = args.token_of_slot[block * kBlockSlots + i];
     trap_if(token >= args.num_tokens);  // for the kernels that follow, too: none of them starts after a trap
     const int64_t slot = head_block * kBlockSlots + i;
-    const int64_t element = slot * D + part * 8;
+    const int64_t source_slot = source_block * kBlockSlots + i;
+    const int64_t element = slot * D + part * 8, source = source_slot * D + part * 8;
     uint4 q = make_uint4(0, 0, 0, 0), k = q, d_out = q;
     float delta = 0.0f;
     if (token >= 0) {
-      float o[8], g[8];
-      load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
-      load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
+      float o[8] = {}, g[8] = {};
+      if (part * 8 < args.head_dim) {
+        load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
+        load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
+      }
       uint32_t w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -76,8 +83,8 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
         delta = fmaf(__uint_as_float(w[e] & 0xffff0000u), o[2 * e + 1], delta);
       }
       d_out = make_uint4(w[0], w[1], w[2], w[3]);
-      q = widen_8(*reinterpret_cast<const uint2*>(args.q8 + element));
-      k = widen_8(*reinterpret_cast<const uint2*>(args.k8 + element));
+      q = widen_8(*reinterpret_cast<const uint2*>(args.q8 + source));
+      k = widen_8(*reinterpret_cast<const uint2*>(args.k8 + source));
     }
 #pragma unroll
     for (int distance = kRowThreads / 2; distance > 0; distance /= 2) {
@@ -87,13 +94,16 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int b, int
     *reinterpret_cast<uint4*>(args.k + element) = k;
     *reinterpret_cast<uint4*>(args.d_out + element) = d_out;
     if (part == 0) {
-      const float l = args.row_sum[slot];
+      const float l = args.row_sum[source_slot], inverse_sum = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
+      const float q_scale = args.q_scale[args.q_scale_per_token ? source_slot : source_block];
       float* facts = args.row_facts + slot / kQueryRows * kNumRowFacts * kQueryRows + slot % kQueryRows;
-      facts[kQueryScale * kQueryRows] = args.q_scale[args.q_scale_per_token ? slot : head_block];
-      facts[kExponentShift * kQueryRows] = float(kProbabilityShift) - args.row_max[slot];
-      facts[kInverseSum * kQueryRows] = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
-      facts[kDelta * kQueryRows] = delta;
-      args.k_scale_of_slot[slot] = args.k_scale[args.k_scale_per_token ? slot : head_block];
+      facts[kQueryScale * kQueryRows] = q_scale;
+      facts[kExponentShift * kQueryRows] = float(kProbabilityShift) - args.row_max[source_slot];
+      facts[kInverseSum * kQueryRows] = inverse_sum;
+      facts[kDelta * kQueryRows] = -delta * inverse_sum;
+      facts[kScaledInverseSum * kQueryRows] = inverse_sum * q_scale;
+      facts[kScaledDelta * kQueryRows] = -delta * inverse_sum * q_scale;
+      args.k_scale_of_slot[slot] = args.k_scale[args.k_scale_per_token ? source_slot : source_block];
     }
   }
 }
@@ -104,11 +114,11 @@ __device__ __forceinline__ int v_position(int slot) {
 }
 
 template <int D>
-__device__ __forceinline__ void prepare_v(const PrepareArgs& args, int b, int h, int block) {
+__device__ __forceinline__ void prepare_v(const PrepareArgs& args, int head, int block) {
   constexpr int kPitch = kBlockSlots + 4;  // bytes; columns of a quad land in different banks
   __shared__ __align__(16) uint8_t rows[D * kPitch];
-  const int64_t head = int64_t(b) * args.heads + h;
-  const uint8_t* source = args.v8t + (head * args.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
+  const int64_t all_heads = args.first_head + head;
+  const uint8_t* source = args.v8t + (all_heads * args.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
   for (int i = threadIdx.x; i < D * kBlockSlots / 4; i += kPrepareThreads) {
     const int d = i / (kBlockSlots / 4), word = i % (kBlockSlots / 4);
     *reinterpret_cast<uint32_t*>(rows + d * kPitch + word * 4) = reinterpret_cast<const uint32_t*>(source)[i];
@@ -119,7 +129,7 @@ __device__ __forceinline__ void prepare_v(const PrepareArgs& args, int b, int h,
   float scale[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    scale[e] = args.v_scale[head * D + d + e];
+    scale[e] = d < args.head_dim ? args.v_scale[all_heads * args.head_dim + d + e] : 1.0f;
   }
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
@@ -130,16 +140,16 @@ __device__ __forceinline__ void prepare_v(const PrepareArgs& args, int b, int h,
       const float2 v = e4m3x2_to_float2(pair[0] | uint32_t(pair[kPitch]) << 8);
       w[e] = pack_bf16(v.x * scale[2 * e], v.y * scale[2 * e + 1]);
     }
-    const int64_t slot = (head * args.num_blocks + block) * kBlockSlots + i;
+    const int64_t slot = (int64_t(head) * args.num_blocks + block) * kBlockSlots + i;
     *reinterpret_cast<uint4*>(args.v + slot * D + d) = make_uint4(w[0], w[1], w[2], w[3]);
   }
 }
 
-// Grid: x = block, y = head, z = batch.
+// Grid: x = block, y = head of the workspace.
 template <int D>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareArgs args) {
-  prepare_rows<D>(args, blockIdx.z, blockIdx.y, blockIdx.x);
-  prepare_v<D>(args, blockIdx.z, blockIdx.y, blockIdx.x);
+  prepare_rows<D>(args, blockIdx.y, blockIdx.x);
+  prepare_v<D>(args, blockIdx.y, blockIdx.x);
 }
 
 }  // namespace fpsattn::sm90::backward

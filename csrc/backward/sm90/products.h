@@ -1,40 +1,100 @@
-// The four kinds of product of the backward kernels, of tiles (common/sm90/tile.h) and CuTe's WGMMA atoms
-// (common/sm90/mma.h).
-//
-// An FP32 accumulator packed pairwise to BF16 already is an A operand: registers 4k..4k+3 are the fragment of k step k
-// (16 columns). So P^T and dS^T (or dS) feed the next product from registers, without a shuffle.
+// The products of the backward kernels: CuTe's TiledMMA and gemm on tiles (common/sm90/tile.h), over the two consumer
+// warpgroups. A product is issued by all threads of a warpgroup and is asynchronous (common/sm90/mma.h says how to use
+// it).
 #pragma once
 
+#include <cute/algorithm/clear.hpp>
+#include <cute/algorithm/gemm.hpp>
+#include <cute/atom/mma_atom.hpp>
+
+#include "backward/sm90/config.h"
 #include "common/sm90/mma.h"
 
 namespace fpsattn::sm90::backward {
 
-// d[64, B::kRows] = A B^T over the columns of both. a: 64 rows of an A.
-template <class A, class B, int R>
-__device__ __forceinline__ void multiply_rows(float (&d)[R], uint64_t a, uint64_t b) {
-  constexpr int kStep = 32 / sizeof(typename A::Element);
-#pragma unroll
-  for (int k = 0; k < A::kColumns; k += kStep) {
-    Mma<typename A::Element, B::kRows>::ss(d, a + A::step(0, k), b + B::step(0, k), k > 0);
-  }
+// Who does what: each warpgroup takes 64 of 128 rows of the product, or half of its columns.
+using SplitRows = cute::Layout<cute::Shape<cute::Int<kConsumerWarpgroups>, cute::_1, cute::_1>>;
+using SplitColumns = cute::Layout<cute::Shape<cute::_1, cute::Int<kConsumerWarpgroups>, cute::_1>>;
+
+template <class Element, int N>  // of an instruction: 64 x N, 32 bytes of each operand
+using InstructionShape = cute::Shape<cute::_64, cute::Int<N>, cute::Int<32 / int(sizeof(Element))>>;
+
+// A and B in shared memory, N columns per warpgroup.
+template <class Element, int N, class Split, Major kMajor = Major::K>
+using SharedMma = decltype(cute::make_tiled_mma(
+    cute::SM90::GMMA::ss_op_selector<Element, Element, float, InstructionShape<Element, N>, kMajor, kMajor>(),
+    Split{}));
+
+// A in registers (BF16), B in shared memory and summed over its rows.
+template <int N>
+using RegisterMma = decltype(cute::make_tiled_mma(
+    cute::SM90::GMMA::rs_op_selector<Bf16, Bf16, float, InstructionShape<Bf16, N>, Major::K, Major::MN>(),
+    SplitRows{}));
+
+// A tile as gemm reads it: K-major, or (Transposed) MN-major.
+template <class Tile>
+__device__ __forceinline__ auto operand(const typename Tile::Element* tile) {
+  return cute::make_tensor(cute::make_smem_ptr(tile), typename Tile::Layout{});
+}
+template <class Tile>
+__device__ __forceinline__ auto transposed_operand(const typename Tile::Element* tile) {
+  return cute::make_tensor(cute::make_smem_ptr(tile), typename Tile::Transposed{});
 }
 
-// d[64, B::kColumns] += A B over the rows of B. A: a packed accumulator of 64 x B::kRows.
-template <class B, int R>
-__device__ __forceinline__ void accumulate_registers(float (&d)[R], const uint32_t (&a)[B::kRows / 4], uint64_t b) {
-#pragma unroll
-  for (int k = 0; k < B::kRows; k += 16) {
-    Mma<Bf16, B::kColumns, Major::K, Major::MN>::rs(d, a + k / 4, b + B::step(k, 0), true);
-  }
+// Registers of a thread: an FP32 accumulator of rows x columns; the A operand of a RegisterMma, as packed pairs. In
+// both, pair i of a thread holds the same elements (tests/cpp/test_fragments.cpp), so an accumulator packed in place
+// is an A operand, without a shuffle.
+template <class Mma, int kRows, int kColumns>
+using Accumulator = decltype(cute::partition_fragment_C(Mma{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
+template <class Mma, int kRows, int kColumns>
+using RegisterOperand = decltype(cute::make_tensor<Bf16>(
+    cute::partition_shape_A(Mma{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{})));
+
+template <class Engine, class Layout>
+__device__ __forceinline__ void keep_registers(cute::Tensor<Engine, Layout>& registers) {
+  cute::warpgroup_fence_operand(registers);
 }
 
-// d[64, B::kColumns] = A^T B over the rows of both. A has 64 columns.
-template <class A, class B, int R>
-__device__ __forceinline__ void multiply_columns(float (&d)[R], uint64_t a, uint64_t b) {
-  static_assert(A::kColumns == 64);
+// CuTe's DescriptorIterator, but it adds to all 64 bits: adding to 32 of them costs a move per WGMMA, of the other half.
+struct Descriptors {
+  using value_type = uint64_t;
+  using element_type = uint64_t;
+  using reference = uint64_t;
+  uint64_t first;
+
+  __device__ __forceinline__ constexpr uint64_t operator*() const { return first; }
+  __device__ __forceinline__ constexpr uint64_t operator[](int i) const { return first + i; }
+  __device__ __forceinline__ constexpr Descriptors operator+(int i) const { return {first + i}; }
+};
+template <class Register>
+__device__ __forceinline__ constexpr Descriptors recast_ptr(const Descriptors& descriptors) {
+  static_assert(cute::is_same_v<Register, uint64_t>);
+  return descriptors;
+}
+
+// The A or B operand of a warpgroup's share of a product. `shared`: operand<Tile>() or transposed_operand<Tile>().
+template <class Mma, class Shared>
+__device__ __forceinline__ auto fragment_a(int warpgroup, const Shared& shared) {
+  const auto fragment = Mma{}.get_slice(warpgroup * kWarpgroupThreads).partition_fragment_A(shared);
+  return cute::make_tensor(Descriptors{fragment.data().desc_}, fragment.layout());
+}
+template <class Mma, class Shared>
+__device__ __forceinline__ auto fragment_b(int warpgroup, const Shared& shared) {
+  const auto fragment = Mma{}.get_slice(warpgroup * kWarpgroupThreads).partition_fragment_B(shared);
+  return cute::make_tensor(Descriptors{fragment.data().desc_}, fragment.layout());
+}
+
+// d = a b, or d += a b: fragments of a TiledMMA. The flag is a constant, so that no instruction reads it.
+template <class Mma, bool kAccumulate, class A, class B, class D>
+__device__ __forceinline__ void multiply(const A& a, const B& b, D& d) {
+  Mma mma;
+  using cute::SM90::GMMA::ScaleOut;
+  constexpr int kSteps = decltype(cute::size<2>(a))::value;
+  static_assert(kSteps == decltype(cute::size<2>(b))::value);
 #pragma unroll
-  for (int k = 0; k < A::kRows; k += 16) {
-    Mma<Bf16, B::kColumns, Major::MN, Major::MN>::ss(d, a + A::step(k, 0), b + B::step(k, 0), k > 0);
+  for (int k = 0; k < kSteps; ++k) {
+    mma.accumulate_ = kAccumulate || k > 0 ? ScaleOut::One : ScaleOut::Zero;
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), d);
   }
 }
 

@@ -1,6 +1,9 @@
-// The caller's workspace, cut into pieces. All in slot order; rows = B * H * num_blocks * 128. Host only.
+// The caller's workspace, cut into pieces. All in slot order. It holds some (batch, head) pairs at a time, "heads" here:
+// as many as fit, and the kernels run once per round of them. rows = heads * num_blocks * 128,
+// D = code_dim of the head dimension. Host only.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -12,8 +15,23 @@ inline constexpr int kQueryRows = 64;                     // queries of a step o
 inline constexpr int kHalves = kBlockSlots / kQueryRows;  // steps of a query block
 
 // What a query row brings to the elementwise part, an array of 64 floats each: [half block][kNumRowFacts][64].
-enum RowFact { kQueryScale, kExponentShift, kInverseSum, kDelta, kNumRowFacts };
-// kQueryScale s_q   kExponentShift 8 - m   kInverseSum 1 / l (0: empty row or padding)   kDelta rowsum(dO * O)
+//   kQueryScale s_q   kExponentShift 8 - m   kInverseSum 1 / l (0: empty row or padding)   kDelta -rowsum(dO * O) / l
+//   kScaledInverseSum, kScaledDelta: the last two, times s_q
+// With them dS = P (dP - rowsum(dO * O)) / l is one FFMA and one FMUL, and so is dS s_q.
+enum RowFact {
+  kQueryScale,
+  kExponentShift,
+  kInverseSum,
+  kDelta,
+  kScaledInverseSum,
+  kScaledDelta,
+  kNumRowFacts,
+};
+
+// Not more is asked for, and not more is used, unless one head needs it. A round of Wan 14B at 720p (8 heads of 600 blocks
+// and more) then is 36 waves of an H100's 132 SMs: ending each costs one or two percent (computed).
+inline constexpr size_t kWorkspaceLimit = size_t{1} << 30;
+inline constexpr size_t kMaxHeads = 65535;  // of a grid
 
 struct Workspace {
   uint16_t *q, *k;      // BF16 [rows, D]: raw e4m3 values of Q and K, 0 in padding
@@ -23,9 +41,9 @@ struct Workspace {
   float* dq_sum;        // [rows / 64, 64 * D] in accumulator order; fast mode only
   size_t bytes;
 
-  static Workspace at(void* base, const BackwardParams& params) {
-    const size_t rows = size_t(params.size.batch) * params.size.heads * params.size.num_blocks * kBlockSlots;
-    const size_t elements = rows * params.size.head_dim;
+  static Workspace at(void* base, const BackwardParams& params, size_t heads) {
+    const size_t rows = heads * params.size.num_blocks * kBlockSlots;
+    const size_t elements = rows * code_dim(params.size.head_dim);
     Workspace pieces;
     pieces.q = static_cast<uint16_t*>(base);
     pieces.k = pieces.q + elements;
@@ -36,6 +54,17 @@ struct Workspace {
     pieces.dq_sum = pieces.k_scale + rows;
     pieces.bytes = 8 * elements + 4 * (rows * (kNumRowFacts + 1) + (params.deterministic ? 0 : elements));
     return pieces;
+  }
+
+  static size_t bytes_of(const BackwardParams& params, size_t heads) { return at(nullptr, params, heads).bytes; }
+
+  // How many heads fit in `bytes`, at least one; in rounds of equal size, nearly.
+  static size_t heads_of(const BackwardParams& params, size_t bytes) {
+    const size_t all = size_t(params.size.batch) * params.size.heads;
+    const size_t fit = std::min(bytes, kWorkspaceLimit) / bytes_of(params, 1);
+    const size_t most = std::clamp(fit, size_t{1}, std::min(all, kMaxHeads));
+    const size_t rounds = (all + most - 1) / most;
+    return (all + rounds - 1) / rounds;
   }
 };
 

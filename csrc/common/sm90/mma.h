@@ -7,7 +7,7 @@
 //     of an 8-bit A, register 2 * high + half, byte b:       row 16 w + g + 8 half, k = 16 high + 4 q + b
 //     of a 16-bit A, register 2 * high + half, half word b:  row 16 w + g + 8 half, k = 8 high + 2 q + b
 // fragments.h has these as functions; tests/cpp/test_fragments.cpp proves them, and what the kernels build on them,
-// against CuTe's CLayout_64xN, ALayout_64x32 and ALayout_64x16.
+// against CuTe's layouts.
 //
 // How to use: write operands; fence_async_shared() if generic stores wrote shared memory; warpgroup_arrive(); issue;
 // warpgroup_commit_batch(); warpgroup_wait<n>() until at most n groups are in flight; keep_registers(d) before D is
@@ -61,29 +61,18 @@ struct MmaOfAtoms {
 
 }  // namespace detail
 
-// The instructions of the kernels: Mma<Element, N>::ss(d, a, b, accumulate) and ::rs. e4m3 operands are K-major; BF16
-// ones either way, but A in registers is K-major.
-template <class Element, int N, Major kMajorA = Major::K, Major kMajorB = Major::K>
+// The instructions of the forward: Mma<E4m3, N>::ss(d, a, b, accumulate) and ::rs, operands K-major. (The backward's
+// products are CuTe's TiledMMA, backward/sm90/products.h.)
+template <class Element, int N>
 struct Mma;
 
 #define FPSATTN_E4M3_MMA(N)                                                                       \
   template <>                                                                                     \
   struct Mma<E4m3, N> : detail::MmaOfAtoms<cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>, \
                                            cute::SM90::GMMA::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>, N / 2> {}
-FPSATTN_E4M3_MMA(64);
 FPSATTN_E4M3_MMA(72);
 FPSATTN_E4M3_MMA(128);
 FPSATTN_E4M3_MMA(136);
 #undef FPSATTN_E4M3_MMA
-
-#define FPSATTN_BF16_MMA(N)                                                                    \
-  template <Major kMajorA, Major kMajorB>                                                      \
-  struct Mma<Bf16, N, kMajorA, kMajorB>                                                        \
-      : detail::MmaOfAtoms<cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<kMajorA, kMajorB>, \
-                           cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<Major::K, kMajorB>, N / 2> {}
-FPSATTN_BF16_MMA(32);
-FPSATTN_BF16_MMA(64);
-FPSATTN_BF16_MMA(128);
-#undef FPSATTN_BF16_MMA
 
 }  // namespace fpsattn::sm90

@@ -46,23 +46,15 @@ struct Tile {
   using Transposed = decltype(cute::make_composed_layout(Layout{}.layout_a(), Layout{}.offset(),
                                                          cute::select<1, 0>(Layout{}.layout_b())));
 
-  // Descriptor of the WGMMA operand that begins at the first element.
-  template <Major kMajor = Major::K>
+  // Descriptor of the K-major WGMMA operand that begins at the first element.
   __device__ __forceinline__ static uint64_t descriptor(const void* tile) {
     using namespace cute;
     constexpr int kInstruction = 32 / sizeof(Element);  // K of an instruction: 32 bytes
     const auto pointer = make_smem_ptr(static_cast<const Element*>(tile));
-    if constexpr (kMajor == Major::K) {
-      return SM90::GMMA::make_gmma_desc<Major::K>(local_tile(make_tensor(pointer, Layout{}),
-                                                             Shape<Int<kRows>, Int<kInstruction>>{},
-                                                             make_coord(_0{}, _0{})))
-          .desc_;
-    } else {
-      return SM90::GMMA::make_gmma_desc<Major::MN>(local_tile(make_tensor(pointer, Transposed{}),
-                                                              Shape<Int<kColumns>, Int<kInstruction>>{},
-                                                              make_coord(_0{}, _0{})))
-          .desc_;
-    }
+    return SM90::GMMA::make_gmma_desc<Major::K>(local_tile(make_tensor(pointer, Layout{}),
+                                                           Shape<Int<kRows>, Int<kInstruction>>{},
+                                                           make_coord(_0{}, _0{})))
+        .desc_;
   }
 
   // How far the operand that begins at (row, column) is from the first, in units of a descriptor's address (16 bytes).

@@ -9,10 +9,11 @@
 namespace fpsattn::sm90::forward {
 
 struct Arguments {
-  CUtensorMap q_map;  // [B H num_blocks 128][D] bytes, box 128 x D
+  CUtensorMap q_map;  // [B H num_blocks 128][C] bytes, box 128 x C
   CUtensorMap k_map;  // likewise
-  CUtensorMap v_map;  // [B H num_blocks (D + 8)][128] bytes, box (D + 8) x 128
+  CUtensorMap v_map;  // [B H num_blocks (C + 8)][128] bytes, box (C + 8) x 128
 
+  int32_t head_dim;  // D: columns of out and of v_scale. C = Config::kHeadDim is more for D = 96
   int32_t heads, num_tokens, num_blocks, num_items;  // num_items = B H num_blocks
   float scale_log2;                                  // softmax_scale * log2(e)
   float softmax_scale;

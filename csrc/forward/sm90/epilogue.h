@@ -77,7 +77,7 @@ struct Epilogue {
     }
   }
 
-  // Staging rows to token order, whole rows at a time, 16 bytes per lane.
+  // Staging rows to token order, whole rows at a time, 16 bytes per lane; columns beyond D stay here.
   __device__ void copy_rows(const WorkItem& item, int32_t tokens) const {
     const int32_t batch = item.batch_head / args.heads, head = item.batch_head % args.heads;
     uint8_t* base = static_cast<uint8_t*>(args.out.data) + 2 * token_offset(args.out, batch, head, 0);
@@ -85,7 +85,7 @@ struct Epilogue {
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       const uint32_t row = pass * kRowsPerPass + lane / kChunks, chunk = lane % kChunks;
       const int32_t token = __shfl_sync(~0u, tokens, row);
-      if (token >= 0) {
+      if (token >= 0 && 8 * chunk < args.head_dim) {
         *reinterpret_cast<uint4*>(base + 2 * (token * args.out.stride_token) + 16 * chunk) =
             *reinterpret_cast<const uint4*>(staged(row, chunk));
       }

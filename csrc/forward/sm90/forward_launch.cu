@@ -22,6 +22,7 @@ void encode_maps(const ForwardParams& params, Arguments& args) {
 Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) {
   const ProblemSize& size = params.size;
   Arguments args{};
+  args.head_dim = size.head_dim;
   args.heads = size.heads;
   args.num_tokens = size.num_tokens;
   args.num_blocks = size.num_blocks;
@@ -44,7 +45,7 @@ Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) 
   args.next_item = workspace.next_item;
   args.head_order = workspace.head_order;
   args.block_order = workspace.block_order;
-  if (size.head_dim == 64) {
+  if (code_dim(size.head_dim) == 64) {
     encode_maps<64>(params, args);
   } else {
     encode_maps<128>(params, args);
@@ -53,7 +54,7 @@ Arguments arguments_of(const ForwardParams& params, const Workspace& workspace) 
 }
 
 Launcher launcher_of(const ForwardParams& params) {
-  if (params.size.head_dim == 64) return params.k_scale_per_token ? launch_d64_k_per_token : launch_d64;
+  if (code_dim(params.size.head_dim) == 64) return params.k_scale_per_token ? launch_d64_k_per_token : launch_d64;
   return params.k_scale_per_token ? launch_d128_k_per_token : launch_d128;
 }
 

@@ -119,8 +119,7 @@ __device__ __forceinline__ void consume(const Arguments& args, Storage<C>& share
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) forward_kernel(const __grid_constant__ Arguments args) {
-  extern __shared__ uint8_t raw_shared[];
-  Storage<C>& shared = aligned_storage<Storage<C>>(raw_shared);
+  auto& shared = shared_storage<Storage<C>>();
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(&args.q_map);
     prefetch_tma_descriptor(&args.k_map);

@@ -82,11 +82,12 @@ struct Producer {
       shared.item_full[s].arrive();
       return;
     }
-    shared.item_full[s].arrive_and_expect_tx(C::QTile::kBytes + sizeof(shared.v_scale[s]));
+    const uint32_t v_scale_bytes = args.head_dim * sizeof(float);
+    shared.item_full[s].arrive_and_expect_tx(C::QTile::kBytes + v_scale_bytes);
     load_tile<typename C::QTile>(shared.q[s], args.q_map, shared.item_full[s], (first_block + item.q_block) * C::kRows,
                                  CacheHint::EVICT_FIRST);
-    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * C::kHeadDim,
-              sizeof(shared.v_scale[s]), shared.item_full[s]);
+    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * args.head_dim, v_scale_bytes,
+              shared.item_full[s]);
   }
 
   __device__ void load_k(int32_t block, float scale) {

@@ -29,18 +29,18 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
       int tokens[kPatchSlots];
       const int32_t* slots = params.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
       load_tokens(tokens, slots + group * kPatchSlots);
-      load_patch(patch, rows, tokens, __ldg(slots), params.size.num_tokens);
+      load_patch<Config>(patch, rows, chunk, tokens, __ldg(slots), params.size.num_tokens);
 #pragma unroll
       for (int p = 0; p < kPatchSlots; ++p) {
         valid[p / 4] |= (tokens[slot_at_position(p)] >= 0 ? 0xffu : 0u) << (p % 4 * 8);
       }
     }
     uint8_t* out = params.v8t +
-                   (batch_head * params.size.num_blocks + block) * (Config::kHeadDim + kVExtraRows) * kBlockSlots +
+                   (batch_head * params.size.num_blocks + block) * (Config::kCodeDim + kVExtraRows) * kBlockSlots +
                    group * kPatchSlots;
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
-      const Divisor by = Divisor::of(__ldg(scales + c));
+      const Divisor by = Divisor::of(Config::has_chunk(chunk) ? __ldg(scales + c) : 1.0f);
       uint32_t words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -55,9 +55,9 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
       *reinterpret_cast<uint4*>(out + (chunk * kPatchChannels + c) * kBlockSlots) =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (chunk < kVExtraRows) {  // rows D .. D+7: ones in valid slots, then zeros
+    if (chunk < kVExtraRows) {  // rows C .. C+7: ones in valid slots, then zeros
       const uint32_t one = chunk == 0 ? kE4m3One * 0x01010101u : 0u;
-      *reinterpret_cast<uint4*>(out + (Config::kHeadDim + chunk) * kBlockSlots) =
+      *reinterpret_cast<uint4*>(out + (Config::kCodeDim + chunk) * kBlockSlots) =
           make_uint4(valid[0] & one, valid[1] & one, valid[2] & one, valid[3] & one);
     }
   }

@@ -1,7 +1,8 @@
 // Sizes of the quantize kernels, and how a block is divided among threads.
 //
 // The unit of work of a thread is a *patch*: 16 consecutive slots x 8 channels of a block, 16 x 16 bytes of BF16/FP16
-// in 64 registers. A block (128 slots x D) is 8 x D/8 patches, one for each of D threads. Both roles use it: rows (Q,
+// in 64 registers. A block (128 slots x C) is 8 x C/8 patches, one for each of C threads; C = D, or 128 for D = 96,
+// whose last 4 chunks of a row are zeros that nothing is read for. Both roles use it: rows (Q,
 // K) pack the 8 channels of a slot; columns (V) pack the 16 slots of a channel, which transposes V without shared
 // memory.
 #pragma once
@@ -32,17 +33,25 @@ template <int kHeadDim_, class Element_>
 struct RowConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kChunks = kHeadDim / kPatchChannels;  // lanes that read one row
+  static constexpr int kCodeDim = code_dim(kHeadDim);        // columns of q8 and k8, rows of v8t but for the extra ones
+  static constexpr int kChunks = kCodeDim / kPatchChannels;  // lanes that share one row
+  static_assert(kHeadDim % kPatchChannels == 0 && kHeadDim <= kCodeDim);
+
+  // Whether chunk `chunk` of a row is there; a constant where all are.
+  __host__ __device__ static constexpr bool has_chunk(int chunk) {
+    return kHeadDim == kCodeDim || chunk < kHeadDim / kPatchChannels;
+  }
 };
 
 template <int kHeadDim, class Element, GroupScope kScope_>
 struct Config : RowConfig<kHeadDim, Element> {
   using RowConfig<kHeadDim, Element>::kChunks;
+  using RowConfig<kHeadDim, Element>::kCodeDim;
   static constexpr GroupScope kScope = kScope_;
-  static constexpr int kThreads = kHeadDim;                   // one patch each
+  static constexpr int kThreads = kCodeDim;                   // one patch each
   static constexpr int kMinCtas = 512 / kThreads;             // 128 registers a thread: 64 hold the patch
   static constexpr int kRowsPerLane = kPatchSlots / kChunks;  // rows that a lane owns after a transposing reduction
-  static_assert(kHeadDim == 64 || kHeadDim == 128, "a row must be spread over 8 or 16 lanes of one warp");
+  static_assert(kCodeDim == 64 || kCodeDim == 128, "a row must be spread over 8 or 16 lanes of one warp");
   static_assert(kPatchRowsPerBlock * kChunks == kThreads, "one patch per thread");
 };
 

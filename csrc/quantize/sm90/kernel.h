@@ -4,9 +4,11 @@
 //   byte = e4m3(x / s)                   nearest even, saturating
 //   group: a tile, a block of 128 slots, or a token (Q, K); a channel of all tokens (V: v_scale from statistics.h)
 //
-// Shapes     q, k, v (B, H, S, D), any strides; q8, k8 [B, H, num_blocks, 128, D]; v8t [B, H, num_blocks, D + 8, 128]
-//            q_scale, k_scale [B, H, num_blocks(, 128)]; v_scale, k_mean [B, H, D]; q_k_mean [B, H, S]
-// Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; D threads per CTA
+// Shapes     q, k, v (B, H, S, D), any strides; q8, k8 [B, H, num_blocks, 128, C]; v8t [B, H, num_blocks, C + 8, 128];
+//            C = D, or 128 for D = 96: the columns between are codes of zeros, made in registers, read from nowhere
+//            q_scale, k_scale [B, H, num_blocks(, 128)]; v_scale, k_mean [B, H, D]; q_k_mean [B, H, S];
+//            q_block_sum, k_block_sum [B, H, num_blocks, D], if wanted: sums of a block's tokens, from the registers
+// Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; C threads per CTA
 // Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h, rows.h, columns.h)
 //
 // Pipeline   statistics (K mean, V absmax)  ->  finish  ->  this kernel
@@ -27,7 +29,7 @@
 //
 // Budget     registers 128 (64 patch, 8 mean, 16 row results, addresses), no spills; 4 (D=128) or 8 (D=64) CTAs per SM
 //            in flight 16 loads of 16 bytes a thread, in every role: 128 KiB per SM
-//            shared    one float per warp, one mbarrier and 8 floats
+//            shared    one float per warp, one mbarrier and 8 floats, 8 C floats for the block sums
 //            bytes     1.05 of the ideal counted under an emulator (tests/static/test_quantize_bytes.py, limit 1.10)
 //            limit     memory, not yet measured on a GPU: 48 KiB a block are 2,600 clocks at 4.3 TB/s, 132 SMs and
 //                      1.755 GHz; the ALU needs at most about 2,300 of them (an upper estimate): not far behind
@@ -45,8 +47,10 @@ namespace fpsattn::sm90::quantize {
 template <class Config, bool kIsQuery>
 __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work) {
   RowQuantizer<Config, kIsQuery> rows(params, work);
+  __shared__ float sums[kPatchRowsPerBlock * Config::kCodeDim];
   if constexpr (Config::kScope == GroupScope::kToken) {
     rows.load(work.first_block);
+    rows.store_block_sum(work.first_block, sums);
     rows.store_per_token(work.first_block);
   } else {
     __shared__ float warp_maximum[Config::kThreads / 32];
@@ -61,6 +65,7 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
     float absmax = 0.0f;
 #pragma unroll 1
     for (;;) {
+      rows.store_block_sum(block, sums);
       absmax = rows.absmax(absmax);
       if (block + work.step >= work.end_block) {
         break;

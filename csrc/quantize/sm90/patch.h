@@ -59,17 +59,25 @@ __device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const in
 }
 
 // A padding slot repeats slot 0 of its block, which is valid. In Q and K it changes no maximum and ends up with that
-// slot's bytes, as specified; V masks it out.
-__device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, const int (&tokens)[kPatchSlots],
-                                           int first_token_of_block, int num_tokens) {
+// slot's bytes, as specified; V masks it out. A chunk beyond the row (kHeadDim < kCodeDim) is zeros.
+template <class Config>
+__device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, int chunk,
+                                           const int (&tokens)[kPatchSlots], int first_token_of_block, int num_tokens) {
   int largest = tokens[0];
 #pragma unroll
   for (int i = 1; i < kPatchSlots; ++i) {
     largest = max(largest, tokens[i]);
   }
+  if (Config::has_chunk(chunk)) {
 #pragma unroll
-  for (int i = 0; i < kPatchSlots; ++i) {
-    patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
+    for (int i = 0; i < kPatchSlots; ++i) {
+      patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPatchSlots; ++i) {
+      patch.row[i] = make_uint4(0, 0, 0, 0);
+    }
   }
   trap_if(largest >= num_tokens);  // behind the loads, in front of every use
   __syncwarp();                    // after a trap ptxas takes no warp for converged, and doubles every shuffle

@@ -58,10 +58,13 @@ void launch_instances(const QuantizeParams& params, const Plan& plan, cudaStream
 
 template <class Element>
 void launch_instances(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
-  if (params.size.head_dim == 64) {
-    launch_instances<64, Element>(params, plan, stream);
-  } else {
-    launch_instances<128, Element>(params, plan, stream);
+  switch (params.size.head_dim) {
+    case 64:
+      return launch_instances<64, Element>(params, plan, stream);
+    case 96:
+      return launch_instances<96, Element>(params, plan, stream);
+    default:
+      return launch_instances<128, Element>(params, plan, stream);
   }
 }
 

@@ -1,7 +1,7 @@
-// Roles Q and K: a slot of the block becomes a row of D e4m3 bytes.
+// Roles Q and K: a slot of the block becomes a row of C e4m3 bytes (C = D, or 128 for D = 96).
 //
-// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t / (D/8), c = t % (D/8): the lanes that
-// share a row are neighbours, a row is read by one instruction of D/8 lanes. 8 channels make 8 bytes, so two
+// Thread t holds slots 16 g .. 16 g + 15, channels 8 c .. 8 c + 7, with g = t / (C/8), c = t % (C/8): the lanes that
+// share a row are neighbours, a row is read by one instruction of C/8 lanes. 8 channels make 8 bytes, so two
 // neighbouring lanes swap halves of two rows and each stores 16 bytes: the even lane of row i, the odd lane of row i
 // + 1.
 #pragma once
@@ -22,9 +22,12 @@ class RowQuantizer {
         lane_(threadIdx.x % Config::kChunks),
         first_row_(threadIdx.x / Config::kChunks * kPatchSlots),
         rows_(token_rows(kIsQuery ? params.q : params.k, work.batch, work.head, lane_)) {
-    const float4* mean =
-        reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
-    const float4 low = mean[0], high = mean[1];
+    float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
+    if (Config::has_chunk(lane_)) {
+      const float4* mean =
+          reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
+      low = mean[0], high = mean[1];
+    }
     mean_[0] = low.x, mean_[1] = low.y, mean_[2] = low.z, mean_[3] = low.w;
     mean_[4] = high.x, mean_[5] = high.y, mean_[6] = high.z, mean_[7] = high.w;
   }
@@ -33,7 +36,41 @@ class RowQuantizer {
     const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
     int tokens[kPatchSlots];
     load_tokens(tokens, slots + first_row_);
-    load_patch(patch_, rows_, tokens, __ldg(slots), params_.size.num_tokens);
+    load_patch<Config>(patch_, rows_, lane_, tokens, __ldg(slots), params_.size.num_tokens);
+  }
+
+  // Where wanted, the sum of the block's tokens per channel: 16 slots in order, then the 8 partial sums in order.
+  // `scratch` holds kPatchRowsPerBlock * kCodeDim floats.
+  __device__ __forceinline__ void store_block_sum(int block, float* scratch) {
+    float* out = kIsQuery ? params_.q_block_sum : params_.k_block_sum;
+    if (out == nullptr) {
+      return;
+    }
+    int tokens[kPatchSlots];
+    load_tokens(tokens, params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_);
+    float sum[kPatchChannels] = {};
+#pragma unroll
+    for (int i = 0; i < kPatchSlots; ++i) {
+#pragma unroll
+      for (int c = 0; c < kPatchChannels; ++c) {
+        sum[c] += tokens[i] >= 0 ? patch_.template value<typename Config::Element>(i, c) : 0.0f;
+      }
+    }
+    patch_.forget_conversions();
+#pragma unroll
+    for (int c = 0; c < kPatchChannels; ++c) {
+      scratch[first_row_ / kPatchSlots * Config::kCodeDim + lane_ * kPatchChannels + c] = sum[c];
+    }
+    __syncthreads();
+    if (threadIdx.x < Config::kHeadDim) {
+      float total = scratch[threadIdx.x];
+#pragma unroll
+      for (int g = 1; g < kPatchRowsPerBlock; ++g) {
+        total += scratch[g * Config::kCodeDim + threadIdx.x];
+      }
+      out[(batch_head_ * params_.size.num_blocks + block) * Config::kHeadDim + threadIdx.x] = total;
+    }
+    __syncthreads();  // scratch may be overwritten
   }
 
   // Largest |x| of the patch and of `so_far`, in independent chains: one of 128 steps would wait for its own latency.
@@ -111,7 +148,7 @@ class RowQuantizer {
   __device__ __forceinline__ void store_rows(int block, DivisorOfRow divisor_of_row) const {
     const bool odd = lane_ & 1;
     const int64_t first_slot = (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
-    uint8_t* out = (kIsQuery ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kHeadDim + lane_ / 2 * 16;
+    uint8_t* out = (kIsQuery ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kCodeDim + lane_ / 2 * 16;
     float dot[kPatchSlots];
 #pragma unroll
     for (int i = 0; i < kPatchSlots; i += 2) {
@@ -123,7 +160,7 @@ class RowQuantizer {
           make_uint2(__shfl_xor_sync(0xffffffffu, sent.x, 1), __shfl_xor_sync(0xffffffffu, sent.y, 1));
       const uint4 stored =
           odd ? make_uint4(received.x, received.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, received.x, received.y);
-      *reinterpret_cast<uint4*>(out + i * Config::kHeadDim) = stored;
+      *reinterpret_cast<uint4*>(out + i * Config::kCodeDim) = stored;
     }
     if constexpr (kIsQuery) {
       store_dots(block, dot);

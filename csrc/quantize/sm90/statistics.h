@@ -1,8 +1,8 @@
 // Statistics of K and V, before anything can be quantized: mean of K and absmax of V per channel.
 //
 // statistics_kernel  reads every stride-th token of K and every token of V once, in token order.
-//                    CTA = (head, 512 rows of K or of V, batch); 256 threads = 256 * 8 / D rows at a time x D/8 chunks
-//                    of 8 channels writes partial sums [B, H, k_parts, D] and partial maxima [B, H, v_parts, D] to the
+//                    CTA = (head, 512 rows of K or of V, batch); 256 threads = 256 * 8 / C rows at a time x C/8 chunks
+//                    of 8 channels (C = D, or 128 for D = 96: the last 4 idle); writes partial sums [B, H, k_parts, D] and partial maxima [B, H, v_parts, D] to the
 //                    workspace
 // finish_kernel      CTA = (head, batch); D x 8 threads add the partials up in a fixed order
 //                    writes k_mean = sum / count (or the given one, or zeros) and v_scale = rule(absmax)
@@ -49,7 +49,7 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
     }
   };
   constexpr int kStep = kUnroll * kRowsAtATime;
-  int64_t row = first + row_lane;
+  int64_t row = Config::has_chunk(chunk) ? first + row_lane : last + kStep;
   for (; row - row_lane + kStep <= last; row += kStep) {
     reduce_unrolled(row, [&](int64_t r) { return rows.load(static_cast<int>(r * step)); });
   }
@@ -61,13 +61,13 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
   }
 #pragma unroll
   for (int c = 0; c < kPatchChannels; ++c) {
-    scratch[row_lane * Config::kHeadDim + chunk * kPatchChannels + c] = total[c];
+    scratch[row_lane * Config::kCodeDim + chunk * kPatchChannels + c] = total[c];
   }
   __syncthreads();
   if (threadIdx.x < Config::kHeadDim) {
     float value = scratch[threadIdx.x];
     for (int r = 1; r < kRowsAtATime; ++r) {
-      value = op(value, scratch[r * Config::kHeadDim + threadIdx.x]);
+      value = op(value, scratch[r * Config::kCodeDim + threadIdx.x]);
     }
     partial[threadIdx.x] = value;
   }

@@ -206,7 +206,7 @@ def _fp8(
     token_of_slot, tile_of_block, offsets = (
         table.to(device) for table in (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
     )
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
         q,
         k,
         v,

@@ -16,7 +16,7 @@ Written by `fpsattn models --markdown` from `fpsattention/integrations/adapters/
 
 `fps.apply(pipe_or_transformer, schedule)` takes every class of the first table, subclasses included, and `fps.apply(model,
 adapter=Adapter(...))` others: a row of three to six lines, see `fpsattention/integrations/adapters/__init__.py`. Only the self-attention over
-the grid is replaced. All of it is tested on tiny random models on the CPU (`tests/python/test_adapters.py`, `tests/python/test_pipelines.py`): moving a
+the grid is replaced, and where asked for the product of linear layers ("also": [diffusers.md](diffusers.md)). All of it is tested on tiny random models on the CPU (`tests/python/test_adapters.py`, `tests/python/test_pipelines.py`): moving a
 cell of the input moves the predicted token, sparse attention is masked attention within the FP8 error, the noisiest step has the first phase,
 and `remove()` restores every bit. That says where tokens are; it says nothing about the quality of videos.
 
@@ -52,7 +52,14 @@ def rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from ..integrations.adapters import ADAPTERS, REFUSED
 
     supported = [
-        {"family": a.name, "kind": a.kind, "classes": list(a.classes), "noise_level": noise_level(a), "note": a.note}
+        {
+            "family": a.name,
+            "kind": a.kind,
+            "classes": list(a.classes),
+            "noise_level": noise_level(a),
+            "also": also(a),
+            "note": a.note,
+        }  # fmt: skip
         for a in ADAPTERS
     ]
     return supported, [{"class": name, "reason": reason} for name, reason in REFUSED.items()]
@@ -65,6 +72,14 @@ def noise_level(adapter: Any) -> str:
     return {own_sigma: "sigma", inverted_sigma: "1000 (1 - sigma)"}.get(adapter.sigma, "1000 sigma")
 
 
+def also(adapter: Any) -> str:
+    """What can be had beside attention."""
+    from ..integrations.adapters.adapter import raster_only
+
+    have = {"FP8 linears": adapter.linears, "tile order": adapter.token_order is not raster_only}
+    return ", ".join(what for what, there in have.items() if there)
+
+
 def installed(name: str) -> bool:
     """Whether the installed diffusers has this class."""
     return importlib.util.find_spec("diffusers") is not None and hasattr(importlib.import_module("diffusers"), name)
@@ -75,10 +90,12 @@ def markdown() -> str:
     from ..integrations.adapters import OUTSIDE
 
     supported, refused = rows()
-    lines = ["| family | kind | class | told | notes |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| family | kind | class | told | also | notes |", "| --- | --- | --- | --- | --- | --- |"]
     for row in supported:
         classes = ", ".join(f"`{name}`" for name in row["classes"])
-        lines.append(f"| {row['family']} | {row['kind']} | {classes} | {row['noise_level']} | {row['note']} |")
+        lines.append(
+            f"| {row['family']} | {row['kind']} | {classes} | {row['noise_level']} | {row['also']} | {row['note']} |"
+        )
     reasons = ["| class | why |", "| --- | --- |"]
     reasons += [f"| `{row['class']}` | {row['reason']} |" for row in refused]
     outside = "".join(f"| {a.name} | `fps.apply(model, adapter=...)` | {a.note} |\n" for a in OUTSIDE)

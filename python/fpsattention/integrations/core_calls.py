@@ -23,7 +23,8 @@ Core = Callable[..., Tensor]
 @dataclass(frozen=True)
 class CoreCall:
     """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
-    samples, where there is a mask, with theirs as fourth argument."""
+    samples, where there is a mask, with theirs as fourth argument. ``parallel``: diffusers' config, where tokens are spread over ranks.
+    ``heads``: which of ``num_heads`` these are, where heads are (``fpsattention.parallel``)."""
 
     q: Tensor
     k: Tensor
@@ -33,7 +34,9 @@ class CoreCall:
     causal: bool = False
     scale: float | None = None
     dropout: float = 0.0
-    parallel: bool = False
+    parallel: Any = None
+    heads: tuple[int, ...] | None = None
+    num_heads: int = 0
 
 
 def _run(call: CoreCall) -> Tensor:
@@ -59,7 +62,9 @@ def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         backend: Any = None,
         parallel_config: Any = None,
     ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
+        def dense(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask, parallel_config: Any = parallel_config
+        ) -> Tensor:
             return original(
                 q,
                 k,
@@ -74,8 +79,7 @@ def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 parallel_config=parallel_config,
             )
 
-        parallel = parallel_config is not None
-        return _run(CoreCall(query, key, value, dense, attn_mask, is_causal, scale, dropout_p, parallel))
+        return _run(CoreCall(query, key, value, dense, attn_mask, is_causal, scale, dropout_p, parallel_config))
 
     return dispatch_attention_fn
 

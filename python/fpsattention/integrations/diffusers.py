@@ -25,6 +25,8 @@ def apply(
     model: Any,
     schedule: Schedule | str | Path | Mapping[str, Any] = "training_free",
     *,
+    linears: str | None = None,
+    token_order: str | None = None,
     adapter: Adapter | None = None,
     exact: Sequence[int] = (),
     replace: bool = False,
@@ -34,12 +36,16 @@ def apply(
 ) -> Handle:
     """Replace the self-attention of a video pipeline or transformer by FPSAttention under ``schedule``.
 
-    Weights, state dict, projections and cross-attention stay as they are: only the call of the attention itself, inside the model's own
-    processors, is replaced. Per forward, a pre-hook of the transformer reads the token grid and the sigma of every sample.
+    Weights and state dict stay as they are: only the call of the attention itself, inside the model's own processors, is replaced, and,
+    where a level says so, the product of a linear layer. Per forward, a pre-hook of the transformer reads the token grid and the sigma of every sample.
 
     Args:
         model: a diffusers pipeline (both experts of Wan2.2) or a transformer, also inside ``torch.compile``, DDP, FSDP or PEFT.
         schedule: a :class:`Schedule`, the name of a preset, a file, or a JSON object.
+        linears: "fp8": the projections and feed-forward layers of every "fp8" level run in FP8, too; "bf16": as the model's own;
+            None: as the levels say. Layers in ``Schedule.own_linears``, by default the first and the last, keep their own.
+        token_order: "tile": tokens go to tile order once per forward, where the blocks begin, and back where they end; "raster": they stay
+            as they are. None: tile for the families that are known to allow it. Forwards with dense attention stay in raster order.
         adapter: what is known of a model of another class than those of ``integrations.adapters``.
         exact: frames of the token grid that attend everything and are attended by everything, whatever the schedule says: (0,) for the
             first frame of image-to-video, -1 for the last. What shares a tile with them does, too: take tiles of few frames. Text,
@@ -62,6 +68,8 @@ def apply(
     if not all(type(frame) is int for frame in exact):
         raise ConfigError(f"fpsattention.apply: exact {exact!r}, wanted numbers of frames")
     resolved = Schedule.resolve(schedule)
+    if linears is not None:
+        resolved = resolved.with_linears(linears)
     if resolved.required and on_unsupported == "dense":
         raise ConfigError(
             "fpsattention.apply: on_unsupported 'dense', wanted 'raise': the schedule is required by the weights it was trained with"
@@ -95,7 +103,7 @@ def apply(
         for name, transformer in transformers.items():
             known = adapters[name]
             if name not in skipped and known is not None:
-                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, tuple(exact))
+                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order, tuple(exact))
                 installations.append(Installation(transformer, known, resolved, name, *arguments))
     except BaseException:
         for installation in installations:

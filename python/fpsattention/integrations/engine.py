@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..layout.plain import plain_tensors
 from ..schedule import Schedule
 from .forward import Forward
 from .levels import LevelTables, Tokens
+from .record import Recorder
 from .report import Row
 from .site import Site
 
@@ -27,6 +28,10 @@ Executed = tuple[int, ...] | None
 
 class Engine:
     """A schedule on some attention layers.
+
+    Attributes:
+        transformer: whose layers they are; None: a framework calls them.
+        recorder: of a recording that is on.
 
     Args:
         name: of the transformer, for messages and reports.
@@ -51,6 +56,8 @@ class Engine:
         text_mask: bool = False,
     ):
         self.name = name
+        self.transformer: Any = None
+        self.recorder: Recorder | None = None
         self.on_unsupported = on_unsupported
         self.per_sample = per_sample
         self.text_mask = text_mask
@@ -64,11 +71,12 @@ class Engine:
     def _clear(self) -> None:
         self._lock = threading.Lock()
         self.nonfinite: Counter[str] = Counter()
+        self.refused_linears: Counter[str] = Counter()  # that ran as the model's own, and why, to the number of times
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("_lock", "nonfinite", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(("_lock", "nonfinite", "refused_linears", "_host_counts", "_device_counts"))
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,7 +142,9 @@ class Engine:
                     if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
                 granularity = level.granularity if level.precision == "fp8" else ""
-                rows.append(Row(self.name, layer, level.name, level.precision, granularity, windows, density, calls))
+                linears = self.num_linears(layer) if level.linears == "fp8" else 0
+                what = (level.name, level.precision, granularity, windows, density, calls, linears)
+                rows.append(Row(self.name, layer, *what))
         return rows
 
     def executions(self) -> list[int] | None:
@@ -146,6 +156,14 @@ class Engine:
         for (_, _, executed), n in counts.items():
             totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
         return totals
+
+    def own_linears(self) -> Mapping[str, str]:
+        """Linear layers that stay the model's own under FP8 linears, and why."""
+        return {}
+
+    def num_linears(self, layer: int) -> int:
+        """FP8 linear layers of the block of an attention."""
+        return 0
 
     def replaced(self) -> dict[str, str]:
         """Layers whose code somebody replaced since: name to what is there now."""

@@ -13,7 +13,10 @@ from ..errors import ConfigError
 from .levels import Call, Tokens, index_of
 
 if TYPE_CHECKING:
+    from ..parallel.model import ForwardShard
     from .engine import Engine
+    from .linears import Mode, Shared
+    from .token_order import Order
 
 
 @dataclass(eq=False)
@@ -43,6 +46,11 @@ class Forward:
     refused: str | None = None  # why all of it is dense
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
     by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)
+    parallel: ForwardShard | None = None  # how its tokens are spread over ranks
+    linears: tuple[Mode, ...] = ()  # of each group of layers; empty: all the model's own
+    shared: Shared | None = None
+    order: Order | None = None  # the tokens are in tile order
+    places: int = 0  # where they were moved so far
 
     def call(self, group: int, num_tokens: int, device: torch.device) -> Call:
         """The call of a group of layers, for q of ``num_tokens`` tokens on ``device``. Not for traced code."""

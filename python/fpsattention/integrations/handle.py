@@ -150,13 +150,18 @@ def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Repor
         result.forwards[installation.name] = installation.forwards()
         result.nonfinite.update(installation.nonfinite)
         result.replaced.update(installation.replaced())
+        result.fallbacks.update(
+            dict.fromkeys((f"{name}: {why}" for name, why in installation.own_linears().items()), 0)
+        )
+        result.fallbacks.update(installation.refused_linears)
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
         for tokens, _, _ in installation.counts():
             layout = installation.tables.tables(tokens).layout
             text = f"tile {'x'.join(map(str, layout.tile))}, {'x'.join(map(str, layout.tile_grid))} tiles, "
             grid = "x".join(map(str, tokens.grid)) + (f" + {tokens.text_len} text" if tokens.text_len else "")
-            result.grids[grid] = text + f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
+            text += f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
+            result.grids[grid] = text + (", tokens in tile order" if tokens.order == "tile" else "")
         result.host_reads += installation.host_reads()
     return result
 

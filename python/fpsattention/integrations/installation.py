@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,12 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, installed, restore, swap
 from .engine import Engine
 from .forward import Forward
-from .levels import Tokens
-from .record import Recorder
+from .levels import LevelTables, Tokens
+from .linears import Linears
 from .sigmas import SchedulerOf, SigmaReader
 from .state import CURRENT
+from .token_order import Order
+from .token_order import install as token_order_hooks
 
 
 class Installation(Engine):
@@ -48,6 +50,7 @@ class Installation(Engine):
         num_train_timesteps: int,
         on_unsupported: str,
         debug: bool,
+        token_order: str | None = None,
         exact: tuple[int, ...] = (),
     ):
         attentions = adapter.attentions(transformer)
@@ -62,16 +65,19 @@ class Installation(Engine):
         self.copied = False
         self.exact = exact
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
-        self.recorder: Recorder | None = None
-        self.modules: list[Any] = list(attentions.values())
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
+        self.modules: list[Any] = list(attentions.values())
+        self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
+        order_hooks = token_order_hooks(self, token_order)
         if debug:
             for site in self.sites:
-                site.observers.append(self._check_finite)
+                site.check = self._check_finite
         self._stand_ins = [swap(module, site) for module, site in zip(self.modules, self.sites, strict=True)]
+        self.places = len(order_hooks)
         self._hooks = [
+            *order_hooks,
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             transformer.register_forward_hook(self._after_forward, always_call=True),
         ]
@@ -91,6 +97,7 @@ class Installation(Engine):
         for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
             if installed(module) is stand_in:
                 restore(module)
+        self.linears.remove()
         plain_checkpoints(self.transformer)
 
     # Every forward ---------------------------------------------------------------------------------------------------------
@@ -149,10 +156,20 @@ class Installation(Engine):
             segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:
             segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), edges)
+        spread = _spread(transformer)
+        whole = spread is None and getattr(transformer, "_parallel_config", None) is None  # on this rank
+        if self.places and whole and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         before = CURRENT.forward
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
+        forward.parallel = spread
+        if tokens.order == "tile":
+            forward.order = Order(*self.tables.order_on(tokens, device))
+        self.linears.refresh()
+        if self.linears.installed:
+            forward.linears = self.tables.linears(segments, device)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -195,8 +212,14 @@ class Installation(Engine):
         tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
+        if self.places and self.tables.all_fp8(segments):
+            tokens = tokens._replace(order="tile")
         calls = self.tables.traced_calls(tokens, device, segments)
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
+        if tokens.order == "tile":
+            CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
+        if self.linears.installed:
+            CURRENT.forward.linears = self.tables.linears(segments, device)
 
     def _after_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Counts what ran. Also called after an error."""
@@ -207,7 +230,12 @@ class Installation(Engine):
             return
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
-        CURRENT.forward = forward.before
+        CURRENT.forward, forward.shared = forward.before, None
+        if 0 < forward.places < self.places and output is not None and forward.tokens is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
+                'model was left out or replaced: token_order="raster"'
+            )
         self.count(forward)
 
     def _paths(self) -> list[str]:
@@ -241,6 +269,14 @@ class Installation(Engine):
                 stacklevel=2,
             )
 
+    def own_linears(self) -> Mapping[str, str]:
+        """Linear layers that stay the model's own under FP8 linears, and why."""
+        return self.linears.own
+
+    def num_linears(self, layer: int) -> int:
+        """FP8 linear layers of the block of an attention."""
+        return self.linears.count(layer)
+
     # Debugging -------------------------------------------------------------------------------------------------------------
 
     def _check_finite(self, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -268,6 +304,13 @@ def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
     heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
     return heads.pop() if len(heads) == 1 else None
+
+
+def _layers_with_linears(tables: LevelTables, paths: list[str]) -> list[tuple[int, str]]:
+    """Index and path of the layers that run FP8 linears at some level."""
+    own = {layer % len(paths) for layer in tables.schedule.own_linears if -len(paths) <= layer < len(paths)}
+    groups = [any(level.linears == "fp8" for level in levels) for levels in tables.group_levels]
+    return [(i, path) for i, path in enumerate(paths) if groups[tables.group_of_layer[i]] and i not in own]
 
 
 def _containers(transformer: torch.nn.Module, paths: Iterable[str]) -> list[tuple[torch.nn.Module, str]]:
@@ -320,10 +363,14 @@ def installation_of(transformer: Any) -> Installation | None:
     return None
 
 
+def _spread(transformer: Any) -> Any:
+    """How a forward is spread over ranks, where ``fpsattention.parallel.shard`` hooked the transformer."""
+    owners: Any = (getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values())
+    return next((owner.new_forward() for owner in owners if hasattr(owner, "new_forward")), None)
+
+
 def parallelized(transformer: Any) -> str | None:
-    """What cuts the sequence of a model for several devices, so that its attention sees a part of the tokens, or None."""
-    if getattr(transformer, "_parallel_config", None) is not None:
-        return "enable_parallelism() was called on the transformer"
+    """What cuts the sequence of a model for several devices and is not known, so that its attention sees a part of the tokens, or None."""
     if any(cls.__module__.split(".")[0] == "xfuser" for cls in type(transformer).__mro__):
         return f"{type(transformer).__name__} is parallelized by xDiT"
     if getattr(transformer, "_is_parallelized", False):
@@ -341,8 +388,11 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
             f"{type(transformer).__name__} is not supported, wanted one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
             "call fpsattention.attention where the model computes its attention"
         )
+    config = getattr(transformer, "_parallel_config", None)
+    if config is not None and getattr(config, "context_parallel_config", config) is None:
+        return "enable_parallelism() with tensor parallelism was called on the transformer, wanted whole heads: context parallelism works"
     if (parallel := parallelized(transformer)) is not None:
-        return f"{parallel}, wanted whole sequences and heads on one device"
+        return f"{parallel}, wanted whole sequences on one device, or fpsattention.parallel.shard"
     attentions = adapter.attentions(transformer)
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"

@@ -32,12 +32,13 @@ CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful o
 
 
 class Tokens(NamedTuple):
-    """The sequence of a self-attention: a video grid, and text tokens after or before it."""
+    """The sequence of a self-attention: a video grid, in "raster" or "tile" order, and text tokens after or before it."""
 
     grid: Grid
     text_len: int = 0
     text_position: str = "suffix"
     exact: tuple[int, ...] = ()  # frames that are dense in both directions
+    order: str = "raster"
 
     @property
     def video_tokens(self) -> int:
@@ -105,7 +106,9 @@ class TokenTables:
 
     def __init__(self, tokens: Tokens, schedule: Schedule, windows: Sequence[Sequence[tuple[Window, ...] | None]]):
         position = tokens.text_position if tokens.text_len else "suffix"
-        self.layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
+        layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
+        self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
+        self._raster = layout
         self._exact = tokens.exact
         self._windows = windows  # group -> segment -> window(s) of the heads, None where the level is bf16
         self._masks: dict[tuple[Grid, ...], BlockMask] = {}
@@ -113,6 +116,15 @@ class TokenTables:
         self._densities: dict[tuple[Grid, ...], float] = {}
         self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
         self.packed: dict[tuple[int, int | None, torch.device, bool], Packed] = {}
+        self._orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._to_tile = layout.to_tile_order()
+
+    def order_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices that take the video tokens from raster to tile order, and back."""
+        if device not in self._orders:
+            with plain_tensors():
+                self._orders[device] = (self._to_tile.to(device), self._to_tile.argsort().to(device))
+        return self._orders[device]
 
     def on(self, device: torch.device) -> TileLayout:
         """The layout on a device."""
@@ -135,7 +147,7 @@ class TokenTables:
             if len(per_head) > 1:  # heads of one sample are laid out as samples of one head are
                 stacked = BlockMask.stack(per_head)
                 mask = BlockMask(self.layout, stacked.kv_num_blocks.transpose(0, 1), stacked.kv_indices.transpose(0, 1))
-            self._masks[windows] = with_exact(mask, frames(self._exact, self.layout))
+            self._masks[windows] = with_exact(mask, frames(self._exact, self._raster), self._raster)
         return self._masks[windows]
 
     def stacked(self, group: int) -> BlockMask:
@@ -192,22 +204,34 @@ class LevelTables:
         # Dynamo calls such functions while it traces and keeps the result; it knows no such methods.
         @constant
         def tables_on(
-            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], group: int, segment: int | None,
+            grid: Grid,
+            text_len: int,
+            text_position: str,
+            exact: tuple[int, ...],
+            order: str,
+            group: int,
+            segment: int | None,
             device: torch.device,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
-            tokens = Tokens(grid, text_len, text_position, exact)
+        ) -> tuple[Tensor, ...]:
+            tokens = Tokens(grid, text_len, text_position, exact, order)
             dense = all(level.precision == "bf16" for level in self.group_levels[group])
             lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
             return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose
 
         @constant
+        def order_on(
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, device: torch.device
+        ) -> tuple[Tensor, ...]:
+            return self.tables(Tokens(grid, text_len, text_position, exact, order)).order_on(device)
+
+        @constant
         def edges_on(device: torch.device) -> Tensor:
             return self._edges_on(self.edges, device)
 
-        self._constant, self._constant_edges = tables_on, edges_on
+        self._constant, self._constant_edges, self._constant_order = tables_on, edges_on, order_on
 
     def __getstate__(self) -> dict[str, object]:
-        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges"))
+        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges", "_constant_order"))
         return {**self.__dict__, **dropped, "_tables": OrderedDict(), "_edge_tensors": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -216,8 +240,29 @@ class LevelTables:
 
     @property
     def needs_host(self) -> bool:
-        """Some layer mixes kernel classes: outside of compiled graphs the host must know the level before it launches."""
-        return any(self.mixed)
+        """Some layer mixes kernel classes, or linears: outside of compiled graphs the host must know the level before it launches."""
+        return any(self.mixed) or any(len({level.linears for level in levels}) > 1 for levels in self.group_levels)
+
+    def all_fp8(self, segments: Tensor | Sequence[int]) -> bool:
+        """Whether every attention of these samples is FP8. ``segments`` on the device: whether that holds at all levels."""
+        if isinstance(segments, Tensor):
+            return all(level.precision == "fp8" for levels in self.group_levels for level in levels)
+        return all(levels[segment].precision == "fp8" for levels in self.group_levels for segment in segments)
+
+    def linears(self, segments: Tensor | Sequence[int], device: torch.device) -> tuple[bool | Tensor, ...]:
+        """Of each group: whether all samples run FP8 linears, or none does; else bool ``[B]`` on the device. Empty: nowhere any."""
+        modes: list[bool | Tensor] = []
+        for levels in self.group_levels:
+            fp8 = tuple(level.linears == "fp8" for level in levels)
+            if len(set(fp8)) == 1:
+                modes.append(fp8[0])
+            elif isinstance(segments, Tensor):  # a graph that is being traced
+                chosen = [segments == segment for segment, wanted in enumerate(fp8) if wanted]
+                modes.append(torch.stack(chosen).any(0))
+            else:
+                samples = tuple(fp8[segment] for segment in segments)
+                modes.append(samples[0] if len(set(samples)) == 1 else mask_of(samples, device))
+        return tuple(modes) if any(mode is not False for mode in modes) else ()
 
     def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
@@ -267,6 +312,13 @@ class LevelTables:
             with self._lock, plain_tensors():
                 tables.packed[key] = pack(mask, backward, per_sample=False)
         return mask, tables.packed[key]
+
+    def order_on(self, tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
+        """:meth:`TokenTables.order_on` of a grid; in a traced graph, constants of it."""
+        if torch.compiler.is_compiling():
+            to_tile, to_raster = self._constant_order(*tokens, device)
+            return to_tile, to_raster
+        return self.tables(tokens).order_on(device)
 
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
@@ -352,6 +404,13 @@ class LevelTables:
 @lru_cache(maxsize=1024)  # a fresh tensor would be a copy to the device, and wait for it, in every forward
 def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An int64 index, kept on the device."""
+    with plain_tensors():
+        return torch.tensor(values).to(device)
+
+
+@lru_cache(maxsize=1024)
+def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """A bool mask, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
 

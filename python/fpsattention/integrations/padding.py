@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..ops import hidden
+from .token_order import moved
 
 if TYPE_CHECKING:
     from .core_calls import CoreCall
+    from .token_order import Order
 
 
 class Masked(NamedTuple):
@@ -44,10 +46,12 @@ def unexplained(core: CoreCall, known: bool) -> str | None:
     return None
 
 
-def masked(core: CoreCall, text_first: bool) -> Masked:
+def masked(core: CoreCall, text_first: bool, order: Order | None) -> Masked:
     """What the mask ``(B, 1, 1 or S, S)`` of a call hides: the keys that a row of the video does not attend. In masks of
     ``(S, S)``, rows of padding may attend others, or nothing; nobody reads them."""
     mask = core.mask
     assert mask is not None
     hides = ~mask[:, 0, -1 if text_first else 0].expand(core.q.shape[0], -1)
+    if order is not None:
+        hides = moved(hides, 1, order.to_tile)
     return Masked(*hidden.fill(core.k, core.v, hides, text_first), hides, mask.expand(core.q.shape[0], -1, -1, -1))

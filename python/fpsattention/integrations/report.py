@@ -14,6 +14,7 @@ class Row:
     Attributes:
         calls: samples for which the layer's attention ran at this level (a batch of 2 counts 2). Layers that a cache skips count less than
             others; recomputation under gradient checkpointing does not count. Compiled layers are taken to run in every forward.
+        linears: linear layers of the block that run in FP8 at this level; the others are the model's own.
         density: attended share of the (query, key) pairs, mean over the heads, weighted with the calls of each grid.
         windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense.
     """
@@ -26,6 +27,7 @@ class Row:
     windows: tuple[tuple[int, int, int], ...]
     density: float
     calls: int
+    linears: int = 0
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Report:
         executions: by model and layer, runs of the attention, in samples (None: compiled, not countable).
         forwards: by model, forwards of the transformer, in samples.
         replaced: attention modules whose processor somebody else set after ``apply``, to its class: they run without the schedule.
-        fallbacks: "layer: reason" to the number of calls that ran dense because something was not supported.
+        fallbacks: "layer: reason" to the number of calls that ran dense, or as the model's own linear layer, because something was not
+            supported; 0 where that was known at ``apply``.
         nonfinite: with ``debug=True``, what was not finite: "layer: tensor" to the number of times.
         host_reads: device-to-host reads of a timestep (at most one per forward; 0 where levels switch on the device).
         grids: token grids seen, with the tile used.
@@ -79,7 +82,7 @@ class Report:
     def notes(self) -> list[str]:
         """Lines below the table."""
         notes = [f"grid {grid}: {tile}" for grid, tile in self.grids.items()]
-        notes += [f"ran dense, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
+        notes += [f"ran as the model's own, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
         notes += [f"not finite: {where} ({count} times)" for where, count in self.nonfinite.items()]
         for model, counts in self.executions.items():
             if counts is None:
@@ -102,12 +105,12 @@ class Report:
         return notes
 
     def __str__(self) -> str:
-        head = f"{'model':<14} {'layers':<8} {'level':<12} {'precision':<10} {'scales':<7} {'windows':<20} {'density':>8} {'calls':>8}"
+        head = f"{'model':<14} {'layers':<8} {'level':<12} {'precision':<10} {'scales':<7} {'windows':<20} {'density':>8} {'linears':>8} {'calls':>8}"
         lines = [head]
         for layers, row in self.merged():
             lines.append(
                 f"{row.model:<14} {layers:<8} {row.level:<12} {row.precision:<10} {row.granularity:<7} "
-                f"{_windows(row):<20} {row.density:>8.3f} {row.calls:>8}"
+                f"{_windows(row):<20} {row.density:>8.3f} {_linears(row):>8} {row.calls:>8}"
             )
         return "\n".join([*lines, *self.notes()])
 
@@ -119,11 +122,12 @@ class Report:
         for column in ("model", "layers", "level", "precision", "scales", "windows"):
             table.add_column(column)
         table.add_column("density", justify="right")
+        table.add_column("linears", justify="right")
         table.add_column("calls", justify="right")
         for layers, row in self.merged():
             style = "dim" if row.calls == 0 else None
             cells = (row.model, layers, row.level, row.precision, row.granularity, _windows(row))
-            table.add_row(*cells, f"{row.density:.3f}", str(row.calls), style=style)
+            table.add_row(*cells, f"{row.density:.3f}", _linears(row), str(row.calls), style=style)
         return Group(table, *self.notes())
 
 
@@ -132,6 +136,10 @@ def _windows(row: Row) -> str:
         return "all"
     shown = ["x".join(map(str, window)) for window in row.windows[:3]]
     return " ".join(shown) + (" ..." if len(row.windows) > 3 else "")
+
+
+def _linears(row: Row) -> str:
+    return f"{row.linears} fp8" if row.linears else "own"
 
 
 def _by_layer(rows: Sequence[Row]) -> list[list[Row]]:

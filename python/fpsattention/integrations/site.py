@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
+from ..layout.masks import Lists
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from . import padding
 from .graph import Packed
-from .levels import Call, Part
+from .levels import Call, Part, index_of
 from .state import CURRENT
+from .token_order import moved
 
 if TYPE_CHECKING:
     from .core_calls import CoreCall
     from .engine import Engine
     from .forward import Forward
 
-#: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE.
+#: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE, tokens in raster order.
 Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -47,6 +49,7 @@ class Site:
         self.core = core
         self.on_unsupported = on_unsupported
         self.observers: list[Observer] = []
+        self.check: Observer | None = None  # sees the tensors of the graph themselves, in whatever order
         self.fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -57,18 +60,31 @@ class Site:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def attend(self, core: CoreCall) -> Tensor:
-        """The output of the core, ``(B, S, H, D)``."""
+        """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
+        forward = CURRENT.forward
+        if (
+            forward is not None
+            and (core.parallel is not None or forward.parallel is not None)
+            and forward.refused is None
+        ):
+            from ..parallel import model as parallel
+
+            return parallel.attend(self, core, forward)
+        return self.attend_whole(core)
+
+    def attend_whole(self, core: CoreCall) -> Tensor:
+        """The output of a core that sees all tokens."""
         forward = CURRENT.forward
         own = forward  # compiled blocks of one code are not asked whose they are
         if not torch.compiler.is_compiling() and forward is not None and forward.owner is not self.owner:
             own = None
-        reason = self._refusal(core)
+        reason = self.refusal(core)
         if reason is None and own is not None:
             reason = own.refused
         if reason is None and core.mask is not None:
             reason = padding.unexplained(core, self.owner.text_mask)
         if reason is not None:
-            return self.refused(reason, lambda: core.dense(core.q, core.k, core.v))
+            return self.refused(reason, lambda: _dense(core, own))
         if own is None:
             raise self._no_forward()
         if torch.compiler.is_compiling():
@@ -89,10 +105,15 @@ class Site:
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
-        out = self._parts(core, call)
+        out = self.parts(core, call)
+        if self.check is not None and not torch.compiler.is_compiling():
+            self.check(self.name, core.q, core.k, core.v, out)
         if self.observers and not torch.compiler.is_compiling():
+            seen = (core.q, core.k, core.v, out)
+            if own.order is not None:
+                seen = tuple(moved(x, 1, own.order.to_raster) for x in seen)  # type: ignore[assignment]
             for observer in self.observers:
-                observer(self.name, core.q, core.k, core.v, out)
+                observer(self.name, *seen)
         return out
 
     def _call_of_sample(self, core: CoreCall, forward: Forward) -> Call:
@@ -109,12 +130,17 @@ class Site:
             forward.tokens = (forward.tokens or forward.video)._replace(text_len=text_len)  # type: ignore[union-attr]
         return forward.call_of((sample,), text_len, self.group, core.q.device)
 
-    def _parts(self, core: CoreCall, call: Call) -> Tensor:
+    def parts(self, core: CoreCall, call: Call, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """The launches of a call, put together in the order of the batch: each by ``run(core, part, q, k, v)``, which sees no masks, or as
+        on whole sequences."""
         masked = None
         if core.mask is not None and any(part.lists is not None for part in call.parts):
-            masked = padding.masked(core, call.text_first)
+            forward = CURRENT.forward
+            masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
+        if run is None:
+            run = _part
         if len(call.parts) == 1:
-            return _part(core, call.parts[0], core.q, core.k, core.v, masked)
+            return run(core, call.parts[0], core.q, core.k, core.v, *([masked] if masked else []))
         if call.parts[0].chosen is not None:
             return _branches(core, call.parts, masked)
         assert call.order is not None  # several parts: there is an order, and each names its samples
@@ -122,13 +148,14 @@ class Site:
         for part in call.parts:
             assert part.samples is not None
             q, k, v = (x.index_select(0, part.samples) for x in (core.q, core.k, core.v))
-            outs.append(_part(core, part, q, k, v, None if masked is None else masked.select(part.samples)))
+            outs.append(run(core, part, q, k, v, *([masked.select(part.samples)] if masked else [])))
         return torch.cat(outs).index_select(0, call.order)
 
-    def _refusal(self, core: CoreCall) -> str | None:
+    def refusal(self, core: CoreCall) -> str | None:
+        """Why this call must be the model's own, or None."""
         if core.causal:
             return "is causal, wanted attention in both directions"
-        if core.parallel:
+        if core.parallel is not None:
             return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
         if core.q.shape != core.k.shape or core.k.shape != core.v.shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
@@ -162,7 +189,15 @@ class Site:
         )
 
 
-def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, masked: padding.Masked | None) -> Tensor:
+def _dense(core: CoreCall, forward: Forward | None) -> Tensor:
+    """The model's own call; a mask is in raster order."""
+    if forward is None or forward.order is None:
+        return core.dense(core.q, core.k, core.v)
+    to_tile, to_raster = forward.order
+    return moved(core.dense(*(moved(x, 1, to_raster) for x in (core.q, core.k, core.v))), 1, to_tile)
+
+
+def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, masked: padding.Masked | None = None) -> Tensor:
     """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
 
     Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
@@ -172,7 +207,10 @@ def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, masked: p
         return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
     lists = part.lists
     if isinstance(lists, Packed):
-        lists = lists.unpack(q.shape[0], q.shape[2])
+        lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
+    if core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
+        index = index_of(core.heads, q.device)
+        lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
     hidden = None
     if masked is not None:
         k, v, hidden, _ = masked

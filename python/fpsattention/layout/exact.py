@@ -46,9 +46,10 @@ def frames(exact: Sequence[int], layout: TileLayout) -> tuple[Range, ...]:
     return tuple((first + frame % t * h * w, first + (frame % t + 1) * h * w) for frame in exact)
 
 
-def with_exact(mask: BlockMask, ranges: Sequence[Range]) -> BlockMask:
+def with_exact(mask: BlockMask, ranges: Sequence[Range], numbering: TileLayout | None = None) -> BlockMask:
     """``mask`` and, for the tiles and blocks that hold a token of ``ranges``, every block and every tile. On the device of the mask,
-    which waits for it unless that is the CPU."""
+    which waits for it unless that is the CPU. ``numbering``: the same tiles with the tokens in the order that ranges number; None: the
+    mask's own."""
     from .masks import BlockMask
 
     layout = mask.layout
@@ -58,7 +59,7 @@ def with_exact(mask: BlockMask, ranges: Sequence[Range]) -> BlockMask:
         chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
         for start, stop in ranges:
             chosen[start:stop] = True
-        held = (layout.cpu().slot_of_token.long()[chosen] // BLOCK).unique()
+        held = ((numbering or layout).cpu().slot_of_token.long()[chosen] // BLOCK).unique()
         blocks = torch.zeros(layout.num_blocks, dtype=torch.bool)
         blocks[held] = True
         tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)

@@ -135,6 +135,23 @@ class TileLayout:
             slot_of_token[order.long()] = valid.to(torch.int32)
             return replace(self, token_of_slot=token_of_slot, slot_of_token=slot_of_token, _copies=Cache())
 
+    def in_tile_order(self) -> TileLayout:
+        """The same tiles for a sequence whose video tokens come in the order of the slots already; other tokens stay where they are.
+
+        Then the tokens of a block are consecutive rows of the sequence, and what is written in token order is in tile order, too.
+        """
+        with plain_tensors():
+            order = self.token_of_slot[self.token_of_slot >= 0]  # video tiles come first
+            return self.permuted(
+                torch.cat([order[: self.num_video_tokens].sort().values, order[self.num_video_tokens :]])
+            )
+
+    def to_tile_order(self) -> Tensor:
+        """int64 ``[T * H * W]``: the video token, in raster order, that comes i-th in tile order."""
+        with plain_tensors():
+            video = self.token_of_slot[self.token_of_slot >= 0][: self.num_video_tokens].long()
+            return video - video.min()
+
     def same_as(self, other: TileLayout) -> bool:
         """True if tokens, slots and tiles are the same (wherever the tensors are)."""
         a, b = self.cpu(), check_layout(other, "TileLayout.same_as").cpu()

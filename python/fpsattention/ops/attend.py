@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
+from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists
-from . import autograd
+from . import autograd, prepare
 from .backends import reference_attention, resolve_backend
-from .checks import GRANULARITIES, kernel_dim
+from .checks import GRANULARITIES, HEAD_DIMS, kernel_dim
+from .prepare import Norm, Rope
 
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
@@ -30,6 +33,8 @@ def attend(
     v_absmax: Tensor | None = None,
     hidden: Tensor | None = None,
     deterministic: bool = False,
+    norm: Norm | None = None,
+    rope: Rope | None = None,
     tensor_layout: str = "NHD",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +42,7 @@ def attend(
 
     Args:
         q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``.
-            D up to 128: where the kernels have no such D, zeros are appended up to the next one that they have. Zeros change no
+            D up to 128: where the ops have no such D, zeros are appended up to the next of 64, 96 and 128. Zeros change no
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient.
@@ -55,10 +60,16 @@ def attend(
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    weights = () if norm is None else norm.tensors
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *weights))
     lists = mask if isinstance(mask, Lists) else mask.to(q.device).lists(backward)
     dim = int(q.shape[3])
     zeros = (0, (kernel_dim(dim) or dim) - dim)
+    prepared = norm is not None or rope is not None
+    if zeros[1] and prepared:
+        raise UnsupportedError(
+            f"fpsattention.attention: norm and rope were asked for head dimension {dim}, supported are {HEAD_DIMS}: apply them before"
+        )
     if zeros[1]:
         q, k, v = (torch.nn.functional.pad(x, zeros) for x in (q, k, v))
         k_mean, v_absmax = (None if x is None else torch.nn.functional.pad(x, zeros) for x in (k_mean, v_absmax))
@@ -69,7 +80,13 @@ def attend(
         "pow2_scales": pow2_scales,
         "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
-    if backend == "reference":
+    if prepared:
+        if hidden is not None:
+            raise ConfigError("fpsattention.attention: hidden is given with norm or rope, wanted them applied before")
+        out, lse = prepare.attend(
+            q, k, v, lists, norm, rope, k_mean, v_absmax, backend=backend, deterministic=deterministic, **options
+        )
+    elif backend == "reference":
         out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
     elif hidden is not None:
         out, lse, *_ = autograd.call(

@@ -29,7 +29,7 @@ MESSAGES = {
     **{
         op: f"fpsattention.{op}: a gradient was asked through torch.ops.fpsattn.{op}, which has none: torch.ops.fpsattn.attention "
         "and fpsattention.attention are differentiable"
-        for op in ("quantize", "forward")
+        for op in ("quantize", "prepare", "forward")
     },
 }  # fmt: skip
 

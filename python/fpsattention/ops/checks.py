@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .reference import BLOCK, V_EXTRA_ROWS, Operands
+from .norm_rope import NORMS
+from .reference import BLOCK, V_EXTRA_ROWS, Operands, code_dim
 
-HEAD_DIMS = (64, 128)  # of the kernels; attend() pads others to the next one
-_HEAD_DIMS_TEXT = " and ".join(map(str, HEAD_DIMS))
+HEAD_DIMS = (64, 96, 128)  # of the ops, ascending; attend() pads others to the next one
+_HEAD_DIMS_TEXT = f"{', '.join(map(str, HEAD_DIMS[:-1]))} and {HEAD_DIMS[-1]}"
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
@@ -106,6 +107,7 @@ def check_quantize(
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
+    block_sums: bool = False,
 ) -> None:
     op = "quantize"
     check_qkv(op, q, k, v)
@@ -131,6 +133,70 @@ def check_hidden(q: Tensor, hidden: Tensor) -> None:
     _dtype("attention_masked", "hidden", hidden, torch.bool)
     _shape("attention_masked", "hidden", hidden, (q.shape[0], q.shape[2]))
     _same_device("attention_masked", q.device, hidden=hidden)
+
+
+def check_prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> None:
+    op = "prepare"
+    check_quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
+    batch, heads, tokens, dim = q.shape
+    if norm not in NORMS.values():
+        _fail(op, "norm", f"is {norm}, expected {', '.join(f'{code} ({name})' for name, code in NORMS.items())}")
+    if not (math.isfinite(eps) and eps >= 0):
+        _fail(op, "eps", f"is {eps}, expected a finite number >= 0")
+    channels = heads * dim if norm == NORMS["rms_across_heads"] else dim
+    given = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    for name, x in given.items():
+        if x is None:
+            continue
+        if norm == NORMS["none"]:
+            _fail(op, name, "is given but norm is 0 (none)")
+        if x.dim() != 2 or x.shape[0] not in (1, 2) or x.shape[1] != channels:
+            _fail(
+                op,
+                name,
+                f"has shape {tuple(x.shape)}, expected (1, {channels}), or 2 rows: of rotated tokens and of the others",
+            )
+        if x.shape[0] == 2 and cos is None:
+            _fail(op, name, "has 2 rows but there is no rope: which tokens are rotated says which row is theirs")
+    if (cos is None) != (sin is None):
+        _fail(op, "sin" if sin is None else "cos", "is missing: both or none of cos and sin")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x is not None:
+            _dtype(op, name, x, torch.float32)
+            _shape(op, name, x, ("1 or B", "1 or H", "n", dim // 2))
+            if x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads) or x.shape != cos.shape:
+                _fail(
+                    op,
+                    name,
+                    f"has shape {tuple(x.shape)}, expected (1 or {batch}, 1 or {heads}, n, {dim // 2}), cos like sin",
+                )
+    if cos is not None and (first_rotated < 0 or not _holds(first_rotated + cos.shape[2] <= tokens)):
+        _fail(
+            op,
+            "cos",
+            f"has {cos.shape[2]} tokens from first_rotated={first_rotated} on, expected at most the {tokens} of q",
+        )
+    _same_device(op, q.device, **given, cos=cos, sin=sin)
 
 
 def check_slots(op: str, token_of_slot: Tensor) -> None:
@@ -163,13 +229,22 @@ def check_quantized(
     token_of_slot: Tensor,
 ) -> None:
     _dtype(op, "q8", q8, E4M3)
-    _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, "D"))
-    batch, heads, num_blocks, _, dim = q8.shape
-    if dim not in HEAD_DIMS:
-        _fail(op, "q8", f"has head dimension {dim}, supported are {_HEAD_DIMS_TEXT}")
+    if v_scale.dim() != 3 or v_scale.shape[2] not in HEAD_DIMS:
+        _fail(
+            op,
+            "v_scale",
+            f"has shape {tuple(v_scale.shape)}, expected (B, H, D), and supported D are {_HEAD_DIMS_TEXT}",
+        )
+    dim = v_scale.shape[2]
+    columns = code_dim(dim)
+    _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, columns))
+    batch, heads, num_blocks = q8.shape[:3]
     check_slots(op, token_of_slot)
     _shape(op, "token_of_slot", token_of_slot, (num_blocks * BLOCK,))
-    for name, x, want in (("k8", k8, q8.shape), ("v8t", v8t, (batch, heads, num_blocks, dim + V_EXTRA_ROWS, BLOCK))):
+    for name, x, want in (
+        ("k8", k8, q8.shape),
+        ("v8t", v8t, (batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK)),
+    ):
         _dtype(op, name, x, E4M3)
         _shape(op, name, x, tuple(want))
     for name, x in (("q_scale", q_scale), ("k_scale", k_scale)):
@@ -235,7 +310,8 @@ def check_saved(
 ) -> None:
     """What backward and jvp take of a forward."""
     check_quantized(op, *operands, token_of_slot)
-    batch, heads, num_blocks, _, dim = operands.q8.shape
+    batch, heads, dim = operands.v_scale.shape
+    num_blocks = operands.q8.shape[2]
     _token_tensor(op, "out", out)
     _dtype(op, "out", out, *_dtypes_of(operands.q8.device))
     _shape(op, "out", out, (batch, heads, "S", dim))
@@ -323,6 +399,12 @@ def check_quantize_values(
 ) -> None:
     check_slot_values("quantize", token_of_slot, q.shape[2])
     check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[0] // BLOCK)
+
+
+def check_prepare_values(
+    q: Tensor, k: Tensor, v: Tensor, token_of_slot: Tensor, tile_block_offsets: Tensor, *_: Any, **options: Any
+) -> None:
+    check_quantize_values(q, k, v, token_of_slot, tile_block_offsets)
 
 
 def check_forward_values(

@@ -3,11 +3,17 @@
 Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D):
 
 ``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, *, granularity, smooth_k, pow2_scales,
-k_mean_stride=1) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean)``
-    q, k, v (B, H, S, D); token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
+k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean, q_block_sum, k_block_sum)``
+    q, k, v (B, H, S, D), D in {64, 96, 128}; token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
     granularity 0 tile, 1 block, 2 token; k_mean, v_absmax f32 [B, H, D], computed where None.
-    q8, k8 e4m3 [B, H, NB, 128, D]; v8t e4m3 [B, H, NB, D + 8, 128]; q_scale, k_scale f32 [B, H, NB], per token
+    q8, k8 e4m3 [B, H, NB, 128, C]; v8t e4m3 [B, H, NB, C + 8, 128]; C = D, or 128 for D = 96, the rest zeros; q_scale, k_scale f32 [B, H, NB], per token
     [B, H, NB, 128]; v_scale f32 [B, H, D]; k_mean_used f32 [B, H, D]; q_k_mean f32 [B, H, S].
+    q_block_sum, k_block_sum f32 [B, H, NB, D] with block_sums, else [B, H, 0, D]: sums of the tokens of each block of q and of k
+    (nothing subtracted), at no extra read. Divided by the valid slots of the block they are the means that patterns score by.
+``prepare(q, k, v, token_of_slot, tile_block_offsets, q_weight=None, k_weight=None, q_bias=None, k_bias=None, cos=None, sin=None,
+k_mean=None, v_absmax=None, *, norm, eps, rope_halves=False, first_rotated=0, ...) -> as quantize``
+    quantize of raw projections: norm and RoPE of q and k first, in FP32. weights and biases [1 or 2, D], across heads
+    [1 or 2, H * D]; cos, sin f32 (1 or B, 1 or H, n, D/2); norm, rope_halves, first_rotated: ``norm_rope.py``. CPU only.
 ``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
 softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
@@ -62,6 +68,13 @@ MASKED_SCHEMA = (
     "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? k_mean, Tensor? v_absmax, Tensor hidden, *, int granularity, "
     "float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, "
     "Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
+)
+PREPARE_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, Tensor? q_weight=None, Tensor? k_weight=None, "
+    "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? cos=None, Tensor? sin=None, Tensor? k_mean=None, Tensor? v_absmax=None, *, "
+    "int norm, float eps, bool rope_halves=False, SymInt first_rotated=0, int granularity, bool smooth_k, bool pow2_scales, "
+    "SymInt k_mean_stride=1, bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, "
+    "Tensor v_scale, Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, Tensor k_block_sum)"
 )
 
 
@@ -201,6 +214,13 @@ def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
     )
 
 
+def _no_prepare_kernel(*args: Any, **options: Any) -> Any:
+    raise UnsupportedError(
+        "fpsattention.prepare: norm and RoPE inside of the quantizer were asked on the sm_90a kernels, which have none yet: use CPU "
+        "tensors, or apply norm and RoPE first and leave norm and rope out"
+    )
+
+
 def _translated(op: str) -> Callable[..., Any]:
     """The kernel of whatever device, its C++ errors as ours."""
     overload = getattr(torch.ops.fpsattn, op).default
@@ -223,6 +243,7 @@ _BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKe
 def _register() -> None:
     impl = torch.library.impl
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
+    torch.library.define("fpsattn::prepare", PREPARE_SCHEMA)
     torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
     for op in ("attention", "attention_masked"):
         impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
@@ -231,14 +252,16 @@ def _register() -> None:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
     impl("fpsattn::jvp", "CPU")(_no_jvp_kernel if _on_host else _checked("jvp", cpu.jvp))
     impl("fpsattn::jvp", "CUDA")(_no_jvp_kernel)
-    for op in (*KERNEL_OPS, "jvp"):
+    impl("fpsattn::prepare", "CPU")(_no_prepare_kernel if _on_host else _checked("prepare", cpu.prepare))
+    impl("fpsattn::prepare", "CUDA")(_no_prepare_kernel)
+    for op in (*KERNEL_OPS, "jvp", "prepare"):
         torch.library.register_fake(f"fpsattn::{op}")(fakes.of(op))
     if _kernels_missing is None:
         for op in KERNEL_OPS:  # BackendSelect comes before the kernels of all devices
             _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
     lists.register()
     autograd.register(_LIBRARY)
-    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp"):
+    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp", "prepare"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
 

@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .norm_rope import norm_rope
 from .reference import (
     BLOCK,
     CODE_SLOTS,
@@ -27,6 +29,9 @@ from .reference import (
     TILE,
     TOKEN,
     V_EXTRA_ROWS,
+    block_sum,
+    code_columns,
+    code_dim,
     exponent_codes,
     scale_of,
     v_slot_order,
@@ -54,9 +59,10 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, source_token: Tensor) -> Tensor:
-    """``(B, H, S, D)`` in any strides to a fresh FP32 ``(B, H, num_blocks, 128, D)``."""
+    """``(B, H, S, D)`` in any strides to a fresh FP32 ``(B, H, num_blocks, 128, C)``, zeros beyond D."""
     rows = x.index_select(2, source_token)
     rows = rows if rows.dtype == torch.float32 else rows.float()
+    rows = rows if code_dim(rows.shape[-1]) == rows.shape[-1] else code_columns(rows)
     return rows.unflatten(2, (-1, BLOCK))
 
 
@@ -95,6 +101,7 @@ def quantize(
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
+    block_sums: bool = False,
 ) -> tuple[Tensor, ...]:
     """See ``reference.quantize``: same bits, given the same ``k_mean``."""
     slots = token_of_slot.long().view(-1, BLOCK)
@@ -109,14 +116,15 @@ def quantize(
     elif k_mean is not None:
         mean = k_mean.float().contiguous()
     else:
-        mean = k[:, :, ::k_mean_stride].float().mean(dim=2)
+        # In FP64, then rounded: practically exact, so it does not depend on how the tokens lie (or are dealt to processes).
+        mean = k[:, :, ::k_mean_stride].double().mean(dim=2).float()
 
     q_blocks = _gather(q, source)
     q_k_mean = torch.matmul(q.float(), mean.unsqueeze(-1)).squeeze(-1)
     q8, q_scale = _quantize_rows(q_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
     del q_blocks
     k_blocks = _gather(k, source)
-    k_blocks -= mean[:, :, None, None]
+    k_blocks -= code_columns(mean)[:, :, None, None]
     k8, k_scale = _quantize_rows(k_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
     del k_blocks
 
@@ -127,12 +135,44 @@ def quantize(
     order = v_slot_order()
     v_blocks = _gather(v, source.view(-1, BLOCK)[:, order].reshape(-1))
     v_blocks.masked_fill_(v_blocks.isinf(), float("nan"))  # with a given v_absmax, an Inf must not saturate
-    v_blocks = to_e4m3(v_blocks.div_(v_scale[:, :, None, None])).view(torch.uint8)
+    v_blocks = to_e4m3(v_blocks.div_(code_columns(v_scale, 1.0)[:, :, None, None])).view(torch.uint8)
     valid = valid[:, order]
-    v8t = v_blocks.new_zeros(*v_blocks.shape[:3], v.shape[-1] + V_EXTRA_ROWS, BLOCK)
-    v8t[..., : v.shape[-1], :] = v_blocks.masked_fill_(~valid[:, :, None], 0).transpose(-1, -2)
-    v8t[..., v.shape[-1], :] = valid.to(torch.uint8) * 0x38  # 1.0 in e4m3
-    return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean
+    columns = v_blocks.shape[-1]
+    v8t = v_blocks.new_zeros(*v_blocks.shape[:3], columns + V_EXTRA_ROWS, BLOCK)
+    v8t[..., :columns, :] = v_blocks.masked_fill_(~valid[:, :, None], 0).transpose(-1, -2)
+    v8t[..., columns, :] = valid.to(torch.uint8) * 0x38  # 1.0 in e4m3
+    sums = tuple(
+        block_sum(x, token_of_slot) if block_sums else mean.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (q, k)
+    )
+    return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean, *sums
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """See ``reference.prepare``: same bits, given the same ``k_mean``."""
+    position = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
+    k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
+    return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
 
 
 # Attention: work items ---------------------------------------------------------------------------------------------------
@@ -198,32 +238,27 @@ class _Operands:
         self.k_scale = k_scale.reshape(-1, BLOCK) if k_scale.dim() == 4 else k_scale.reshape(-1)
         self.k_per_token = k_scale.dim() == 4
 
-    def scaled_scores(
-        self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier`` (None: 1), in log2 units.
+    def scaled_scores(self, q: Tensor, q_scale: Tensor, blocks: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of one segment as ``(raw, multiplier, block maximum)``: ``x = raw * multiplier``, in log2 units.
 
-        Per-block scales are left out of the product, because they commute with the maximum and can be fused into the next pass.
+        What a row of a block has in common is left out of ``raw``: it commutes with the maximum and can be fused into the next pass.
         """
         items, n = blocks.shape
         raw = torch.bmm(q, _rows(self.k, blocks).transpose(1, 2)).view(items, q.shape[1], n, BLOCK)
         if self.k_per_token:
-            k_scale = self.k_scale.index_select(0, blocks.reshape(-1)).view(items, 1, n, BLOCK)
-            raw.mul_((q_scale.view(items, -1, 1, 1) * k_scale).mul_(factor))
-            return raw, None, raw.amax(-1)
+            raw.mul_(self.k_scale.index_select(0, blocks.reshape(-1)).view(items, 1, n, BLOCK))
+            multiplier = (q_scale * factor).view(items, -1, 1)
+            return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
         multiplier = q_scale.view(items, -1, 1) * self.k_scale[blocks][:, None] * factor
         return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
 
 
-def _exponents(raw: Tensor, multiplier: Tensor | None, row_max: Tensor) -> Tensor:
+def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor) -> Tensor:
     """``x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
     shift = (P_SHIFT - row_max).unsqueeze(-1)
     if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
         # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
-        raw = raw if multiplier is None else raw.mul_(multiplier)
-        raw.sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
-    elif multiplier is None:
-        raw.add_(shift)
+        raw.mul_(multiplier).sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
     else:
         torch.addcmul(shift, raw, multiplier, out=raw)
     return raw
@@ -292,7 +327,7 @@ def forward(
     """See ``reference.forward``."""
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
-    v_scale = v_scale.reshape(batch * heads, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, dim)
     factor = softmax_scale * LOG2E
     valid = token_of_slot >= 0
 
@@ -314,7 +349,8 @@ def forward(
     lse = (row_max - P_SHIFT + torch.log2(row_sum)).div_(LOG2E).index_select(2, slot_of_token)
     if q_k_mean is not None:
         lse += softmax_scale * q_k_mean
-    return _token_order(out.view(batch, heads, -1, dim), slot_of_token, out_dtype), lse, row_max, row_sum
+    out = _token_order(out.view(batch, heads, -1, dim)[..., :head_dim], slot_of_token, out_dtype)
+    return out, lse, row_max, row_sum
 
 
 def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Tensor, Tensor]:
@@ -395,7 +431,7 @@ def backward(
     do = _gather(grad_out, source).masked_fill_(~valid.unsqueeze(-1), 0.0)
     delta = (_gather(out, source) * do).sum(-1).view(-1, BLOCK, 1)
     do = do.view(-1, BLOCK, dim)
-    v_scale = v_scale.reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
     row_max = row_max.reshape(-1, BLOCK, 1)
     row_sum = row_sum.reshape(-1, BLOCK, 1)
     # Padding rows: P = 2^-inf = 0 and P / l = 0, whatever their scores.
@@ -429,7 +465,7 @@ def backward(
     dk.mul_(softmax_scale)
     slot_of_token = _slot_of_token(token_of_slot, out.shape[2])
     shape = (batch, heads, num_blocks * BLOCK, dim)
-    dq, dk, dv = (_token_order(g.view(shape), slot_of_token, grad_out.dtype) for g in (dq, dk, dv))
+    dq, dk, dv = (_token_order(g.view(shape)[..., :head_dim], slot_of_token, grad_out.dtype) for g in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -468,7 +504,7 @@ def jvp(
 
     q_dot, k_dot, v_dot = (in_slots(x) for x in (q_tangent, k_tangent, v_tangent))
     o = _gather(out, source).view(-1, BLOCK, dim)
-    v_scale = v_scale.reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
     row_max, row_sum = row_max.reshape(-1, BLOCK, 1), row_sum.reshape(-1, BLOCK, 1)
     row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))  # as in backward
     factor = softmax_scale * LOG2E
@@ -500,4 +536,4 @@ def jvp(
         of_v.add_(of_scores, alpha=softmax_scale)
         result.index_copy_(0, chunk.q_blocks.reshape(-1), of_v.view(-1, BLOCK, dim))
     shape = (batch, heads, num_blocks * BLOCK, dim)
-    return _token_order(result.view(shape), _slot_of_token(token_of_slot, out.shape[2]), out.dtype)
+    return _token_order(result.view(shape)[..., :head_dim], _slot_of_token(token_of_slot, out.shape[2]), out.dtype)

@@ -1,4 +1,4 @@
-"""Fake kernels of ``fpsattn::{quantize,forward,backward,jvp}``: the checks of ``checks.py`` and empty outputs. For meta and fake tensors."""
+"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: the checks of ``checks.py`` and empty outputs. For meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import E4M3
-from .reference import BLOCK, TOKEN, V_EXTRA_ROWS
+from .reference import BLOCK, TOKEN, V_EXTRA_ROWS, code_dim
 
 
 def of(op: str) -> Callable[..., Any]:
@@ -31,25 +31,60 @@ def _token_like(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 
 
 def _quantize(
-    q: Tensor, k: Tensor, v: Tensor, token_of_slot: Tensor, *_: Any, granularity: int, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    *_: Any,
+    granularity: int,
+    block_sums: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     batch, heads, tokens, dim = q.shape
+    columns = code_dim(dim)
     num_blocks = token_of_slot.shape[0] // BLOCK
     scale_shape = (batch, heads, num_blocks, BLOCK) if granularity == TOKEN else (batch, heads, num_blocks)
     return (
-        q.new_empty((batch, heads, num_blocks, BLOCK, dim), dtype=E4M3),
-        q.new_empty((batch, heads, num_blocks, BLOCK, dim), dtype=E4M3),
-        q.new_empty((batch, heads, num_blocks, dim + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
+        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=E4M3),
+        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=E4M3),
+        q.new_empty((batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
         q.new_empty(scale_shape, dtype=torch.float32),
         q.new_empty(scale_shape, dtype=torch.float32),
         q.new_empty((batch, heads, dim), dtype=torch.float32),
         q.new_empty((batch, heads, dim), dtype=torch.float32),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
+        q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
+        q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
     )
 
 
-def _forward(q8: Tensor, *_: Any, num_tokens: int, softmax_scale: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    batch, heads, num_blocks, _block, dim = q8.shape
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    *_: Any,
+    granularity: int,
+    block_sums: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    return _quantize(q, k, v, token_of_slot, granularity=granularity, block_sums=block_sums)
+
+
+def _forward(
+    q8: Tensor,
+    k8: Tensor,
+    v8t: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *_: Any,
+    num_tokens: int,
+    softmax_scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    batch, heads, dim = v_scale.shape
+    num_blocks = q8.shape[2]
     return (
         _token_like(q8, (batch, heads, num_tokens, dim), out_dtype),
         q8.new_empty((batch, heads, num_tokens), dtype=torch.float32),

@@ -8,16 +8,21 @@ are those of ``docs/numerics.md``. Shapes: q, k, v, out are ``(B, H, S, D)``; sl
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .norm_rope import norm_rope
 
 BLOCK = 128
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100  # keeps 1 / scale and the remainder of a corrected division in FP32's normal range
 P_SHIFT = 8  # P = e4m3(2^(x - m + 8)) <= 256 < 448
-CODE_SLOTS = {64: 96, 128: 64}  # by head dim: the first slots of every block, whose P comes from `exponent_codes`
+CODE_SLOTS = {
+    64: 96,
+    128: 64,
+}  # by columns of the codes: the first slots of every block, whose P comes from `exponent_codes`
 LOG2E = math.log2(math.e)
 V_EXTRA_ROWS = 8
 # Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
@@ -39,14 +44,16 @@ class Operands(NamedTuple):
 class Quantized(NamedTuple):
     """What the quantizer hands to the attention kernels (``torch.ops.fpsattn.quantize`` returns the same, in this order)."""
 
-    q8: Tensor  # e4m3 [B, H, num_blocks, 128, D]
-    k8: Tensor  # e4m3 [B, H, num_blocks, 128, D]
-    v8t: Tensor  # e4m3 [B, H, num_blocks, D + 8, 128]
+    q8: Tensor  # e4m3 [B, H, num_blocks, 128, C], C = code_dim(D)
+    k8: Tensor  # e4m3 [B, H, num_blocks, 128, C]
+    v8t: Tensor  # e4m3 [B, H, num_blocks, C + 8, 128]
     q_scale: Tensor  # f32 [B, H, num_blocks] or, per token, [B, H, num_blocks, 128]
     k_scale: Tensor  # likewise
     v_scale: Tensor  # f32 [B, H, D]
     k_mean: Tensor  # f32 [B, H, D], zeros without smoothing
     q_k_mean: Tensor  # f32 [B, H, S]: q . k_mean
+    q_block_sum: Tensor  # f32 [B, H, num_blocks, D]: sum over the tokens of a block; [B, H, 0, D] where not asked for
+    k_block_sum: Tensor  # likewise, of K with its mean
 
     @property
     def operands(self) -> Operands:
@@ -100,6 +107,30 @@ def scale_of(absmax: Tensor, pow2: bool) -> Tensor:
     return torch.where(torch.isfinite(absmax), scale, math.nan)
 
 
+def code_dim(dim: int) -> int:
+    """C: how many columns the codes of a head dimension D have, 64 or 128. Those beyond D are the codes of zeros."""
+    return 64 if dim <= 64 else 128
+
+
+def code_columns(x: Tensor, value: float = 0.0) -> Tensor:
+    """``(..., D)`` to ``(..., C)``."""
+    return torch.nn.functional.pad(x, (0, code_dim(x.shape[-1]) - x.shape[-1]), value=value)
+
+
+def block_sum(x: Tensor, token_of_slot: Tensor) -> Tensor:
+    """Sum of the tokens of each block, FP32 ``(B, H, num_blocks, D)``, in a fixed order: each 16 slots one after another, then the
+    8 sums one after another."""
+    valid = (token_of_slot >= 0).view(-1, BLOCK, 1)
+    slots = torch.where(valid, gather_slots(x.float(), token_of_slot), 0.0).unflatten(3, (BLOCK // 16, 16))
+    groups = torch.zeros_like(slots[..., 0, :])
+    for i in range(16):
+        groups = groups + slots[..., i, :]
+    total = groups[..., 0, :]
+    for g in range(1, BLOCK // 16):
+        total = total + groups[..., g, :]
+    return total
+
+
 def gather_slots(x: Tensor, token_of_slot: Tensor) -> Tensor:
     """``(B, H, S, D)`` to ``(B, H, num_blocks, 128, D)``; a padding slot repeats slot 0 of its own block."""
     slots = token_of_slot.long().view(-1, BLOCK)
@@ -135,6 +166,7 @@ def quantize(
     smooth_k: bool,
     pow2_scales: bool,
     k_mean_stride: int = 1,
+    block_sums: bool = False,
 ) -> Quantized:
     """Tile order, K smoothing, scales and e4m3 bytes (steps 1 and 2 of ``docs/numerics.md``).
 
@@ -145,8 +177,15 @@ def quantize(
         granularity: 0 tile, 1 block (128 slots), 2 token.
         k_mean_stride: the mean of K is taken over tokens 0, n, 2n, ...
         k_mean, v_absmax: f32 ``[B, H, D]``; computed where None. Values of V beyond ``v_absmax`` saturate.
+        block_sums: whether ``q_block_sum`` and ``k_block_sum`` are wanted.
     """
     q, k, v = q.float(), k.float(), v.float()
+    dim = q.shape[3]
+    q_block_sum, k_block_sum = (
+        block_sum(x, token_of_slot) if block_sums else x.new_empty(*x.shape[:2], 0, dim) for x in (q, k)
+    )
+    q, k, v = (code_columns(x) for x in (q, k, v))
+    k_mean, v_absmax = (x if x is None else code_columns(x) for x in (k_mean, v_absmax))
     offsets = tile_block_offsets.tolist()
     valid = (token_of_slot >= 0).view(-1, BLOCK)
 
@@ -173,7 +212,38 @@ def quantize(
 
     if granularity != TOKEN:
         q_scale, k_scale = q_scale[..., 0], k_scale[..., 0]
-    return Quantized(q8, k8, v8t, q_scale.contiguous(), k_scale.contiguous(), v_scale, k_mean.float(), q_k_mean)
+    v_scale, k_mean = v_scale[..., :dim].contiguous(), k_mean[..., :dim].float().contiguous()
+    return Quantized(
+        q8, k8, v8t, q_scale.contiguous(), k_scale.contiguous(), v_scale, k_mean, q_k_mean, q_block_sum, k_block_sum
+    )
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    *,
+    norm: int,
+    eps: float,
+    rope_halves: bool = False,
+    first_rotated: int = 0,
+    **options: Any,
+) -> Quantized:
+    """:func:`quantize` of raw projections: norm and RoPE of q and k in FP32 first (step 0 of ``docs/numerics.md``)."""
+    position = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
+    k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
+    return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
 
 
 # Attention (steps 3 to 7) ------------------------------------------------------------------------------------------------
@@ -218,6 +288,14 @@ def _per_slot(scale: Tensor) -> Tensor:
     return scale if scale.dim() == 4 else scale.unsqueeze(-1).expand(*scale.shape, BLOCK)
 
 
+def _scores(product: Tensor, q_scale: Tensor, k_scale: Tensor, softmax_scale: float, k_per_token: bool) -> Tensor:
+    """Section 3 of one block, ``[128, 128]`` in log2 units. Where the roundings fall is part of P's definition, in every pass."""
+    scale_log2 = softmax_scale * LOG2E
+    if k_per_token:
+        return (product * k_scale) * (q_scale[:, None] * scale_log2)
+    return product * (q_scale[:, None] * k_scale * scale_log2)
+
+
 def _dequantized_v(v8t: Tensor) -> tuple[Tensor, Tensor]:
     """Raw e4m3 values of V, ``(B, H, num_blocks, 128, D)`` in slot order, and the ones row, ``(B, H, num_blocks, 128)``."""
     rows = v8t.float()[..., v_slot_order().argsort()]
@@ -244,11 +322,13 @@ def forward(
     """Block-sparse attention on quantized operands, a Python loop over (batch, head, query block, KV block).
 
     ``kv_num_blocks [Bm, Hm, num_tiles]`` and ``kv_indices [Bm, Hm, num_tiles, max_kv]`` list the KV blocks that a query
-    tile visits, in that order.
+    tile visits, in that order. D is the length of ``v_scale``; columns of codes beyond D are dropped at the end.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
     q_raw, k_raw = q8.float(), k8.float()
     v_raw, ones = _dequantized_v(v8t)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
 
     out = q_raw.new_zeros(batch, heads, num_blocks, BLOCK, dim)
@@ -267,8 +347,8 @@ def forward(
                 o = q_raw.new_zeros(BLOCK, dim)
                 for j in indices[tile][: counts[tile]]:
                     # Section 3: scores in log2 units.
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q_raw[b, h, i] @ k_raw[b, h, j].T) * factor
+                    product = q_raw[b, h, i] @ k_raw[b, h, j].T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
                     m_new = torch.maximum(m, x.amax(-1).ceil())
                     p = probabilities(x - m_new[:, None] + P_SHIFT, dim)
@@ -287,7 +367,7 @@ def forward(
     lse = lse.flatten(2)[:, :, slot_of_token]
     if q_k_mean is not None:
         lse = lse + softmax_scale * q_k_mean
-    out = out.flatten(2, 3)[:, :, slot_of_token].to(out_dtype)
+    out = out[..., :head_dim].flatten(2, 3)[:, :, slot_of_token].to(out_dtype)
     return Forward(out, lse, torch.where(valid, row_max, 0.0).flatten(2), torch.where(valid, row_sum, 0.0).flatten(2))
 
 
@@ -315,14 +395,16 @@ def backward(
     ``p = P(x - m + 8) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
     q = q8.float() * q_scale.unsqueeze(-1)
     k = k8.float() * k_scale.unsqueeze(-1)
     v_raw, ones = _dequantized_v(v8t)
     v = v_raw * v_scale[:, :, None, None]
     valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
-    do = torch.where(valid[:, :, None], gather_slots(grad_out.float(), token_of_slot), 0.0)
-    delta = (do * gather_slots(out.float(), token_of_slot)).sum(-1)
+    do = torch.where(valid[:, :, None], gather_slots(code_columns(grad_out.float()), token_of_slot), 0.0)
+    delta = (do * gather_slots(code_columns(out.float()), token_of_slot)).sum(-1)
     row_max = row_max.unflatten(2, (num_blocks, BLOCK))
     row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
 
@@ -335,8 +417,8 @@ def backward(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
                     dp = do[b, h, i] @ v[b, h, j].T
@@ -346,7 +428,7 @@ def backward(
                     dk[b, h, j] += ds.T @ q[b, h, i]
 
     slot_of_token = _slot_of_token(token_of_slot)
-    dq, dk, dv = (g.flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
+    dq, dk, dv = (g[..., :head_dim].flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -375,16 +457,18 @@ def jvp(
     The adjoint of :func:`backward`: ``<grad_out, jvp(t)> = <backward(grad_out), t>``.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
+    k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
     q = q8.float() * q_scale.unsqueeze(-1)
     k = k8.float() * k_scale.unsqueeze(-1)
     v_raw, ones = _dequantized_v(v8t)
     v = v_raw * v_scale[:, :, None, None]
     q_dot, k_dot, v_dot = (
-        torch.zeros_like(q) if x is None else gather_slots(x.float(), token_of_slot)
+        torch.zeros_like(q) if x is None else gather_slots(code_columns(x.float()), token_of_slot)
         for x in (q_tangent, k_tangent, v_tangent)
     )
-    o = gather_slots(out.float(), token_of_slot)
+    o = gather_slots(code_columns(out.float()), token_of_slot)
     row_max = row_max.unflatten(2, (num_blocks, BLOCK))
     row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
 
@@ -397,14 +481,14 @@ def jvp(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    factor = q_scale[b, h, i, :, None] * k_scale[b, h, j, None, :] * (softmax_scale * LOG2E)
-                    x = (q8[b, h, i].float() @ k8[b, h, j].float().T) * factor
+                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)
                     s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
                     p_dot = p * s_dot
                     o_dot[b, h, i] += p @ v_dot[b, h, j] + p_dot @ v[b, h, j] - p_dot.sum(-1, keepdim=True) * o[b, h, i]
-    return o_dot.flatten(2, 3)[:, :, _slot_of_token(token_of_slot)]
+    return o_dot[..., :head_dim].flatten(2, 3)[:, :, _slot_of_token(token_of_slot)]
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ def rule(op: str, run: Callable[..., Any] | None = None) -> Callable[..., Any]:
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
 
     def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any, **options: Any) -> Any:
+        if op == "prepare":
+            raise UnsupportedError(
+                f"fpsattention.{op}: vmap was asked for, which it has none of: fold the axis into the batch"
+            )
         given = {name: (x, dim) for name, x, dim in zip(names, args, in_dims, strict=False)}
         size = info.batch_size
         batch = next(

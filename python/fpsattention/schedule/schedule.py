@@ -24,6 +24,7 @@ AXES = ("sigma", "steps")
 DEFAULT_FLOW_SHIFT = 5.0  # Wan at 720p
 PRECISIONS = ("fp8", "bf16")
 GRANULARITIES = ("tile", "block", "token")
+OWN_LINEARS = (0, -1)  # the layers nearest to the latents, whose activations have the widest range
 
 #: Extent in tiles ``(wT, wH, wW)``, a target density in (0, 1], or None: every tile.
 Window = tuple[int, int, int] | float | None
@@ -31,12 +32,14 @@ Window = tuple[int, int, int] | float | None
 
 @dataclass(frozen=True)
 class Level:
-    """What the attention of a layer does: ``precision="bf16"`` is the model's own dense attention, whatever its dtype."""
+    """What a layer does: ``precision="bf16"`` is the model's own dense attention, whatever its dtype, and ``linears="bf16"`` its own
+    linear layers."""
 
     name: str
     precision: str = "fp8"
     granularity: str = "tile"
     window: Window = None
+    linears: str = "bf16"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS or self.granularity not in GRANULARITIES:
@@ -45,6 +48,8 @@ class Level:
                 f"has precision {self.precision!r} and granularity {self.granularity!r}",
                 f"precision in {PRECISIONS} and granularity in {GRANULARITIES}",
             )
+        if self.linears not in PRECISIONS:
+            raise _error(f'levels["{self.name}"]', f"has linears {self.linears!r}", f"one of {PRECISIONS}")
 
     @property
     def kernel_class(self) -> tuple[str, str]:
@@ -53,9 +58,10 @@ class Level:
 
     def to_dict(self) -> dict[str, Any]:
         """The level's entry under ``levels`` in the file."""
+        linears = {} if self.linears == "bf16" else {"linears": self.linears}
         if self.precision == "bf16":
-            return {"precision": "bf16"}
-        return {"precision": "fp8", "granularity": self.granularity, "window": window_to_json(self.window)}
+            return {"precision": "bf16", **linears}
+        return {"precision": "fp8", "granularity": self.granularity, "window": window_to_json(self.window), **linears}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Schedule:
     Attributes:
         levels: name to :class:`Level`.
         phases: cover the axis from 1.0 down to 0.0 without gaps or overlaps, highest first.
+        own_linears: layers whose linear layers are the model's own at every level; -1 is the last. By default the first and the last.
         axis: "sigma", or "steps": phases are fractions of the denoising steps, and their sigmas follow the scheduler that
             takes these steps. Where there is none (training), ``model["flow_shift"]`` says how sigma falls, by default 5.
         model: what the schedule was made for: any of ``class``, ``num_layers``, ``num_heads``, ``flow_shift``.
@@ -96,6 +103,7 @@ class Schedule:
     required: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
     axis: str = "sigma"
+    own_linears: tuple[int, ...] = OWN_LINEARS
 
     def __post_init__(self) -> None:
         if self.axis not in AXES:
@@ -182,6 +190,21 @@ class Schedule:
         """The level at ``sigma`` in [0, 1]. A border belongs to the phase below it: ``(low, high]``."""
         return self.segment_levels(layer)[self.segment(sigma)]
 
+    def with_linears(self, precision: str) -> Schedule:
+        """The schedule with the linear layers of all its levels of precision "fp8" in ``precision``, "fp8" or "bf16"."""
+        if precision not in PRECISIONS:
+            raise ConfigError(f"fpsattention.Schedule: linears {precision!r}, wanted one of {PRECISIONS}")
+        if all(level.precision == "bf16" for level in self.levels.values()):
+            raise ConfigError(
+                f"fpsattention.Schedule: linears {precision!r} for levels of precision 'bf16' only, wanted an 'fp8' level: write "
+                '"linears" into a level to have it with dense attention'
+            )
+        levels = {
+            name: dataclasses.replace(level, linears=precision) if level.precision == "fp8" else level
+            for name, level in self.levels.items()
+        }
+        return dataclasses.replace(self, levels=levels)
+
     def windows(self, level: Level, layer: int | None = None, num_heads: int | None = None) -> tuple[Window, ...]:
         """Windows of ``level`` in ``layer``: one for all heads, or ``num_heads`` of them where heads have their own."""
         special: dict[int, Window] = {}
@@ -246,6 +269,8 @@ class Schedule:
             )
             heads.setdefault("*" if layer is None else str(layer), {})[str(head)] = entry
         data["heads"] = heads
+        if self.own_linears != OWN_LINEARS:
+            data["own_linears"] = list(self.own_linears)
         data["required"] = self.required
         data["provenance"] = copy.deepcopy(dict(self.provenance))
         return data

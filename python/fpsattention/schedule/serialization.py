@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .schedule import AXES, FORMAT, FORMATS, GRANULARITIES, PRECISIONS, Level, Phase, Schedule, Window
+from .schedule import AXES, FORMAT, FORMATS, GRANULARITIES, OWN_LINEARS, PRECISIONS, Level, Phase, Schedule, Window
 
-_TOP = ("format", "axis", "model", "tile", "levels", "phases", "layers", "heads", "required", "provenance")
+_TOP = (
+    "format",
+    "axis",
+    "model",
+    "tile",
+    "levels",
+    "phases",
+    "layers",
+    "heads",
+    "own_linears",
+    "required",
+    "provenance",
+)
 _MODEL = ("class", "num_layers", "num_heads", "flow_shift")
 
 
@@ -35,7 +47,14 @@ def parse(data: Any) -> Schedule:
         required=required,
         provenance=dict(_object(data.get("provenance", {}), "provenance")),
         axis=axis,
+        own_linears=_own_linears(data.get("own_linears", list(OWN_LINEARS))),
     )
+
+
+def _own_linears(data: Any) -> tuple[int, ...]:
+    if not isinstance(data, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in data):
+        raise _error("own_linears", data, "a list of layers, -1 being the last")
+    return tuple(data)
 
 
 def _model(data: Any) -> dict[str, Any]:
@@ -56,13 +75,16 @@ def _levels(data: Any) -> dict[str, Level]:
         path = f'levels["{name}"]'
         if name == "density":
             raise _error(path, name, 'another name: "density" is a window')
-        _keys(_object(entry, path), path, ("precision", "granularity", "window"), required=("precision",))
+        _keys(_object(entry, path), path, ("precision", "granularity", "window", "linears"), required=("precision",))
         precision = _choice(entry["precision"], PRECISIONS, f"{path}.precision")
         granularity = _choice(entry.get("granularity", "tile"), GRANULARITIES, f"{path}.granularity")
         window = parse_window(entry.get("window", "dense"), f"{path}.window")
+        linears = _choice(entry.get("linears", "bf16"), PRECISIONS, f"{path}.linears")
         if precision == "bf16" and ("granularity" in entry or window is not None):
-            raise _error(path, entry, 'only "precision": a bf16 level is the model\'s own dense attention')
-        levels[name] = Level(name, precision, granularity, window)
+            raise _error(
+                path, entry, 'only "precision" and "linears": a bf16 level is the model\'s own dense attention'
+            )
+        levels[name] = Level(name, precision, granularity, window, linears)
     return levels
 
 

@@ -26,7 +26,7 @@ def _setting(default: Any, help: str, **rules: Any) -> Any:
 @dataclass(frozen=True)
 class TrainConfig:
     """What ``fpsattn train`` is told; its options are these fields. Lengths are in optimizer steps; a step sees
-    ``batch_size * gradient_accumulation_steps`` samples on every process. Raises ConfigError on values that can never work.
+    ``batch_size * gradient_accumulation_steps`` samples on every process (on every ``sequence_parallel`` processes together). Raises ConfigError on values that can never work.
     """
 
     data: str = dataclasses.field(metadata={"help": "Folder of precomputed latents (*.safetensors)."})
@@ -61,6 +61,14 @@ class TrainConfig:
     sparsity_warmup_steps: int = _setting(0, "Steps over which the density falls from 1 to the schedule's.", minimum=0)
     sparsity_warmup_stages: int = _setting(4, "Stages in which it falls.", minimum=1)
     gradient_checkpointing: bool = _setting(False, "Less memory, more compute.")
+    sequence_parallel: int = _setting(
+        1, "Processes that share the tokens of a sample; those of all processes must be a multiple.", minimum=1
+    )
+    sequence_parallel_scheme: str = _setting(
+        "ulysses",
+        "How they attend: ulysses, halo, ring (docs/scale.md), or ulysses_bf16, which sends no FP8.",
+        choices=("ulysses", "ulysses_bf16", "halo", "ring"),
+    )
     validate_every: int = _setting(
         0, "Steps between validations on fixed samples, sigmas and noise; 0: never.", minimum=0
     )
@@ -95,6 +103,12 @@ class TrainConfig:
                 raise _wrong(setting.name, value, f"less than {rules['below']}")
         if self.schedule is None and self.sparsity_warmup_steps:
             raise _wrong("sparsity_warmup_steps", self.sparsity_warmup_steps, "0 without a schedule")
+        if self.schedule is None and self.sequence_parallel > 1:
+            raise _wrong(
+                "sequence_parallel",
+                self.sequence_parallel,
+                "1 without a schedule: the model's own attention is not spread",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -149,6 +149,30 @@ def _save_weights(accelerator: Any, model: Any, config: TrainConfig, output: Pat
     accelerator.wait_for_everyone()
 
 
+def _spread(accelerator: Any, transformer: torch.nn.Module, config: TrainConfig) -> list[Any]:
+    """Spreads tokens over neighbouring processes: the inner dimension of a mesh (data parallel, sequence parallel).
+
+    Weights stay replicated or sharded over all processes. The mean of gradients over all of them, which DDP and FSDP take, is the mean over
+    samples (``fpsattention.parallel.shard``).
+    """
+    if config.sequence_parallel == 1:
+        return []
+    from ..parallel import shard
+
+    groups, rest = divmod(accelerator.num_processes, config.sequence_parallel)
+    if rest or not groups:
+        raise ConfigError(
+            f"fpsattention.train: sequence_parallel {config.sequence_parallel} with {accelerator.num_processes} processes, expected a divisor of "
+            "them: start with torchrun or accelerate launch"
+        )
+    mesh = torch.distributed.init_device_mesh(
+        accelerator.device.type, (groups, config.sequence_parallel), mesh_dim_names=("dp", "sp")
+    )
+    if config.sequence_parallel_scheme == "ulysses_bf16":
+        return list(shard(transformer, mesh["sp"], exchange="bf16"))
+    return list(shard(transformer, mesh["sp"], scheme=config.sequence_parallel_scheme))
+
+
 def train(
     config: TrainConfig,
     *,
@@ -186,6 +210,7 @@ def train(
         transformer = load_transformer(config.model) if config.model else tiny_transformer(data)
     _prepare_weights(transformer, config)
 
+    spread = _spread(accelerator, transformer, config)
     schedule = None
     if config.schedule is not None:  # a preset's fractions of steps are those of a sampler with this shift
         schedule = fps.Schedule.resolve(config.schedule).with_flow_shift(config.flow_shift)
@@ -252,6 +277,8 @@ def train(
             _save_weights(accelerator, model, config, output, schedule)
     finally:
         warmup.remove()
+        for one in spread:
+            one.remove()
         if log:
             log.close()
         accelerator.end_training()
@@ -268,7 +295,8 @@ def _step(
     empty_prompt: Tensor | None,
 ) -> tuple[float, float]:
     """One optimizer step; returns (mean loss, gradient norm)."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    # Processes that share a sample draw the same one, with the same noise.
+    rank, world = (n // config.sequence_parallel for n in (accelerator.process_index, accelerator.num_processes))
     micro_batches = config.gradient_accumulation_steps
     per_step = config.batch_size * micro_batches * world
     order = shuffled(num_training_samples(data, config), config.seed, step * per_step, per_step)

@@ -39,12 +39,20 @@ class TokenData {
     device_ = std::make_unique<DeviceBuffer<uint16_t>>(bits_);
   }
 
+  std::vector<uint16_t> host_bits() const { return bits_; }                 // as they were given
+  std::vector<uint16_t> device_bits() const { return device_->to_host(); }  // as they are now
+
   float value(int b, int h, int s, int d) const { return from_bits16(bits_[offset(b, h, s, d)], dtype_); }
 
   TokenTensor tensor() const {
     TokenTensor tensor = strides_;
     tensor.data = device_->data() + first_;
     return tensor;
+  }
+
+  // Of an element in the bits.
+  size_t offset(int b, int h, int s, int d) const {
+    return first_ + b * strides_.stride_batch + h * strides_.stride_head + s * strides_.stride_token + d;
   }
 
  private:
@@ -60,10 +68,6 @@ class TokenData {
         return {nullptr, tokens * 3 * heads * dim, dim, 3 * heads * dim};
     }
     return {};
-  }
-
-  size_t offset(int b, int h, int s, int d) const {
-    return first_ + b * strides_.stride_batch + h * strides_.stride_head + s * strides_.stride_token + d;
   }
 
   ProblemSize size_;

@@ -61,6 +61,35 @@ def inverted_sigma(timestep: Any, num_train_timesteps: int) -> Any:
     return 1.0 - timestep / num_train_timesteps
 
 
+#: ``move(x, dim)``: x with its video tokens, which are along ``dim``, in the other order.
+Move = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tokens change their order in a forward: at the output of a module, or, on their way back, at its input.
+
+    Attributes:
+        path: of the module. It is outside of the repeated blocks, so that compiled blocks stay as they are.
+        change: ``(output, move)`` to the changed output; with ``back``: the positional arguments, changed.
+        back: from tile order to raster order.
+    """
+
+    path: str
+    change: Callable[[Any, Move], Any]
+    back: bool = False
+
+
+def first_argument(arguments: tuple[Any, ...], move: Move) -> tuple[Any, ...]:
+    """Tokens ``(B, S, C)`` are the first argument."""
+    return (move(arguments[0], 1), *arguments[1:])
+
+
+def raster_only(model: Any) -> tuple[Place, ...]:
+    """``token_order`` of models whose tokens stay as they are."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One model family: a row of the table in ``adapters/``.
@@ -81,6 +110,10 @@ class Adapter:
         text_mask: the model masks the padding of its text: bool masks ``(B, 1, 1, S)``, or ``(B, 1, S, S)`` where rows of the video are alike, say
             which keys count. Without it, a mask means dense attention.
         note: what users should know, for the table of models.
+        linears: the layers of a block (what holds the attention) that may run in FP8, by their paths in it: projections of the video
+            tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
+        token_order: model to the places where its tokens go to tile order and come back, everything that is said per token (rotary
+            tables, modulation) with them; empty where nothing is known of such a model, whose tokens then stay in raster order.
     """
 
     name: str
@@ -94,6 +127,8 @@ class Adapter:
     per_sample: bool = False
     text_mask: bool = False
     note: str = ""
+    linears: tuple[str, ...] = ()
+    token_order: Callable[[Any], tuple[Place, ...]] = raster_only
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
@@ -108,6 +143,16 @@ class Adapter:
     def class_name(self, model: Any) -> str:
         """The family's own name of the class of ``model``: FSDP2 and users subclass it."""
         return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes), type(model).__name__)
+
+
+def attention_linears(attention: str) -> tuple[str, ...]:
+    """Projections of an attention of diffusers, fused or not."""
+    return tuple(f"{attention}.{name}" for name in ("to_q", "to_k", "to_v", "to_qkv", "to_out.0"))
+
+
+def feed_forward_linears(feed_forward: str) -> tuple[str, ...]:
+    """Both layers of a feed-forward of diffusers."""
+    return (f"{feed_forward}.net.0.proj", f"{feed_forward}.net.2")
 
 
 def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:

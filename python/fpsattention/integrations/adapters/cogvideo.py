@@ -49,7 +49,7 @@ EASYANIMATE = Adapter(
 )
 ALLEGRO = Adapter(
     "Allegro", ("AllegroTransformer3DModel",), submodules(transformer_blocks="attn1"), video_only,
-    note="head dimension 96 is padded to 128; with an attention_mask: dense; " + PROXY,
+    note="head dimension 96: the matmuls cost what 128 does; with an attention_mask: dense; " + PROXY,
 )  # fmt: skip
 
 ADAPTERS = (COGVIDEOX, CONSISID, EASYANIMATE, ALLEGRO)

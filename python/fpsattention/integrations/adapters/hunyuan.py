@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Adapter, Arguments, Geometry, latents_grid, patches, submodules
+from torch import Tensor
+
+from .adapter import (
+    Adapter,
+    Arguments,
+    Geometry,
+    Move,
+    Place,
+    attention_linears,
+    feed_forward_linears,
+    first_argument,
+    latents_grid,
+    patches,
+    submodules,
+)
 
 
 def video_then_text(model: Any, arguments: Arguments) -> Geometry:
@@ -36,18 +50,38 @@ def encoder_blocks(model: Any) -> dict[str, Any]:
     return dict(list(attentions.items())[: len(attentions) - decoders])
 
 
+def _tokens(x: Tensor, move: Move) -> Tensor:
+    """``(B, S, C)``."""
+    return move(x, 1)
+
+
+def _rope(tables: tuple[Tensor, ...], move: Move) -> tuple[Tensor, ...]:
+    """``(S, D)``."""
+    return tuple(move(table, 0) for table in tables)
+
+
+def embedder_to_norm(model: Any) -> tuple[Place, ...]:
+    """The video tokens alone are moved. Where the first frame is modulated apart, blocks look for it in front."""
+    if getattr(model.config, "image_condition_type", None) == "token_replace":
+        return ()
+    return (Place("x_embedder", _tokens), Place("rope", _rope), Place("norm_out", first_argument, back=True))
+
+
+#: Of both kinds of blocks: a single block has the feed-forward's second layer and the output projection in one.
+LINEARS = (*attention_linears("attn"), *feed_forward_linears("ff"), "proj_mlp", "proj_out")
+
 HUNYUAN = Adapter(
     "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
     submodules(transformer_blocks="attn", single_transformer_blocks="attn"), video_then_text,
-    text_mask=True, note="padding of the text is left out, sample by sample",
+    text_mask=True, note="padding of the text is left out, sample by sample", linears=LINEARS, token_order=embedder_to_norm,
 )  # fmt: skip
 HUNYUAN_15 = Adapter(
     "HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), submodules(transformer_blocks="attn"), video_then_three_texts,
-    text_mask=True, note="as HunyuanVideo; the model itself builds two S x S masks per layer",
+    text_mask=True, note="as HunyuanVideo; the model itself builds two S x S masks per layer", linears=LINEARS,
 )  # fmt: skip
 MOTIF = Adapter(
     "Motif-Video", ("MotifVideoTransformer3DModel",), encoder_blocks, video_then_image_and_text,
-    text_mask=True, note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense",
+    text_mask=True, note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense", linears=LINEARS,
 )  # fmt: skip
 
 ADAPTERS = (HUNYUAN, HUNYUAN_15, MOTIF)

@@ -1,0 +1,80 @@
+"""P with one K scale per token has one definition, to the bit, in the forward and in the backward (docs/numerics.md, step 3).
+
+64 planted scores: the e4m3 code of each depends on which of the three factors is multiplied first. P is read off: of the forward from O
+with one-hot values, of the backward from dV with one-hot dO. The ops are the CPU's here; where tensors go to the sm_90a kernels
+(a Hopper GPU, or FPSATTN_SM90_ON_HOST=1 under the emulator), theirs.
+"""
+
+import math
+
+import pytest
+import torch
+
+from fpsattention.ops import core, reference
+
+DIM, BLOCK, SCALE = 64, 128, 0.125
+SHIFT = 8.0
+DEVICE = "cuda" if torch.cuda.is_available() and not core.sm90_missing() else "cpu"
+
+
+def code_slot_probabilities(y):
+    return reference.exponent_codes(y).view(torch.float8_e4m3fn).float()
+
+
+def plant(count):
+    """``(product, s_q, s_k, P)``: P of ``(product * s_k) * (s_q * c)`` is another with ``(s_q * s_k) * c``, fused additions or not.
+
+    The exponents are next to the border of two codes, halfway between two FP16 values, so that the last bit of a score decides.
+    """
+    generator = torch.Generator().manual_seed(5)
+    n = 1 << 16
+    halves = torch.arange(2.0, 8.0, 2.0**-8).half().float()
+    steps = (halves[1:], halves[:-1])
+    borders = (sum(steps) / 2)[code_slot_probabilities(steps[0]) != code_slot_probabilities(steps[1])]
+    y = borders[torch.randint(len(borders), (n,), generator=generator)].double()
+    product = -torch.randint(8, 16, (n,), generator=generator).float()
+    s_k = torch.rand(n, generator=generator) + 0.5
+    scale_log2 = torch.tensor(SCALE * reference.LOG2E)
+    s_q = ((y - SHIFT) / (product.double() * s_k.double() * scale_log2.double())).float()
+    row, each, scaled = s_q * scale_log2, s_q * s_k * scale_log2, product * s_k  # rounded as everyone does
+    new = [scaled * row + SHIFT, (scaled.double() * row.double() + SHIFT).float()]
+    old = [product * each + SHIFT, (product.double() * each.double() + SHIFT).float()]
+    p_new, p_old = ([code_slot_probabilities(y) for y in ys] for ys in (new, old))
+    good = (p_new[0] == p_new[1]) & (p_old[0] == p_old[1]) & (p_new[0] != p_old[0])
+    assert good.sum() >= count
+    return [x[good][:count] for x in (product, s_q, s_k, p_new[0])]
+
+
+def nearest_e4m3(x):
+    return x.float().to(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize("ops", [reference, torch.ops.fpsattn], ids=["reference", "ops"])
+def test_forward_and_backward_round_scores_in_the_same_order(ops):
+    product, s_q, s_k, want = plant(DIM)
+    ones = torch.ones(BLOCK)
+    q, k, v = torch.zeros(BLOCK, DIM), torch.zeros(BLOCK, DIM), torch.zeros(BLOCK, DIM)
+    i = torch.arange(DIM)
+    q[i, i], k[i, i], v[i, i] = product, 1.0, 1.0  # score (i, i) is planted, the others are 0: the maximum is 0
+    rows = torch.cat([v, ones[:, None], torch.zeros(BLOCK, reference.V_EXTRA_ROWS - 1)], 1)
+    v8t = rows[reference.v_slot_order()].T
+    q_scale, k_scale = (torch.cat([s, torch.ones(BLOCK - DIM)]) for s in (s_q, s_k))
+    operands = [x.to(torch.float8_e4m3fn)[None, None, None].contiguous() for x in (q, k, v8t)]
+    operands += [q_scale[None, None, None].contiguous(), k_scale[None, None, None].contiguous(), torch.ones(1, 1, DIM)]
+    tokens, tiles = torch.arange(BLOCK, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    counts, indices = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    arguments = [x.to(DEVICE) for x in (*operands, tokens, tiles, counts, indices)]
+    out, _, row_max, row_sum = ops.forward(*arguments, num_tokens=BLOCK, softmax_scale=SCALE, out_dtype=torch.float16)
+    grad_out = torch.eye(BLOCK, DIM, dtype=torch.float16)[None, None].to(DEVICE)
+    transposed = () if ops is reference else (counts.to(DEVICE), indices.to(DEVICE))
+    options = {} if ops is reference else {"deterministic": True}
+    _, _, dv = ops.backward(
+        grad_out, out, *arguments[:6], row_max, row_sum, *arguments[6:], *transposed, softmax_scale=SCALE, **options
+    )
+    assert not row_max.any() and not any(math.isnan(x) for x in row_sum.flatten().tolist())
+    l = row_sum.view(BLOCK, 1)
+    forward = nearest_e4m3(out[0, 0] * l)[:DIM].cpu()  # [query, key]
+    backward = nearest_e4m3(dv[0, 0].float() * l[:DIM].T)[:DIM].cpu().T
+    assert torch.equal(forward.diagonal(), want)
+    assert torch.equal(backward.diagonal(), want)
+    assert torch.equal(forward, backward)
