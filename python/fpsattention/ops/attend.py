@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
 from . import autograd, prepare
 from .backends import reference_attention, resolve_backend
