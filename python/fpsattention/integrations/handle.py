@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the transformers run their own attention, uncounted: the dense teacher of a sparse student that shares its weights.
+
+        For whole forwards, and for all threads: do not enter it while another thread runs one.
+        """
+        before = [installation.paused for installation in self.installations]
+        for installation in self.installations:
+            installation.paused = True
+        try:
+            yield
+        finally:
+            for installation, paused in zip(self.installations, before, strict=True):
+                installation.paused = paused
 
     def report(self) -> Report:
         """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""
