@@ -72,8 +72,9 @@ def at_price(cells: Sequence[Cell], densities: Sequence[float], lam: float) -> A
 
 
 def within_error(cells: Sequence[Cell], densities: Sequence[float], error: float) -> Allocation:
-    """The cheapest allocation with a squared error of at most ``error``; BF16 everywhere has none, so there always is one."""
-    return _bisect(cells, densities, lambda found: found.error <= error)
+    """A cheap allocation with a squared error of at most ``error``; BF16 everywhere has none, so there always is one."""
+    found = _bisect(cells, densities, lambda found: found.error <= error)
+    return _polished(cells, densities, found, "error", error)
 
 
 def within_cost(cells: Sequence[Cell], densities: Sequence[float], cost: float) -> Allocation:
@@ -84,7 +85,7 @@ def within_cost(cells: Sequence[Cell], densities: Sequence[float], cost: float) 
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if at_price(cells, densities, middle).cost <= cost else (middle, high)
-    return at_price(cells, densities, high)
+    return _polished(cells, densities, at_price(cells, densities, high), "cost", cost)
 
 
 def frontier(cells: Sequence[Cell], densities: Sequence[float], points: int = 24) -> list[Allocation]:
@@ -95,6 +96,44 @@ def frontier(cells: Sequence[Cell], densities: Sequence[float], points: int = 24
     allocations = sorted(found.values(), key=lambda a: a.cost)
     step = max(1, len(allocations) // points)
     return [*allocations[:-1:step], allocations[-1]]
+
+
+def _polished(
+    cells: Sequence[Cell], densities: Sequence[float], start: Allocation, bound: str, limit: float
+) -> Allocation:
+    """Between two points of the hull there is room: windows of single heads change, the move that gains most first, while the bound holds.
+
+    ``bound`` "cost": what is left of the cost buys accuracy; "error": what is left of the error saves cost.
+    """
+    share, found = np.asarray(densities), start
+    while True:
+        best = (1e-12 * max(found.cost if bound == "error" else found.error, 1e-300), 0, 0, 0, 0.0, 0.0)
+        for i, (cell, choice) in enumerate(zip(cells, found.choices, strict=True)):
+            if choice.granularity is None:
+                continue
+            errors, heads, windows = (
+                cell.errors[choice.granularity],
+                np.arange(len(choice.windows)),
+                np.array(choice.windows),
+            )
+            more_error = errors - errors[heads, windows][:, None]
+            more_cost = (share[None] - share[windows][:, None]) * (
+                cell.weight * COST[choice.granularity] / len(windows)
+            )
+            spent, gained = (more_cost, -more_error) if bound == "cost" else (more_error, -more_cost)
+            left = limit - (found.cost if bound == "cost" else found.error)
+            gained = np.where(spent <= left, gained, -np.inf)
+            h, w = np.unravel_index(int(np.argmax(gained)), gained.shape)
+            if gained[h, w] > best[0]:
+                best = (float(gained[h, w]), i, int(h), int(w), float(more_error[h, w]), float(more_cost[h, w]))
+        _, i, h, w, more_error, more_cost = best
+        if more_error == more_cost == 0.0:
+            return found
+        choice = found.choices[i]
+        windows = (*choice.windows[:h], w, *choice.windows[h + 1 :])
+        choices = (*found.choices[:i], Choice(choice.granularity, windows), *found.choices[i + 1 :])
+        wider = (share[w] - share[choice.windows[h]]) * cells[i].weight / len(windows)
+        found = Allocation(choices, found.error + more_error, found.cost + more_cost, found.density + wider)
 
 
 def _bisect(cells: Sequence[Cell], densities: Sequence[float], holds) -> Allocation:  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..analysis.metrics import jsonable
 from ..schedule import Level, Phase, Schedule, Window
 from .allocate import Allocation
 from .settings import TuneSettings
@@ -59,7 +60,7 @@ def build(space: Space, allocation: Allocation, provenance: Mapping[str, Any]) -
     model = {"class": space.class_name, "num_layers": space.num_layers}
     return Schedule(
         levels=levels, phases=(Phase(1.0, 0.0, "dense"),), model=model, tile=space.tile, layers=layers, heads=heads,
-        provenance=dict(provenance), axis="steps",
+        provenance=jsonable(provenance), axis="steps",
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..integrations.report import Report
 from ..schedule import Level, Phase, Schedule
-from .settings import Target
+from .settings import COST, Target
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Runner:
         with fps.apply(self.pipe, schedule, replace=True) as handle:
             out = self.generate(item)
             ran = handle.report()
-        return self.apart(out, reference), {"density": ran.density, "fallbacks": ran.fallbacks}
+        return self.apart(out, reference), {"density": ran.density, "cost": _cost(ran)}
 
     def apart(self, out: Tensor, reference: Tensor) -> float:
         """Distance of two outputs, as the target measures it."""
@@ -95,3 +96,9 @@ class Runner:
         if self.target.metric == "psnr":
             return float(diff.square().mean().sqrt())
         return float(diff.abs().sum() / reference.double().abs().sum().clamp_min(1e-30))
+
+
+def _cost(ran: Report) -> float:
+    """Mean over calls, in the units of :data:`COST`."""
+    calls = sum(row.calls for row in ran.rows)
+    return sum(row.calls * row.density * COST[row.granularity or "bf16"] for row in ran.rows) / max(calls, 1)

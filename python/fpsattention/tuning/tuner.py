@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy as np
 from ..errors import ConfigError
 from ..layout.tiles import TileLayout
 from ..schedule import Schedule
-from .allocate import Allocation, Cell, frontier, within_cost, within_error
+from .allocate import Allocation, Cell, Choice, frontier, within_cost, within_error
 from .build import Space, build
 from .candidates import windows
-from .costs import pattern_methods, schedule_cost
 from .measure import Inputs, measure_phase, phase_starts, sensitivities
 from .runs import Item, Runner, dense
 from .settings import Target, TuneSettings, seconds
@@ -28,6 +27,7 @@ from .state import State, call_hash, model_hash, write_json
 #: progress(what, done, total)
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
+
 
 REFERENCE_COST = 0.3  # of the phase that is probed, when it is measured how far its errors move the result
 MARGIN = 0.97  # the search aims a little below the bound: it wants to hold it
@@ -135,15 +135,19 @@ def run_tune(
 
     ``pareto``: costs at which held-out runs of this tuning, of presets and of patterns are made as well.
     """
-    tuner = _Tuner(pipe, target, settings, items, progress, say)
+    tuner = Tuner(pipe, target, settings, items, progress, say)
     result = tuner.run()
     if pareto:
-        result.report["pareto"] = tuner.pareto(pareto)
+        from .pareto import points
+
+        result.report["pareto"] = points(tuner, pareto)
         write_json(settings.out / "tune.json", result.report)
     return result
 
 
-class _Tuner:
+class Tuner:
+    """One tuning: measures, allocates, runs, corrects, verifies; everything measured is in ``state``."""
+
     def __init__(
         self, pipe: Any, target: Target, settings: TuneSettings, items: Sequence[Item], progress: Progress, say: Say
     ):
@@ -285,7 +289,7 @@ class _Tuner:
         for phase in range(self.settings.phases):
             cells = self._cells(raw, shares, [1.0] * self.settings.phases)
             factors.append(self._factor(phase, cells, shares))
-            self.progress("effect of phases", phase + 1, self.settings.phases)
+            self.progress("effect of phases", phase + 1, self.settings.phases + 2)
         # Where a phase was not probed, the others say what a share of sigma does.
         known = [(f, self._sigma_span(p) ** 2) for p, f in enumerate(factors) if f is not None]
         unit = sum(f for f, _ in known) / sum(s for _, s in known) if known else 1.0
@@ -295,7 +299,11 @@ class _Tuner:
             self._note(
                 "what errors of some phases do to the result was not measured in the time given: taken from their share of sigma"
             )
-        self.cells = self._cells(raw, shares, self.factors)
+        self.ratios = [1.0, 1.0]
+        cells = self._cells(raw, shares, self.factors)
+        if self.settings.calibrate and not missing:
+            self._ratios(cells)
+        self.cells = self._cells(raw, shares, self.factors, *self.ratios)
 
     def _cell_errors(self, layer: int, phase: int) -> dict[str, np.ndarray]:
         """Mean over the items that were measured, of one (layer, phase): granularity to ``[heads, windows]``."""
@@ -304,12 +312,22 @@ class _Tuner:
         errors = {g: np.mean([table[g] for table in tables], axis=0) for g in self.settings.granularities if tables}
         return errors if self.settings.per_head else {g: e.sum(0, keepdims=True) for g, e in errors.items()}
 
-    def _cells(self, raw: Sequence[dict[str, np.ndarray]], shares: list[float], factors: list[float]) -> list[Cell]:
-        """Phase by phase, layer by layer."""
+    def _cells(
+        self,
+        raw: Sequence[dict[str, np.ndarray]],
+        shares: list[float],
+        factors: list[float],
+        rounding: float = 1.0,
+        skipping: float = 1.0,
+    ) -> list[Cell]:
+        """Phase by phase, layer by layer; ``rounding`` and ``skipping`` correct what a full window has, too, and the rest."""
         cells = []
         for i, errors in enumerate(raw):
             phase = i // self.num_layers
-            scaled = {g: e * factors[phase] for g, e in errors.items()}
+            scaled = {}
+            for granularity, e in errors.items():
+                rounded = e[:, -1:]
+                scaled[granularity] = factors[phase] * (rounding * rounded + skipping * np.maximum(e - rounded, 0.0))
             cells.append(Cell(scaled, shares[phase] / self.num_layers))
         return cells
 
@@ -336,6 +354,32 @@ class _Tuner:
         factor = value**2 / allocation.error
         self.state.put(factor, "factors", key)
         return factor
+
+    def _ratios(self, cells: list[Cell]) -> None:
+        """Two runs of everything: nothing skipped, then at ``REFERENCE_COST``. Squared distance over its prediction, of rounding and of skipping.
+
+        Rounding errors are independent of one another; those of skipped keys are not, and add up to more from layer to layer and phase to phase.
+        """
+        granularity, last = self.settings.granularities[0], len(self.shares) - 1
+        full = tuple(Choice(granularity, (last,) * len(cell.errors[granularity])) for cell in cells)
+        sparse = within_cost(cells, self.shares, REFERENCE_COST).choices
+        for i, (name, choices) in enumerate((("rounding", full), ("skipping", sparse))):
+            known = self.state.get("ratios", name)
+            if known is None and not self.late:
+                rounded = skipped = 0.0
+                for cell, choice in zip(cells, choices, strict=True):
+                    if choice.granularity is not None:
+                        errors = cell.errors[choice.granularity]
+                        rounded += float(errors[:, last].sum())
+                        at = errors[np.arange(len(choice.windows)), list(choice.windows)]
+                        skipped += float(np.maximum(at - errors[:, last], 0.0).sum())
+                schedule = build(self.space, Allocation(choices, 0.0, 0.0, 0.0), {})
+                left = self.runner.distance(schedule, self.items[0])[0] ** 2 - (self.ratios[0] * rounded if i else 0.0)
+                part = skipped if i else rounded
+                known = left / part if part > 0 and left > 0 else 1.0
+                self.state.put(known, "ratios", name)
+            self.ratios[i] = 1.0 if known is None else float(known)
+            self.progress("effect of phases", self.settings.phases + i + 1, self.settings.phases + 2)
 
     # Searching ---------------------------------------------------------------------------------------------------------------
 
@@ -458,7 +502,7 @@ class _Tuner:
             "density": allocation.density, "cost": allocation.cost, "model_hash": self.model,
             "prompts": [item.shown() for item in self.items], "held_out": self.held_out.shown(),
             "seeds": [item.seed for item in (*self.items, self.held_out)], "settings": self.settings.describe(),
-            "sigmas": [self.sigmas[start] for start in self.starts[:-1]], "phase_factors": self.factors,
+            "sigmas": [self.sigmas[start] for start in self.starts[:-1]], "phase_factors": self.factors, "rounding_skipping_factors": self.ratios,
             "errors": errors if len(text) < 200_000 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "file": "state.json"},
             "windows": self.space.windows,
         }  # fmt: skip
@@ -468,45 +512,6 @@ class _Tuner:
         self.schedule = build(self.space, allocation, self._provenance(allocation, value, verified))
         write_json(self.settings.out / "schedule.json", self.schedule.to_dict())
 
-    def pareto(self, densities: Sequence[float]) -> list[dict[str, Any]]:
-        """Held-out runs of this tuning at some costs, of the presets, and of patterns at every layer and sigma with FP8."""
-        tile = self.space.tile
-        wanted: list[tuple[str, str, Callable[[], tuple[float, float, float]]]] = []
-        for density in densities:
-            allocation = within_cost(self.cells, self.shares, density)
-            wanted.append(
-                ("tune", f"tune {density:g}", lambda a=allocation: self._point(build(self.space, a, {}), a.cost))
-            )  # type: ignore[misc]
-        for name in ("paper", "training_free", "fp8"):
-            schedule = replace(Schedule.preset(name), tile=tile)
-            cost = schedule_cost(schedule, self.sigmas)
-            wanted.append(("preset", name, lambda s=schedule, c=cost: self._point(s, c)))  # type: ignore[misc]
-        for density in densities:
-            for name, method in pattern_methods(density).items():
-                wanted.append(("pattern", f"{name} {density:g}", lambda m=method: self._method_point(m)))  # type: ignore[misc]
-        points = []
-        for done, (kind, name, run) in enumerate(wanted):
-            self.progress("Pareto", done, len(wanted))
-            known = self.state.get("pareto", name)
-            if known is None:
-                density, cost, value = run()
-                known = {"kind": kind, "name": name, "density": density, "cost": cost, "value": value}
-                self.state.put(known, "pareto", name)
-            points.append(known)
-        self.progress("Pareto", len(wanted), len(wanted))
-        return points
-
-    def _point(self, schedule: Schedule, cost: float | None) -> tuple[float, float, float]:
-        value, ran = self.runner.distance(schedule, self.held_out)
-        return ran["density"], ran["density"] if cost is None else cost, value
-
-    def _method_point(self, method: Any) -> tuple[float, float, float]:
-        from ..compare.running import attention_by
-
-        with attention_by(self.pipe, method, self.space.tile) as counted:
-            out = self.runner.generate(self.held_out)
-        return counted.density, counted.density, self.runner.apart(out, self.runner.reference(self.held_out))
-
     def _result(self, reached: bool) -> TuneResult:
         points = [
             {"cost": a.cost, "density": a.density, "predicted": a.error**0.5} for a in frontier(self.cells, self.shares)
@@ -515,7 +520,7 @@ class _Tuner:
             "target": {self.target.metric: self.target.value}, "bound": self.target.bound, "reached": reached, "notes": self.notes,
             "density": self.final.density, "cost": self.final.cost, "held_out": self.held_out_value,
             "predicted": self.final.error**0.5, "frontier": points, "tries": self.state.get("tries") or {},
-            "cells": self._table(), "factors": self.factors, "factors_measured": self.measured_factors,
+            "cells": self._table(), "phase_factors": self.factors, "phase_factors_measured": self.measured_factors, "rounding_skipping_factors": self.ratios,
             "sigmas": [self.sigmas[start] for start in self.starts[:-1]], "tile": list(self.space.tile),
             "windows": self.space.windows, "seconds": time.monotonic() - self.begin, "resumed": self.state.resumed,
         }  # fmt: skip
