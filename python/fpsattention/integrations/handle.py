@@ -64,6 +64,24 @@ class Handle:
         """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""
         return report(self.installations, self.skipped)
 
+    def write_receipt(self, path: str | Path) -> Path:
+        """Put what ran since ``apply`` or ``reset`` into a video: schedule and its hash, densities, precisions, fallbacks.
+
+        MP4 and MOV carry it in a box of their own at the end, no byte of the video changes; beside other files it is ``NAME.fpsattn.json``.
+        ``fpsattn verify FILE`` reads and checks it. Returns the file that holds it. Waits for the device.
+
+        Raises:
+            ConfigError: nothing ran, or there is no such file.
+        """
+        from . import receipt
+
+        report = self.report()
+        if not any(report.forwards.values()):
+            raise ConfigError(
+                "fpsattention.write_receipt: no forward ran since apply or reset, wanted the run that made the video"
+            )
+        return receipt.write(path, receipt.make(self.schedule, report, self.skipped))
+
     def log_dict(self) -> dict[str, float]:
         """Flat numbers for a tracker: ``fpsattn/density``, ``fpsattn/calls/<level>`` (samples x layers), ``fpsattn/nonfinite``,
         ``fpsattn/fallbacks``. Waits for the device."""
