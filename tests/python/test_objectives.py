@@ -140,8 +140,8 @@ def test_step_distillation_with_two_schedules_in_one_process(latents):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_training_without_data_closes_the_distance(latents, schedule, tmp_path, lora_rank):
+@pytest.mark.parametrize(("lora_rank", "learning_rate"), [(0, 3e-5), (2, 3e-3)])
+def test_training_without_data_closes_the_distance(latents, schedule, tmp_path, lora_rank, learning_rate):
     """Prompts alone: the files' latents are not even there. The distance to the dense model falls; the dense model is the one before training."""
     from safetensors.torch import load_file, save_file
 
@@ -150,7 +150,7 @@ def test_training_without_data_closes_the_distance(latents, schedule, tmp_path, 
     for path in sorted(latents.glob("*.safetensors")):
         save_file({"prompt_embeds": load_file(path)["prompt_embeds"]}, prompts / path.name)
     settings = config(
-        prompts, tmp_path / "run", objective="velocity", noise_latents="4,3,10,14", rollout_steps=2, steps=16, learning_rate=5e-3,
+        prompts, tmp_path / "run", objective="velocity", noise_latents="4,3,10,14", rollout_steps=2, steps=16, learning_rate=learning_rate,
         schedule=schedule, lora_rank=lora_rank, validate_every=4, validation_samples=2,
     )  # fmt: skip
     model = tiny_transformer(LatentFolder(latents))
@@ -158,7 +158,7 @@ def test_training_without_data_closes_the_distance(latents, schedule, tmp_path, 
     torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     result = train(settings, transformer=model)
     losses = list(result.validation.values())
-    assert losses[-1] < 0.93 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert not fps.status(model)  # the schedule is off
 
 

@@ -274,7 +274,7 @@ def cell_errors(
     visible[rows.tiles] = 1
     found = {}
     for granularity in granularities:
-        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = torch.ops.fpsattn.quantize(
+        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
             q, k, v, token_of_slot, offsets, granularity=GRANULARITIES[granularity], smooth_k=True, pow2_scales=False
         )
         columns = []
