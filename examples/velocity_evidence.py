@@ -7,7 +7,7 @@ One transformer is trained with dense attention. From these weights:
     dense               goes on with dense attention: what flow matching's gap is measured from
     flow matching       goes on through FPSAttention, on the data (`training-aware` in finetune_evidence.py)
     velocity            through FPSAttention, taught by the weights as they were; inputs are the data plus noise
-    velocity, no data   the same, but the inputs are the teacher's own trajectories from noise: prompts are all it reads
+    velocity without data   the same, but the inputs are the teacher's own trajectories from noise: prompts are all it reads
 
 The gap is the validation loss (flow matching, held-out data, fixed noise) above that of the dense counterpart: of the `dense` run at the same
 step for flow matching, of the teacher for velocity, whose target does not move. `reached` says at which step a velocity run's gap, as a mean of
@@ -37,17 +37,17 @@ from fpsattention.training.trainer import validation_loss
 RUNS = {  # settings beside the common ones
     "dense": {"schedule": None},
     "flow matching": {},
-    "velocity, no data": {"objective": "velocity", "noise_latents": ",".join(map(str, LATENTS))},
+    "velocity without data": {"objective": "velocity", "noise_latents": ",".join(map(str, LATENTS))},
     "velocity": {"objective": "velocity"},
 }
 WINDOW = 3  # validations whose mean is a gap
-COLORS = {"flow matching": "#009E73", "velocity": "#0072B2", "velocity, no data": "#D55E00"}
+COLORS = {"flow matching": "#009E73", "velocity": "#0072B2", "velocity without data": "#D55E00"}
 
 
 def run(args):
     torch.set_num_threads(args.threads)
     folder = Path(args.work or tempfile.mkdtemp())
-    data_folder = write_synthetic(
+    data_folder = args.data or write_synthetic(
         folder / "latents", num_samples=args.samples, latent_shape=LATENTS, lighting=args.lighting, seed=1
     )
     data = LatentFolder(data_folder)
@@ -75,7 +75,8 @@ def run(args):
 
     rows = []
     for seed in args.seeds:
-        for name, changes in RUNS.items():
+        for name in args.runs:
+            changes = RUNS[name]
             print(f"seed {seed}: {name}", flush=True)
             weights, sparse = copy.deepcopy(model), name != "dense"
             changes = {"schedule": str(folder / "schedule.json"), **changes}
@@ -148,11 +149,11 @@ def write(rows, seconds, args):
     seeds = sorted({seed for seed, _ in curves})
     result = {
         "date": str(date.today()), "machine": f"CPU, {args.threads} threads, {platform.machine()}", "torch": torch.__version__,
-        "seconds": round(seconds), "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work")}, "tile": TILE,
+        "seconds": round(seconds), "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work", "data")}, "data": "given" if args.data else "synthetic", "tile": TILE,
         "seeds": {},
     }  # fmt: skip
     for seed in seeds:
-        end = {name: sum(g for _, g in curves[seed, name][-END:]) / END for name in RUNS if name != "dense"}
+        end = {name: sum(g for _, g in curves[seed, name][-END:]) / END for name in args.runs if name != "dense"}
         goal = end["flow matching"]
         result["seeds"][seed] = {
             "gap_start_percent": curves[seed, "flow matching"][0][1],
@@ -172,7 +173,8 @@ def plot(curves, path):
 
     figure = Figure(figsize=(7.5, 4.5), dpi=110, layout="constrained")
     axis = figure.subplots()
-    for name, color in COLORS.items():
+    for name in dict.fromkeys(run_name for _, run_name in curves):
+        color = COLORS[name]
         runs = [points for (_, run_name), points in sorted(curves.items()) if run_name == name]
         steps = [step for step, _ in runs[0]]
         values = [[points[i][1] for points in runs] for i in range(len(steps))]
@@ -191,6 +193,9 @@ def plot(curves, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/training")
+    parser.add_argument(
+        "--data", help="folder of latents 16x5x24x32 (real_video.py makes one); default: synthetic ones"
+    )
     parser.add_argument("--work", help="folder for data and runs; default: a temporary one")
     parser.add_argument("--samples", type=int, default=160)
     parser.add_argument("--validation", type=int, default=32)
@@ -200,6 +205,12 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--lighting", type=float, default=0.15)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument(
+        "--runs",
+        type=lambda text: text.split(","),
+        default=list(RUNS),
+        help="dense and flow matching, and which of the others",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     started = time.perf_counter()
