@@ -62,10 +62,14 @@ def run(args):
         return TrainConfig(**{**common, **changes})
 
     held_out = config("held-out", 1, validate_every=1, validation_samples=args.validation)
-    print("pretraining, dense", flush=True)
     model = tiny_transformer(data)
-    # The last samples are for validation: training never reads them.
-    train(config("pretrain", args.pretrain_steps, validate_every=10**9, validation_samples=args.validation), transformer=model)  # fmt: skip
+    pretrained = folder / "pretrain" / "transformer"
+    if pretrained.is_dir():  # of an earlier run in the same --work
+        model = type(model).from_pretrained(pretrained)
+    else:
+        print("pretraining, dense", flush=True)
+        # The last samples are for validation: training never reads them.
+        train(config("pretrain", args.pretrain_steps, validate_every=10**9, validation_samples=args.validation), transformer=model)  # fmt: skip
 
     def loss(weights, sparse):
         if not sparse:
@@ -77,12 +81,13 @@ def run(args):
     for seed in args.seeds:
         for name in args.runs:
             changes = RUNS[name]
+            rate = args.velocity_learning_rate if "objective" in changes else args.learning_rate
             print(f"seed {seed}: {name}", flush=True)
             weights, sparse = copy.deepcopy(model), name != "dense"
             changes = {"schedule": str(folder / "schedule.json"), **changes}
             # The held-out samples' prompts are not read either; nothing is validated but here.
             settings = config(
-                f"{seed}-{name}", args.steps, learning_rate=args.learning_rate, seed=2 + seed, validation_samples=args.validation,
+                f"{seed}-{name}", args.steps, learning_rate=rate, seed=2 + seed, validation_samples=args.validation,
                 validate_every=10**9, **changes,
             )  # fmt: skip
 
@@ -203,6 +208,12 @@ def main():
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--velocity-learning-rate",
+        type=float,
+        default=5e-5,
+        help="its loss begins so small that larger steps only shake the weights",
+    )
     parser.add_argument("--lighting", type=float, default=0.15)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument(

@@ -74,7 +74,7 @@ def command(
             if prompt or held_out:
                 raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
             prompts = [_tiny_call(demo, seed + 101 * i) for i in range(2 if small else 3)]
-        call = {**sizes, "guidance_scale": guidance_scale}
+        call: dict[str, Any] = {**sizes, "guidance_scale": guidance_scale}
         if model is not None:
             call["negative_prompt"] = negative_prompt or None
         items = make_items(prompts, held_out, call, seed)

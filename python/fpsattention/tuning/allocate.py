@@ -126,14 +126,14 @@ def _polished(
             h, w = np.unravel_index(int(np.argmax(gained)), gained.shape)
             if gained[h, w] > best[0]:
                 best = (float(gained[h, w]), i, int(h), int(w), float(more_error[h, w]), float(more_cost[h, w]))
-        _, i, h, w, more_error, more_cost = best
-        if more_error == more_cost == 0.0:
+        _, at, head, window, error, cost = best
+        if error == cost == 0.0:
             return found
-        choice = found.choices[i]
-        windows = (*choice.windows[:h], w, *choice.windows[h + 1 :])
-        choices = (*found.choices[:i], Choice(choice.granularity, windows), *found.choices[i + 1 :])
-        wider = (share[w] - share[choice.windows[h]]) * cells[i].weight / len(windows)
-        found = Allocation(choices, found.error + more_error, found.cost + more_cost, found.density + wider)
+        old = found.choices[at]
+        new = Choice(old.granularity, (*old.windows[:head], window, *old.windows[head + 1 :]))
+        wider = float(share[window] - share[old.windows[head]]) * cells[at].weight / len(new.windows)
+        choices = (*found.choices[:at], new, *found.choices[at + 1 :])
+        found = Allocation(choices, found.error + error, found.cost + cost, found.density + wider)
 
 
 def _bisect(cells: Sequence[Cell], densities: Sequence[float], holds) -> Allocation:  # type: ignore[no-untyped-def]

@@ -37,7 +37,7 @@ def build(space: Space, allocation: Allocation, provenance: Mapping[str, Any]) -
     heads: dict[tuple[int | None, int], dict[str, Window]] = {}
     every = space.windows[-1]
     for layer in range(space.num_layers):
-        phases = []
+        phases: list[Phase] = []
         for phase in range(space.phases):
             choice = allocation.choices[phase * space.num_layers + layer]
             name = "dense"

@@ -127,7 +127,7 @@ def looking(installation: Installation, look: Look) -> Iterator[None]:
         return attend
 
     for site in installation.sites:
-        site.attend = watched(site)
+        site.attend = watched(site)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class Tuner:
 
         self.pipe, self.target, self.settings = pipe, target, settings
         self.items, self.held_out = list(items[:-1]), items[-1]
-        self.progress, self.say, self.notes = progress, say, []
+        self.progress, self.say = progress, say
+        self.notes: list[str] = []
         self.begin = time.monotonic()
         with fps.apply(pipe, dense(settings.tile), replace=True) as handle:  # what cannot run ends here
             self.model = model_hash(one.transformer for one in handle.installations)
@@ -226,7 +228,7 @@ class Tuner:
         for done, (item, phase) in enumerate((i, p) for p in range(settings.phases) for i in self.items):
             self.progress("errors of attention", done, total)
             key = f"{item.name}/{phase}"
-            known = self.state.get("errors", key) or {}
+            known: dict[str, Any] = self.state.get("errors", key) or {}
             if len(known) == self.num_layers or self.late:
                 continue
             with self._inputs(item) as inputs:
@@ -252,9 +254,12 @@ class Tuner:
                 measure_phase(
                     installation, arguments, tile=settings.tile, rows=settings.rows, seed=seed, windows_of=self._windows,
                     granularities=settings.granularities, weights=weights,
-                    wanted=lambda layer, known=known: str(layer) not in known and not self.late, found=found,
+                    wanted=partial(self._wanted, frozenset(known)), found=found,
                 )  # fmt: skip
         self.progress("errors of attention", total, total)
+
+    def _wanted(self, known: frozenset[str], layer: int) -> bool:
+        return str(layer) not in known and not self.late
 
     def _windows(self, layout: TileLayout) -> list[tuple[int, int, int]]:
         found = windows(layout)
@@ -534,11 +539,12 @@ class Tuner:
         for i, (cell, choice) in enumerate(zip(self.cells, self.final.choices, strict=True)):
             phase, layer = divmod(i, self.num_layers)
             fp8 = choice.granularity is not None
+            errors = cell.errors[choice.granularity] if choice.granularity is not None else None
             rows.append({
                 "layer": layer, "phase": phase, "precision": "fp8" if fp8 else "bf16", "granularity": choice.granularity,
                 "windows": [self.space.windows[w] for w in choice.windows], "densities": [self.shares[w] for w in choice.windows],
                 "density": float(np.mean([self.shares[w] for w in choice.windows])) if fp8 else 1.0,
-                "error": float(sum(cell.errors[choice.granularity][h, w] for h, w in enumerate(choice.windows))) if fp8 else 0.0,
+                "error": 0.0 if errors is None else float(sum(errors[h, w] for h, w in enumerate(choice.windows))),
                 "measured": bool(cell.errors),
             })  # fmt: skip
         return rows
