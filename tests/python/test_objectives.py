@@ -74,6 +74,12 @@ def test_disabled_is_the_model_itself():
             assert torch.equal(tiny_wan.run(model, [900.0, 100.0]), exact)
         assert torch.equal(tiny_wan.run(model, [900.0, 100.0]), sparse) and not torch.equal(sparse, exact)
         assert handle.report().forwards == {"transformer": 4}  # two samples, twice: the teacher's do not count
+    with (
+        fps.apply(model, {**SPARSE, "tile": tiny_wan.TILE, "own_linears": []}, linears="fp8") as handle,
+        handle.disabled(),
+    ):
+        assert torch.equal(tiny_wan.run(model, [900.0, 100.0]), exact)  # projections, too
+    with fps.apply(model, {**SPARSE, "tile": tiny_wan.TILE}) as handle:
         with pytest.raises(ZeroDivisionError), handle.disabled():
             raise ZeroDivisionError
         assert torch.equal(tiny_wan.run(model, [900.0, 100.0]), sparse)
@@ -234,6 +240,7 @@ def test_errors(latents):
         ({"objective": "regression"}, "objective 'regression', expected 'flow_matching' or 'velocity'"),
         ({"objective": "velocity", "schedule": None}, "objective 'velocity', expected a schedule"),
         ({"noise_latents": "4,3,10,14"}, "noise_latents '4,3,10,14', expected"),
+        ({"objective": "velocity", "sequence_parallel": 2}, "sequence_parallel 2, expected 1"),
         ({"objective": "velocity", "noise_latents": "4,3,10"}, "noise_latents '4,3,10', expected"),
     ):
         with pytest.raises(ConfigError, match=message):

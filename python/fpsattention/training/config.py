@@ -121,7 +121,9 @@ class TrainConfig:
                 "1 without a schedule: the model's own attention is not spread",
             )
         if self.objective == "velocity" and self.sequence_parallel > 1:
-            raise _wrong("sequence_parallel", self.sequence_parallel, "1 with objective 'velocity': the teacher is not spread")
+            raise _wrong(
+                "sequence_parallel", self.sequence_parallel, "1 with objective 'velocity': the teacher is not spread"
+            )
         if self.objective == "velocity" and self.schedule is None:
             raise _wrong("objective", self.objective, "a schedule: without one teacher and student are the same")
         if self.noise_latents is not None and (self.objective != "velocity" or self.latent_shape is None):
