@@ -51,6 +51,7 @@ def attention(
     softmax_scale: float | None = None,
     norm: Norm | None = None,
     rope: Rope | None = None,
+    hadamard: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
@@ -75,6 +76,8 @@ def attention(
         deterministic: same bits on repeat in the backward too.
         norm, rope: q and k are raw projections, which are normalized and rotated first, in FP32 without rounding in between:
             ``fpsattention.Norm``, ``fpsattention.Rope``. On the CPU. Gradients are those of the raw tensors and of the norm's weights.
+        hadamard: rotate q and k by a Hadamard matrix before they are quantized: exact in the scores, and a smaller error where single
+            values are outliers (``docs/numerics.md``). Costs a product with a constant matrix. Not together with norm or rope.
 
     Under autocast q, k and v are cast as those of ``scaled_dot_product_attention`` are.
 
@@ -107,6 +110,7 @@ def attention(
         deterministic=_flag("deterministic", deterministic),
         norm=_instance("norm", norm, Norm),
         rope=_instance("rope", rope, Rope),
+        hadamard=_flag("hadamard", hadamard),
         tensor_layout=tensor_layout,
         backend=backend,
     )  # fmt: skip

@@ -44,6 +44,7 @@ class Installation:
 
     Attributes:
         copied: it came along with a copied or unpickled model, and no handle owns it.
+        paused: forwards run the model's own attention, uncounted (``Handle.disabled``).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Installation:
         self.adapter = adapter
         self.name = name
         self.copied = False
+        self.paused = False
         self.on_unsupported = on_unsupported
         self.tables = LevelTables(schedule, len(attentions), heads)
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
@@ -108,7 +110,7 @@ class Installation:
         dropped = dict.fromkeys(
             ("recorder", "_lock", "masks_read", "nonfinite", "refused_linears", "_host_counts", "_device_counts")
         )
-        return {**self.__dict__, **dropped, "copied": True}
+        return {**self.__dict__, **dropped, "copied": True, "paused": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -128,6 +130,8 @@ class Installation:
 
     def _before_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads grid and sigma from the arguments of the transformer and leaves its layers their calls."""
+        if self.paused:
+            return
         if torch.compiler.is_compiling():
             self._trace_forward(transformer, args, kwargs)
         else:  # asked here: the functions below run with Dynamo off

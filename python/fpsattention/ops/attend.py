@@ -13,6 +13,7 @@ from . import autograd, prepare
 from .backends import reference_attention, resolve_backend
 from .checks import GRANULARITIES, HEAD_DIMS, kernel_dim
 from .prepare import Norm, Rope
+from .rotation import rotate
 
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
@@ -33,6 +34,7 @@ def attend(
     deterministic: bool = False,
     norm: Norm | None = None,
     rope: Rope | None = None,
+    hadamard: bool = False,
     tensor_layout: str = "NHD",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,13 @@ def attend(
     if zeros[1]:
         q, k, v = (torch.nn.functional.pad(x, zeros) for x in (q, k, v))
         k_mean, v_absmax = (None if x is None else torch.nn.functional.pad(x, zeros) for x in (k_mean, v_absmax))
+    if hadamard and prepared:
+        raise UnsupportedError(
+            "fpsattention.attention: hadamard was asked for with norm or rope, supported is one of them: the rotation comes after RoPE"
+        )
+    if hadamard:
+        q, k = rotate(q), rotate(k)
+        k_mean = None if k_mean is None else rotate(k_mean)
     options: dict[str, Any] = {
         "granularity": GRANULARITIES[granularity],
         "softmax_scale": dim**-0.5 if scale is None else scale,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class SparsityWarmup:
         self.remove()
         self.handle = apply(self.model, relaxed(self.schedule, stage / self.stages, self.tile_grid), debug=self.debug)
         self.stage = stage
+
+    def off(self) -> AbstractContextManager[None]:
+        """A context in which the model runs its own attention."""
+        return nullcontext() if self.handle is None else self.handle.disabled()
 
     def remove(self) -> None:
         if self.handle is not None:
