@@ -41,7 +41,7 @@ def work_order(mask: BlockMask, clusters: bool | None = None, bits: int = 4) -> 
     """The items of one (batch, head) as csrc/forward/sm90/schedule.cu orders them: pairs in front, longest lists first as far as the
     ``bits`` leading bits of their lengths say, ties in index order. clusters: None for the rule, at D = 128. bits: 0 for the index order."""
     tiles = mask.layout.tile_of_block.tolist()
-    counts, indices = mask.q_num_blocks[0, 0].tolist(), mask.q_indices[0, 0].tolist()
+    counts, indices = mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist()
     if clusters is None:
         clusters = clusters_pay(mask.layout.num_blocks, mask.layout.num_tiles)
     pairs, singles, block = [], [], 0
@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--l2-mib", type=int, default=L2_MIB)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    print("| shape | density | order | L2 to SMs, GB | from DRAM, GB | unique in a wave, MB |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| shape | density | order | L2 to SMs, GB | from DRAM, GB | unique in a wave, MB |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for shape in (workloads.WAN_14B_720P, workloads.STA_GRID):
         for density in (1.0, workloads.PAPER_DENSITY, 0.1):
             mask = workloads.build(shape, density, "cpu").mask

@@ -134,7 +134,9 @@ def bind(path, model, names):
     for kind, action, key in (("wait", "wait", "waits"), ("signal", "release", "signals")):
         found = [o for o in ops if o.kind == kind]
         if len(found) != len(names[key]):
-            raise sass.Mismatch(f"{len(found)} mbarrier {key} around the main loop, the description names {len(names[key])}")
+            raise sass.Mismatch(
+                f"{len(found)} mbarrier {key} around the main loop, the description names {len(names[key])}"
+            )
         actions |= {o.addr: (action, name) for o, name in zip(found, names[key], strict=True)}
     return actions
 
@@ -151,7 +153,14 @@ def item_clocks(fn, description, par, blocks, items=5):
     path.number, model.path.counts = 0, {}
     roles = [("consumer", path, model.consumers, actions, par["stagger"])]
     run = ItemSim(
-        par, roles, rings, model.consumers, 0.2, True, blocks=blocks, draw=item["dependent_loads"] * par["global_latency"]
+        par,
+        roles,
+        rings,
+        model.consumers,
+        0.2,
+        True,
+        blocks=blocks,
+        draw=item["dependent_loads"] * par["global_latency"],
     )
     run.run(items, limit=60_000_000)
     starts = run.warps[0].starts

@@ -48,9 +48,18 @@ def draw(model, out, run, path, iterations=2):
     axes.set_xlim(0, span)
     axes.invert_yaxis()
     axes.set_xlabel("clocks of an SM (predicted, not measured)")
-    axes.set_title(f"{iterations} iterations, {out['clocks']:.0f} clocks each; tensor cores: dark for A, light for B", fontsize=10)
+    axes.set_title(
+        f"{iterations} iterations, {out['clocks']:.0f} clocks each; tensor cores: dark for A, light for B", fontsize=10
+    )
     handles = [Patch(color=c, label=label) for label, c in COLOURS.items()] + [Patch(color=PIPE, label="pipe busy")]
-    axes.legend(handles=handles, ncol=len(handles), loc="upper center", bbox_to_anchor=(0.45, -0.32), fontsize=7.5, frameon=False)
+    axes.legend(
+        handles=handles,
+        ncol=len(handles),
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.32),
+        fontsize=7.5,
+        frameon=False,
+    )
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)
