@@ -30,8 +30,10 @@ struct SelectParams {
   const int32_t* block_tokens = nullptr;        // [num_blocks]
 
   int32_t* kv_num_blocks = nullptr;  // [lists, num_tiles]
-  int32_t* kv_indices = nullptr;     // [lists, num_tiles, width]: own blocks, then the others, each ascending; rest not written
-  int32_t* attended = nullptr;       // [lists, num_tiles, 2]: tokens of what the rule keeps, text included, and with own blocks
+  int32_t* kv_indices =
+      nullptr;  // [lists, num_tiles, width]: own blocks, then the others, each ascending; rest not written
+  int32_t* attended =
+      nullptr;  // [lists, num_tiles, 2]: tokens of what the rule keeps, text included, and with own blocks
 };
 
 void select_blocks(const SelectParams& params, cudaStream_t stream);
@@ -44,7 +46,8 @@ struct TransposeParams {
   const int32_t* tile_block_offsets = nullptr;  // [num_tiles + 1]
 
   int32_t* q_num_blocks = nullptr;  // [kv.batch, kv.heads, num_blocks]
-  int32_t* q_indices = nullptr;     // [kv.batch, kv.heads, num_blocks, width]; entries beyond a list's length are not written
+  int32_t* q_indices =
+      nullptr;  // [kv.batch, kv.heads, num_blocks, width]; entries beyond a list's length are not written
 
   void* workspace = nullptr;  // transpose_workspace_bytes(params), 16-byte aligned
   size_t workspace_bytes = 0;
