@@ -15,7 +15,7 @@ from .layout.masks import Lists
 from .layout.tiles import TEXT_POSITIONS, int3, integer, shown
 from .ops.attend import attend
 from .ops.backends import BACKENDS
-from .ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
+from .ops.checks import GRANULARITIES, HEAD_DIMS, PRECISIONS, kernel_dim
 from .ops.lists import planned_lists, traced
 from .ops.prepare import Norm, Rope
 
@@ -37,6 +37,7 @@ def attention(
     window: Sequence[int] | None = None,
     block_mask: masks.BlockMask | None = None,
     granularity: str = "tile",
+    precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
     pow2_scales: bool = False,
@@ -64,6 +65,8 @@ def attention(
             ``block_mask``: every token attends every token.
         block_mask: any pattern, made for this grid and text length; instead of ``tile`` and ``window``.
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
+        precision: of Q and K: "fp8" (e4m3), or "int8" as in SageAttention (arXiv 2411.10958): one scale per block, absmax / 127, whatever
+            ``granularity`` says. P and V are e4m3 in both. INT8 runs on the CPU and in the reference only.
         scale, softmax_scale: two names of the softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
         pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error. The same forward is
@@ -93,6 +96,7 @@ def attention(
     _choice("tensor_layout", tensor_layout, LAYOUTS)
     _check_tensors(q, k, v, tensor_layout)
     _choice("granularity", granularity, tuple(GRANULARITIES))
+    _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
     heads = q.shape[2 if tensor_layout == "NHD" else 1]
     mask = _resolve_lists(grid, tile, window, block_mask, text_len, text_position, q, tensor_layout)
@@ -102,6 +106,7 @@ def attention(
     out, lse = attend(
         q, k, v, mask,
         granularity=granularity,
+        precision=precision,
         scale=_scale(scale, softmax_scale),
         smooth_k=_flag("smooth_k", smooth_k),
         pow2_scales=_flag("pow2_scales", pow2_scales),

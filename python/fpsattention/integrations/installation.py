@@ -24,6 +24,7 @@ from .levels import LevelTables, Tokens
 from .linears import Linears
 from .record import Recorder
 from .report import Row
+from .selection import Selections
 from .sigmas import SchedulerOf, SigmaReader
 from .site import Site
 from .state import CURRENT
@@ -71,6 +72,7 @@ class Installation:
         self.tables = LevelTables(schedule, len(attentions), heads)
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
         self.recorder: Recorder | None = None
+        self.selections = Selections()
         self.sites: list[Site] = []
         self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -125,6 +127,7 @@ class Installation:
                 _set_processor(module, stand_in.original)
         self.linears.remove()
         plain_checkpoints(self.transformer)
+        self.selections.clear()
 
     # Every forward ---------------------------------------------------------------------------------------------------------
 
@@ -163,9 +166,10 @@ class Installation:
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
         schedule, edges = self.tables.schedule, self.tables.edges
-        if schedule.axis == "steps" and edges and (run := self.reader.trajectory(timestep)) is not None:
-            edges = schedule.edges_of(run)
-        if self.tables.needs_host or self.recorder is not None:
+        if schedule.axis == "steps" and edges and (sigmas_of_run := self.reader.trajectory(timestep)) is not None:
+            edges = schedule.edges_of(sigmas_of_run)
+        run = self.reader.run(timestep) if self.tables.needs_steps else None
+        if self.tables.needs_host or self.recorder is not None or run is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
                 self.recorder.begin(self.name, sigmas, tokens.grid)
@@ -188,6 +192,10 @@ class Installation:
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
+        forward.step = None if run is None else (run, tuple(sigmas))
+        if compiled or self.compiled_modules():
+            reason = self.tables.eager_only()
+            forward.refused = None if reason is None else self._refused_compiled(reason)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -224,6 +232,10 @@ class Installation:
             )
         t, h, w = (_constant(size) for size in geometry.grid)
         tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
+        if (reason := self.tables.eager_only()) is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
+            )
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         if self.places and self.tables.all_fp8(segments):
@@ -307,6 +319,7 @@ class Installation:
     def reset(self) -> None:
         """Forget all counts."""
         self._clear()
+        self.selections.clear()
         self.reader.host_reads = 0
         for site in self.sites:
             site.fallbacks.clear()
@@ -331,14 +344,19 @@ class Installation:
                         attended += n * self.tables.tables(tokens).density(group, segment) if n else 0.0
                 windows: tuple[tuple[int, int, int], ...] = ()
                 density = 1.0 if level.precision == "bf16" else float("nan")
-                if seen:
+                selected = None
+                if level.dynamic:
+                    measured = self.selections.densities(layer, level.name)
+                    selected, density = measured or (float("nan"), float("nan"))
+                elif seen:
                     table = self.tables.tables(seen[-1])
                     density = attended / calls if calls else table.density(group, of_level[-1])
-                    if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
+                    if level.precision != "bf16" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
-                granularity = level.granularity if level.precision == "fp8" else ""
+                granularity = level.granularity if level.precision != "bf16" else ""
                 linears = self.linears.count(layer) if level.linears == "fp8" else 0
-                what = (level.name, level.precision, granularity, windows, density, calls, linears)
+                pattern = None if level.pattern is None else level.pattern.to_dict()
+                what = (level.name, level.precision, granularity, windows, density, calls, linears, pattern, selected)
                 rows.append(Row(self.name, layer, *what))
         return rows
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
-from ..layout.masks import Lists
+from ..layout.masks import BlockMask, Lists
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
+from ..patterns import Clustered, clustered_attention
 from . import padding
 from .graph import Packed
 from .levels import Call, Part, index_of
+from .selection import Selector
 from .state import CURRENT
 from .token_order import moved
 
@@ -107,7 +110,7 @@ class Site:
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
-        if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].lists is None):
+        if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].dense):
             out = padding.without(core, own, self.group, self.parts)
         else:
             out = self.parts(core, call)
@@ -137,17 +140,74 @@ class Site:
 
     def parts(self, core: CoreCall, call: Call, run: Callable[..., Tensor] | None = None) -> Tensor:
         """The launches of a call, each by ``run(core, part, q, k, v)``, put together in the order of the batch."""
-        run = run or _part
+        run = run or partial(self._part, call)
         if len(call.parts) == 1:
             return run(core, call.parts[0], core.q, core.k, core.v)
         if call.parts[0].chosen is not None:
-            return _branches(core, call.parts)
+            return self._branches(core, call)
         assert call.order is not None  # several parts: there is an order, and each names its samples
         outs = []
         for part in call.parts:
             assert part.samples is not None
             outs.append(run(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
         return torch.cat(outs).index_select(0, call.order)
+
+    def _part(self, call: Call, core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One launch.
+
+        Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
+        next, so the cast costs nothing that counts.
+        """
+        if part.dense:
+            return core.dense(q, k, v)
+        dtype = v.dtype
+        if dtype == torch.float32 and v.device.type != "cpu":
+            dtype = torch.bfloat16
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        lists = part.lists
+        if isinstance(lists, Packed):
+            lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
+        if lists is None:  # made here, of the heads at hand
+            assert part.select is not None
+            heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if torch.compiler.is_compiling():
+                lists = part.select.traced(*heads_first)
+            else:
+                made = self._made(call, part.select, *heads_first)
+                if isinstance(made, Clustered):
+                    out = clustered_attention(
+                        *heads_first, made, granularity=part.granularity, precision=part.precision, scale=core.scale
+                    )
+                    return out.transpose(1, 2)
+                lists = made.lists(torch.is_grad_enabled())
+        elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
+            index = index_of(core.heads, q.device)
+            lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
+        out, _ = attend(q, k, v, lists, granularity=part.granularity, precision=part.precision, scale=core.scale)
+        return out
+
+    def _made(self, call: Call, select: Selector, q: Tensor, k: Tensor, v: Tensor) -> BlockMask | Clustered:
+        forward = CURRENT.forward
+        assert forward is not None
+        return self.owner.selections.make(self.layer, call.samples, select, forward.step, q, k, v)
+
+    def _branches(self, core: CoreCall, call: Call) -> Tensor:
+        """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
+        out: Tensor | None = None
+        for part in call.parts:
+            assert part.chosen is not None and part.wanted is not None
+
+            def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
+                out = self._part(call, core, part, q, k, v).to(v.dtype)
+                return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
+
+            def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return torch.zeros_like(v, memory_format=torch.contiguous_format)
+
+            one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
+            out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
+        assert out is not None
+        return out
 
     def refusal(self, core: CoreCall) -> str | None:
         """Why this call must be the model's own, or None."""
@@ -185,42 +245,3 @@ class Site:
             "transformer(...), not transformer.forward(...); checkpoint blocks through "
             "transformer.enable_gradient_checkpointing(your_function) or torch's checkpoint_wrapper, not by hand"
         )
-
-
-def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One launch.
-
-    Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
-    next, so the cast costs nothing that counts.
-    """
-    if part.lists is None:
-        return core.dense(q, k, v)
-    lists = part.lists
-    if isinstance(lists, Packed):
-        lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
-    if core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
-        index = index_of(core.heads, q.device)
-        lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
-    dtype = v.dtype
-    if dtype == torch.float32 and v.device.type != "cpu":
-        dtype = torch.bfloat16
-    return attend(q.to(dtype), k.to(dtype), v.to(dtype), lists, granularity=part.granularity, scale=core.scale)[0]
-
-
-def _branches(core: CoreCall, parts: tuple[Part, ...]) -> Tensor:
-    """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
-    out: Tensor | None = None
-    for part in parts:
-        assert part.chosen is not None and part.wanted is not None
-
-        def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
-            out = _part(core, part, q, k, v).to(v.dtype)
-            return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
-
-        def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.zeros_like(v, memory_format=torch.contiguous_format)
-
-        one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
-        out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
-    assert out is not None
-    return out
