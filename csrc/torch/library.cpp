@@ -9,4 +9,6 @@ STABLE_TORCH_LIBRARY(fpsattn, m) {
   m.def(fpsattn::kForwardSchema);
   m.def(fpsattn::kBackwardSchema);
   m.def(fpsattn::kAttentionSchema);
+  m.def(fpsattn::kSelectBlocksSchema);
+  m.def(fpsattn::kTransposeBlocksSchema);
 }

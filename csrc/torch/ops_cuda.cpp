@@ -2,7 +2,6 @@
 // launch on the current stream. They serve CUDA tensors and, where FPSATTN_SM90_ON_HOST=1 says at load time that device
 // code runs on the host (an emulator), CPU tensors. `attention` is composed of quantize and forward in Python
 // (ops/core.py). Nothing synchronizes, so the ops can be captured in CUDA graphs.
-#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,58 +13,14 @@
 #include "common/check_params.h"
 #include "fpsattn/launch.h"
 #include "torch/check.h"
+#include "torch/launch.h"
+#include "torch/pattern_ops.h"
 #include "torch/schemas.h"
 
 namespace fpsattn {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-// The stable ABI's function for torch's current stream. It is in libtorch_cuda, which a CPU build of torch lacks, so
-// this library cannot depend on it; and Python loads torch's libraries with local scope, so a weak reference would stay
-// null with a CUDA torch, too. It is looked up in the libtorch_cuda that this process has loaded.
-using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
-
-CurrentStream find_current_stream() {
-  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* const scope = library != nullptr ? library : RTLD_DEFAULT;
-  return reinterpret_cast<CurrentStream>(dlsym(scope, "aoti_torch_get_current_cuda_stream"));
-}
-
-// Where a launch goes: the current stream of the tensors' device. Makes that device current for the scope.
-class Launch {
- public:
-  Launch(const char* op, const Tensor& first) {
-    if (!first.is_cuda()) return;  // registered only where device code runs on the host
-    const int device = first.get_device_index();
-    int major = 0, minor = 0;
-    FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    FPSATTN_CUDA_CHECK(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    FPSATTN_CHECK(major == 9 && minor == 0, op, ": device ", device, " has compute capability ", major, ".", minor,
-                  ", the kernels are built for 9.0 (Hopper: H100, H200, H20)");
-    static const CurrentStream current_stream = find_current_stream();
-    FPSATTN_CHECK(current_stream != nullptr, op, ": this torch has no CUDA support (no libtorch_cuda.so is loaded)");
-    void* stream = nullptr;
-    FPSATTN_CHECK(current_stream(device, &stream) == 0, op, ": torch gave no current stream");
-    stream_ = static_cast<cudaStream_t>(stream);
-    FPSATTN_CUDA_CHECK(op, cudaGetDevice(&previous_));
-    FPSATTN_CUDA_CHECK(op, cudaSetDevice(device));  // last: nothing may throw once the device has changed
-  }
-  ~Launch() {
-    if (previous_ >= 0) (void)cudaSetDevice(previous_);
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  int previous_ = -1;
-  cudaStream_t stream_ = nullptr;
-};
-
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
 
 // (B, H, S, D) over (B, S, H, D) memory.
 Tensor empty_tokens(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim, ScalarType type) {
@@ -79,11 +34,6 @@ Tensor with_aligned_rows(const char* op, const char* name, const Tensor& x) {
   if (has_aligned_rows(view) && std::abs(view.stride_token) <= kMaxTokenStride) return x;
   Tensor copy = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   return torch::stable::copy_(copy, x);
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
 }
 
 const float* optional_floats(const char* op, const char* name, const OptionalTensor& x, const Tensor& like,
@@ -323,6 +273,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  register_pattern_ops(m);
 }
 
 }  // namespace

@@ -31,4 +31,14 @@ inline constexpr const char* kAttentionSchema =
     "SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
     "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)";
 
+inline constexpr const char* kSelectBlocksSchema =
+    "select_blocks(Tensor values, Tensor tile_block_offsets, Tensor block_tokens, *, SymInt num_video_tiles, int "
+    "count=-1, "
+    "float mass=0.0, int min_count=0, SymInt max_count, bool own_first=False, SymInt width) -> (Tensor kv_num_blocks, "
+    "Tensor kv_indices, Tensor attended)";
+
+inline constexpr const char* kTransposeBlocksSchema =
+    "transpose_blocks(Tensor kv_num_blocks, Tensor kv_indices, Tensor tile_block_offsets, *, SymInt num_blocks, "
+    "SymInt width) -> (Tensor q_num_blocks, Tensor q_indices)";
+
 }  // namespace fpsattn

@@ -1,7 +1,8 @@
 """FP8 + 3D-tile-sparse attention for video diffusion transformers on NVIDIA Hopper GPUs, trainable straight through.
 
 ``import fpsattention as fps``: :func:`attention`, :func:`plan`, :func:`sliding_tile_mask`, :func:`dense_mask`,
-:class:`BlockMask`, :class:`TileLayout`, :class:`Norm`, :class:`Rope`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`. Each is
+:class:`BlockMask`, :class:`TileLayout`, :class:`Norm`, :class:`Rope`, :class:`Schedule` (of :class:`Phase` and :class:`Level`), :func:`apply`,
+:func:`tune`. Each is
 imported when first used: importing the package needs no GPU, no compiled part and not even torch. What is missing raises
 :class:`BuildError` where it is used, and ``fpsattn doctor`` explains it.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .layout.tiles import TileLayout, clear_plan_cache, plan
     from .ops.prepare import Norm, Rope
     from .schedule import Level, Phase, Schedule
+    from .tuning.tuner import tune
 
     __version__: str
 
@@ -40,6 +42,7 @@ _LAZY = {  # name: the module it is imported from when first used
     "plan": "layout.tiles",
     "remove": "integrations.diffusers",
     "status": "integrations.diffusers",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "remove",
     "sliding_tile_mask",
     "status",
+    "tune",
 ]
 
 

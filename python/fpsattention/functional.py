@@ -16,7 +16,7 @@ from .layout.masks import Lists
 from .layout.tiles import TEXT_POSITIONS, cached_plan, int3, integer, shown
 from .ops.attend import attend
 from .ops.backends import BACKENDS
-from .ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
+from .ops.checks import GRANULARITIES, HEAD_DIMS, PRECISIONS, kernel_dim
 from .ops.lists import planned_lists, traced
 from .ops.prepare import Norm, Rope
 
@@ -39,6 +39,7 @@ def attention(
     block_mask: masks.BlockMask | None = None,
     exact: Sequence[tuple[int, int]] = (),
     granularity: str = "tile",
+    precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
     pow2_scales: bool = False,
@@ -53,6 +54,7 @@ def attention(
     softmax_scale: float | None = None,
     norm: Norm | None = None,
     rope: Rope | None = None,
+    hadamard: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """FP8 self-attention over a block-sparse pattern of 3D tiles, differentiable straight through the quantizers.
 
@@ -67,6 +69,8 @@ def attention(
         exact: ``(start, stop)`` ranges of tokens, numbered as in q, that attend and are attended by everything whatever the window
             or mask says (a first frame, references), with all that shares a tile or a block with them: :meth:`BlockMask.with_exact`.
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
+        precision: of Q and K: "fp8" (e4m3), or "int8" as in SageAttention (arXiv 2411.10958): one scale per block, absmax / 127, whatever
+            ``granularity`` says. P and V are e4m3 in both. INT8 runs on the CPU and in the reference only.
         scale, softmax_scale: two names of the softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
         pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error. The same forward is
@@ -79,6 +83,8 @@ def attention(
         deterministic: same bits on repeat in the backward too.
         norm, rope: q and k are raw projections, which are normalized and rotated first, in FP32 without rounding in between:
             ``fpsattention.Norm``, ``fpsattention.Rope``. On the CPU. Gradients are those of the raw tensors and of the norm's weights.
+        hadamard: rotate q and k by a Hadamard matrix before they are quantized: exact in the scores, and a smaller error where single
+            values are outliers (``docs/numerics.md``). Costs a product with a constant matrix. Not together with norm or rope.
 
     Under autocast q, k and v are cast as those of ``scaled_dot_product_attention`` are.
 
@@ -94,6 +100,7 @@ def attention(
     _choice("tensor_layout", tensor_layout, LAYOUTS)
     _check_tensors(q, k, v, tensor_layout)
     _choice("granularity", granularity, tuple(GRANULARITIES))
+    _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
     heads = q.shape[2 if tensor_layout == "NHD" else 1]
     mask = _resolve_lists(grid, tile, window, block_mask, exact, text_len, text_position, q, tensor_layout)
@@ -103,6 +110,7 @@ def attention(
     out, lse = attend(
         q, k, v, mask,
         granularity=granularity,
+        precision=precision,
         scale=_scale(scale, softmax_scale),
         smooth_k=_flag("smooth_k", smooth_k),
         pow2_scales=_flag("pow2_scales", pow2_scales),
@@ -111,6 +119,7 @@ def attention(
         deterministic=_flag("deterministic", deterministic),
         norm=_instance("norm", norm, Norm),
         rope=_instance("rope", rope, Rope),
+        hadamard=_flag("hadamard", hadamard),
         tensor_layout=tensor_layout,
         backend=backend,
     )  # fmt: skip

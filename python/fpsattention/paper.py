@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from . import patterns
 from .errors import ConfigError
 from .layout.masks import BlockMask
 from .layout.tiles import Int3, TileLayout, int3, plan
 from .ops.attend import attend
-from .patterns import scale_groups, sliding_tile
 from .schedule import Level, Schedule
 
 PHASES = ("coarse", "fine", "intermediate")
@@ -77,7 +77,7 @@ class PaperMode:
 
     def mask(self, grid: Int3, phase: str) -> BlockMask:
         """The window of a phase, truncated by distance (Eq. 3)."""
-        return sliding_tile(self.layout(grid), window=self._phase(phase).window, border="truncate")
+        return patterns.sliding_tile(self.layout(grid), window=self._phase(phase).window, border="truncate")
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, grid: Int3, phase: str, backend: str = "auto") -> Tensor:
         """FP8 attention of one phase; differentiable. q, k, v ``(B, S, H, D)``."""
@@ -85,18 +85,17 @@ class PaperMode:
         backward = q.requires_grad or k.requires_grad or v.requires_grad
         size = self._phase(phase).granularity
         clamped = tuple(max(min(s, -(-n // t) * t), t) for s, n, t in zip(size, grid, mask.layout.tile, strict=True))
-        tables = scale_groups(mask, clamped, backward)
+        tables = patterns.scale_groups(mask, clamped, backward)
         return attend(q, k, v, tables, smooth_k=False, backend=backend)[0]
 
     def schedule(self, scheduler: Any, num_steps: int) -> Schedule:
         """The same phases as a schedule for ``fps.apply`` and the trainer, at the sigmas that ``scheduler`` visits in D steps.
 
-        A schedule's windows shift at borders and must fit the grid, and its scales are shared by a tile: density by phase is kept (of the
-        truncated windows at 720p, 81 frames), its exact shape and coarser scale groups are not.
+        Its windows are these, truncated at borders. Its scales are shared by a tile: coarser scale groups are not kept.
         """
         steps = [self.phase(step, num_steps) for step in range(1, num_steps + 1)]
         levels = {
-            name: Level(name, granularity="tile", window=round(self.mask((21, 45, 80), name).density, 3))
+            name: Level(name, pattern=patterns.get("sliding_tile", window=self._phase(name).window, border="truncate"))
             for name in PHASES
         }
         provenance = {"created_by": "fpsattention", "paper": "2506.04648", "alphas": [self.alpha1, self.alpha2]}

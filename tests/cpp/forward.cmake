@@ -3,6 +3,8 @@ if(FPSATTN_HAS_CUDA)
   fpsattn_add_device_test(test_forward_schedule test_forward_schedule.cpp)
   fpsattn_add_device_test(test_forward test_forward.cpp test_forward_identities.cpp forward_case.cpp)
 
+  fpsattn_add_device_test(test_forward_clusters test_forward_clusters.cpp forward_case.cpp)
+
   fpsattn_add_gtest(test_forward_accumulation test_forward_accumulation.cpp forward_case.cpp LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_run(test_forward_accumulation test_forward_accumulation --fp8-acc=truncated)
 
@@ -15,6 +17,8 @@ if(FPSATTN_HAS_CUDA)
     fpsattn_add_device_run(test_forward.fine test_forward --async=random --seed=23 --quantum=20)
     fpsattn_add_device_run(test_forward.racecheck test_forward --racecheck --sms=3)
     fpsattn_add_device_run(test_forward.strict test_forward --strict-proxy --async=lazy)
+    fpsattn_add_device_run(test_forward_clusters.fine test_forward_clusters --async=random --seed=7 --quantum=20 --sms=4)
+    fpsattn_add_device_run(test_forward_clusters.racecheck test_forward_clusters --racecheck --strict-proxy --async=lazy --sms=2)
   endif()
 
   fpsattn_add_gtest(test_fragments test_fragments.cpp LIBRARIES fpsattn CUDA::cudart)

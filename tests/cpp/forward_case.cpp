@@ -152,9 +152,13 @@ bool launch_fails(const ForwardInputs& in) {
   return cudaDeviceSynchronize() != cudaSuccess;
 }
 
-ForwardOutputs run_forward(const ForwardInputs& in, DType out_dtype, OutMemory memory) {
+ForwardOutputs run_forward(const ForwardInputs& in, DType out_dtype, OutMemory memory, const ForwardCall& call) {
   const ForwardRun run(in, out_dtype, memory);
-  forward(run.params, nullptr);
+  if (call) {
+    call(run.params);
+  } else {
+    forward(run.params, nullptr);
+  }
   EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
 
   const ProblemSize& size = in.size;

@@ -43,9 +43,10 @@ struct ForwardOutputs {
 };
 
 ForwardInputs make_inputs(const ForwardCase& test, uint64_t seed = 1);
-// Runs fpsattn::forward and checks that guard zones and gaps of the outputs are untouched.
+// Runs fpsattn::forward, or another way to launch it, and checks that guard zones and gaps of the outputs are untouched.
+using ForwardCall = std::function<void(const ForwardParams&)>;
 ForwardOutputs run_forward(const ForwardInputs& inputs, DType out_dtype = DType::kBFloat16,
-                           OutMemory memory = OutMemory::kNhd);
+                           OutMemory memory = OutMemory::kNhd, const ForwardCall& call = nullptr);
 // Whether fpsattn::forward reports an error, at once or when the device is waited for.
 bool launch_fails(const ForwardInputs& inputs);
 // Values of outputs outside of what reference_forward allows on this device.

@@ -1,4 +1,5 @@
-// The order of work items: the same as a stable sort by list length, at any size, ties in index order.
+// The order of work items: the same as a stable sort by the leading bits of list lengths, at any size, ties in index
+// order; with clusters, pairs of blocks of a tile in front.
 #include <algorithm>
 #include <numeric>
 
@@ -16,6 +17,7 @@ struct ScheduleCase {
   const char* name;
   int num_blocks, num_tiles, max_blocks;
   int batch = 1, heads = 1, mask_batch = 1, mask_heads = 1;
+  int longest_tile = 0;  // tiles of 1 to so many blocks, in order, for clusters; 0: tiles of blocks at random, none
 };
 
 class ForwardSchedule : public testing::TestWithParam<ScheduleCase> {};
@@ -26,7 +28,14 @@ TEST_P(ForwardSchedule, LongestListsFirst) {
   const int lists = test.mask_batch * test.mask_heads, batch_heads = test.batch * test.heads;
   Random random(3);
   std::vector<int32_t> tile_of_block(test.num_blocks), lengths(static_cast<size_t>(lists) * test.num_tiles);
-  for (int32_t& tile : tile_of_block) tile = random.below(test.num_tiles);
+  if (test.longest_tile == 0) {
+    for (int32_t& tile : tile_of_block) tile = random.below(test.num_tiles);
+  } else {
+    for (int tile = 0, block = 0; block < test.num_blocks; tile = std::min(tile + 1, test.num_tiles - 1)) {
+      for (int n = 1 + random.below(test.longest_tile); n > 0 && block < test.num_blocks; --n)
+        tile_of_block[block++] = tile;
+    }
+  }
   for (size_t i = 0; i < lengths.size(); ++i) {
     // A few equal lengths, lengths all apart, and every list as long as it may be
     lengths[i] = i % 3 == 0   ? random.below(5) * test.max_blocks / 5
@@ -43,8 +52,10 @@ TEST_P(ForwardSchedule, LongestListsFirst) {
   args.kv = params.kv;
   args.tile_of_block = tiles.data();
   args.heads = test.heads;
+  args.batch_heads = batch_heads;
   args.num_blocks = test.num_blocks;
-  sm90::forward::launch_schedule(args, workspace, test.batch, nullptr);
+  args.cluster_size = test.longest_tile > 0 ? 2 : 1;
+  sm90::forward::launch_schedule(args, workspace, nullptr);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   memory.check_guards("workspace");
 
@@ -54,24 +65,48 @@ TEST_P(ForwardSchedule, LongestListsFirst) {
     std::memcpy(values.data(), bytes.data() + (static_cast<const uint8_t*>(from) - memory.data()), 4 * count);
     return values;
   };
-  int class_shift = 0;  // where lists may be longer than 4095 blocks, only these leading bits of a length count
-  while (test.max_blocks >> class_shift > 4095) ++class_shift;
+  const auto leading_bits = [](int64_t n) {
+    int shift = 0;
+    while (n >> shift > 15) ++shift;
+    return n >> shift << shift;
+  };
+  std::vector<bool> alone(test.num_blocks, true);
+  int num_pairs = 0;
+  for (int block = 0; args.cluster_size > 1 && block + 1 < test.num_blocks; ++block) {
+    if (alone[block] && tile_of_block[block] == tile_of_block[block + 1]) {
+      alone[block] = alone[block + 1] = false;
+      ++num_pairs;
+      ++block;
+    }
+  }
   std::vector<int64_t> load(lists, 0);
   for (int list = 0; list < lists; ++list) {
     std::vector<int32_t> expected(test.num_blocks);
     std::iota(expected.begin(), expected.end(), 0);
     const auto length = [&](int32_t block) { return lengths[list * test.num_tiles + tile_of_block[block]]; };
-    std::stable_sort(expected.begin(), expected.end(),
-                     [&](int32_t a, int32_t b) { return length(a) >> class_shift > length(b) >> class_shift; });
+    std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) {
+      if (alone[a] != alone[b]) return alone[b] == true;
+      return leading_bits(length(a)) > leading_bits(length(b));
+    });
     for (int block = 0; block < test.num_blocks; ++block) load[list] += length(block);
-    EXPECT_EQ(read(workspace.block_order + static_cast<size_t>(list) * test.num_blocks, test.num_blocks), expected);
+    const std::vector<int32_t> got =
+        read(workspace.block_order + static_cast<size_t>(list) * test.num_blocks, 4 * test.num_blocks);
+    for (int i = 0; i < test.num_blocks; ++i) {
+      const int32_t block = expected[i];
+      ASSERT_EQ(got[4 * i], block) << "place " << i << " of list " << list;
+      ASSERT_EQ(got[4 * i + 1], tile_of_block[block]);
+      ASSERT_EQ(got[4 * i + 2], length(block));
+    }
+    for (int i = 0; i < 2 * num_pairs; i += 2) ASSERT_EQ(got[4 * i + 1], got[4 * i + 5]) << "a pair of two tiles";
   }
   std::vector<int32_t> heads(batch_heads);
   std::iota(heads.begin(), heads.end(), 0);
-  const auto load_of = [&](int32_t bh) { return load[list_head(params.kv, bh / test.heads, bh % test.heads)]; };
+  const auto load_of = [&](int32_t bh) {
+    return leading_bits(load[list_head(params.kv, bh / test.heads, bh % test.heads)]);
+  };
   std::stable_sort(heads.begin(), heads.end(), [&](int32_t a, int32_t b) { return load_of(a) > load_of(b); });
   EXPECT_EQ(read(workspace.head_order, batch_heads), heads);
-  EXPECT_EQ(read(workspace.next_item, 1)[0], 0);
+  EXPECT_EQ(read(workspace.next_pair, 3), (std::vector<int32_t>{0, 0, num_pairs}));
 }
 
 const ScheduleCase kCases[] = {
@@ -81,7 +116,12 @@ const ScheduleCase kCases[] = {
     {"chunk_and_one", 1025, 40, 1025, 2, 2, 1, 2},
     {"empty_lists", 100, 10, 0},
     {"long_video", 20011, 4999, 4095, 1, 2, 1, 2},
-    {"lists_beyond_the_classes", 9001, 3000, 9001},
+    {"lists_of_thousands", 9001, 3000, 9001},
+    {"many_heads", 3, 2, 3, 37, 61, 37, 61},
+    {"pairs_one_block", 1, 1, 1, 1, 1, 1, 1, 2},
+    {"pairs_one_tile_of_many", 2050, 1, 40, 1, 1, 1, 1, 9999},
+    {"pairs", 1200, 640, 97, 2, 3, 2, 3, 3},
+    {"pairs_across_chunks", 4097, 1400, 300, 1, 1, 1, 1, 5},
 };
 INSTANTIATE_TEST_SUITE_P(Cases, ForwardSchedule, testing::ValuesIn(kCases),
                          [](const auto& info) { return info.param.name; });

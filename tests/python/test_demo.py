@@ -44,7 +44,7 @@ def test_files(demo):
 
     frames = imageio.mimread(out / "fps.mp4")
     assert len(frames) == 17 and frames[0].shape == (96, 160, 3)
-    assert json.loads((out / "report.json").read_text())["schedule"]["format"] == "fpsattn-schedule/2"
+    assert json.loads((out / "report.json").read_text())["schedule"]["format"] == "fpsattn-schedule/3"
     assert {what for what, _, _ in seen} == {"dense", "dense again (control)", "FPSAttention", "error split"}
 
 

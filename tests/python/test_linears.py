@@ -478,6 +478,34 @@ def test_training_with_checkpointing(model):
     assert 1e-4 < float((wanted[ffn] - plain[ffn]).norm() / plain[ffn].norm()) < 0.1
 
 
+def test_fsdp(model, tmp_path):
+    """Weights are DTensors between forwards and plain in them: the same output and gradient as without, to the bit."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    name = "blocks.1.ffn.net.2.weight"
+    sharded = copy.deepcopy(model)
+    with fps.apply(model, ALL):
+        wanted = tiny_wan.run(model, [700.0])
+        wanted.square().mean().backward()
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*sharded.blocks, sharded):
+            fully_shard(module, mesh=mesh)
+        with fps.apply(sharded, ALL):
+            assert len(scheduled(sharded)) == 16
+            assert type(sharded.blocks[0].attn1.to_q.weight.data).__name__ == "DTensor"
+            out = tiny_wan.run(sharded, [700.0])
+            out.square().mean().backward()
+        assert torch.equal(out, wanted)
+        assert torch.equal(sharded.get_parameter(name).grad.full_tensor(), model.get_parameter(name).grad)
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks():

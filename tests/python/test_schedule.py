@@ -93,7 +93,7 @@ def test_round_trip(tmp_path):
 
 BAD = {
     "unknown key": (changed(phase=[]), "phase is an unknown key"),
-    "format": (changed(format="fpsattn-schedule/3"), r"format is 'fpsattn-schedule/3', wanted 'fpsattn-schedule/1' or"),
+    "format": (changed(format="fpsattn-schedule/4"), r"format is 'fpsattn-schedule/4', wanted 'fpsattn-schedule/1' or"),
     "axis of version 1": (changed(axis="steps"), r"axis is 'steps', wanted one of sigma"),
     "axis": (changed(axis="step"), "axis is 'step'"),
     "gap": (
@@ -256,7 +256,7 @@ def test_files_of_both_versions_and_axes(tmp_path):
     assert schedule.to_dict()["phases"] == data["phases"] and schedule.to_dict()["layers"] == data["layers"]
     old = Schedule.from_dict(FULL)
     assert FULL["format"] == "fpsattn-schedule/1" and old.axis == "sigma"
-    assert Schedule.from_dict(old.to_dict()) == old and old.to_dict()["format"] == "fpsattn-schedule/2"
+    assert Schedule.from_dict(old.to_dict()) == old and old.to_dict()["format"] == "fpsattn-schedule/3"
     with pytest.raises(ConfigError, match=r"phases\[0\]\.sigma is an unknown key, wanted one of steps, level"):
         Schedule.from_dict({**data, "phases": [{"sigma": [1, 0], "level": "a"}]})
 

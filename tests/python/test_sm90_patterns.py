@@ -9,8 +9,10 @@ from test_compensation import exact
 
 import fpsattention as fps
 from fpsattention import patterns
+from fpsattention.ops import blocks as law
 from fpsattention.ops import core as ops
 from fpsattention.ops.attend import attend
+from fpsattention.patterns.blocks import tables
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if ops.sm90_missing():
@@ -93,3 +95,78 @@ def test_a_content_pattern_can_be_captured():
     k.copy_(torch.randn_like(k))
     graph.replay()
     assert torch.equal(out, run())
+
+
+# Lists made by kernels ----------------------------------------------------------------------------------------------------
+
+SELECT_LAYOUTS = [((4, 6, 10), (2, 3, 5), 7), ((3, 10, 20), (1, 10, 14), 600), ((1, 1, 43000), (1, 1, 128), 0)]
+
+
+@pytest.mark.parametrize("grid, tile, text", SELECT_LAYOUTS)
+def test_selection_has_the_bits_of_the_cpu(grid, tile, text):
+    """Ties, zeros of both signs, infinities and NaN included; 336 blocks take a row in 20 registers a lane, 9 and fewer in 8."""
+    layout = fps.plan(grid, tile, text)
+    t = tables(layout, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 2, layout.num_tiles, layout.num_blocks, generator=generator)
+    values[:, 0] = (2 * values[:, 0]).round() / 2
+    for i, value in enumerate((float("inf"), float("-inf"), float("nan"), 0.0, -0.0)):
+        values[0, 1].view(-1)[i::13] = value
+    weights = (3 * torch.randn(values.shape, generator=generator)).softmax(-1)
+    weights[:, 1] = (weights[:, 1] * 8).round() / 8
+    some = layout.num_blocks // 3 + 1
+    for x, case in (
+        (values, {"count": 1}),
+        (values, {"count": some, "own_first": True}),
+        (values, {"count": 0}),
+        (values, {"count": layout.num_blocks}),
+        (weights, {"mass": 0.7}),
+        (weights, {"mass": 0.2, "min_count": some}),
+        (weights, {"mass": 2.0}),
+    ):
+        options = {
+            "num_video_tiles": layout.num_video_tiles,
+            "max_count": layout.num_blocks,
+            "width": layout.num_blocks,
+            **case,
+        }
+        wanted = law.select_blocks(x, layout.tile_block_offsets, t.block_sizes, **options)
+        got = torch.ops.fpsattn.select_blocks(
+            *(y.to(DEVICE) for y in (x, layout.tile_block_offsets, t.block_sizes)), **options
+        )
+        assert torch.equal(got[0].cpu(), wanted[0]) and torch.equal(got[2].cpu(), wanted[2]), case
+        listed = torch.arange(layout.num_blocks) < wanted[0].unsqueeze(-1)
+        assert torch.equal(got[1].cpu()[listed], wanted[1][listed]), case
+
+
+@pytest.mark.parametrize("grid, tile, text", SELECT_LAYOUTS[:2])
+def test_transposition_has_the_bits_of_the_cpu(grid, tile, text):
+    layout = fps.plan(grid, tile, text)
+    keep = torch.rand(2, 2, layout.num_tiles, layout.num_blocks, generator=torch.Generator().manual_seed(1)) > 0.5
+    mask = fps.BlockMask.from_keep(layout, keep)
+    for width in (layout.num_blocks, 2):
+        lists = mask.kv_num_blocks, mask.kv_indices, layout.tile_block_offsets
+        wanted = law.transpose_blocks(*lists, num_blocks=layout.num_blocks, width=width)
+        got = torch.ops.fpsattn.transpose_blocks(
+            *(x.to(DEVICE) for x in lists), num_blocks=layout.num_blocks, width=width
+        )
+        assert torch.equal(got[0].cpu(), wanted[0])
+        listed = torch.arange(width) < wanted[0].unsqueeze(-1)
+        assert torch.equal(got[1].cpu()[listed], wanted[1][listed])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are captured on a GPU")
+def test_a_pattern_is_captured_and_follows_its_inputs():
+    q, k, _ = (x.detach() for x in tensors())
+    patterns.topk_mean(q, k, LAYOUT, ratio=0.4).transpose()  # tables are made before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask = patterns.topk_mean(q, k, LAYOUT, ratio=0.4)
+        transposed = mask.transpose()
+    for seed in (1, 2):
+        again = tensors(seed=seed)
+        q.copy_(again[0].detach()), k.copy_(again[1].detach())
+        graph.replay()
+        wanted = patterns.topk_mean(q, k, LAYOUT, ratio=0.4)
+        assert torch.equal(mask.to_blocks(), wanted.to_blocks())
+        assert torch.equal(transposed[0], wanted.transpose()[0])

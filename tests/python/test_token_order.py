@@ -163,7 +163,7 @@ def test_what_is_refused_sees_raster_order(monkeypatch, same_mean):
     """A refused call is the model's own: its mask and its order of keys are of raster order."""
     model = tiny_wan.transformer()
     plain = tiny_wan.run(model, [700.0])
-    monkeypatch.setattr(site.Site, "_refusal", lambda self, core: "is refused by this test")
+    monkeypatch.setattr(site.Site, "refusal", lambda self, core: "is refused by this test")
     with fps.apply(model, "fp8", on_unsupported="dense", token_order="tile") as handle:
         assert torch.equal(tiny_wan.run(model, [700.0]), plain)
         assert any("refused by this test" in reason for reason in handle.report().fallbacks)

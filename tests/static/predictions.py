@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tools")]
 import budgets  # noqa: E402
 
-from sasstime import machine, sass  # noqa: E402
+from sasstime import item, machine, sass  # noqa: E402
 from sasstime.predict import predict, read_description  # noqa: E402
 
 DATA = ROOT / "python/fpsattention/estimate/predictions.json"  # the package reads it, too
@@ -46,6 +46,10 @@ def predict_all(names: list[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{name}: {len(matching)} kernels match {description['kernel']!r}, expected 1")
         model, out, _ = predict(matching[0], description, dict(machine.DEFAULTS))
         found[name] = {**out, "assumed": model.path.assumed}
+        if "item" in description:
+            found[name]["item_clocks"], found[name]["block_clocks"] = item.linear(
+                matching[0], description, dict(machine.DEFAULTS)
+            )
     return found
 
 
@@ -61,13 +65,13 @@ def slower(name: str, clocks: float, data: dict[str, Any]) -> str | None:
 def table(data: dict[str, Any]) -> str:
     """The table of docs/speed_model.md, of what predictions.json records."""
     lines = [
-        "| kernel | one iteration | predicted clocks | tensor cores busy | predicted TFLOP/s | calibration error |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| kernel | one iteration | predicted clocks | tensor cores busy | predicted TFLOP/s | clocks of an item beyond | calibration error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in data["kernels"].values():
         lines.append(
             f"| {entry['title']} | {entry['iteration']} | {entry['clocks']} | {entry['tensor_percent']} % | {entry['tflops']} "
-            f"| {data['calibration']} |"
+            f"| {entry.get('item_clocks', '')} | {data['calibration']} |"
         )
     return "\n".join(lines)
 
@@ -92,6 +96,8 @@ def main() -> int:
         )
         entry["clocks"], entry["tflops"] = round(found["clocks"]), round(found["tflops_loop"])
         entry["tensor_percent"] = round(100 * found["tensor_utilization"])
+        if "item_clocks" in found:
+            entry["item_clocks"] = round(found["item_clocks"])
     if args.write:
         DATA.write_text(json.dumps(data, indent=2) + "\n")
         DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), data))

@@ -7,6 +7,8 @@ import sys
 from sassbudget.report import clip, short
 
 from . import machine, sass
+from .item import linear
+from .picture import draw
 from .predict import fail, predict, read_description
 from .report import describe_op, show, stall_table
 
@@ -35,6 +37,8 @@ def parser():
     p.add_argument("--top", type=int, default=14)
     p.add_argument("--width", type=int, default=110)
     p.add_argument("--json", action="store_true")
+    p.add_argument("--picture", metavar="FILE", help="the timeline as .png or .svg (needs matplotlib; one kernel)")
+    p.add_argument("--item", action="store_true", help="the cost of a whole work item too (the description's [item])")
     p.add_argument("--min-tensor-utilization", type=float, metavar="PERCENT")
     p.add_argument("--max-clocks", type=float, metavar="CLOCKS")
     return p
@@ -77,6 +81,12 @@ def main(argv=None):
         except sass.Mismatch as e:
             fail(f"{clip(short(fn.demangled), 80)} does not match the description: {e}")
         out["kernel"] = fn.demangled
+        if args.picture:
+            draw(model, out, run, args.picture)
+        if args.item:
+            if "item" not in description:
+                fail(f"--item: {args.description} has no [item]")
+            out["item_clocks"], out["block_clocks"] = linear(fn, description, args.par)
         if args.json:
             out["stalls"] = [
                 {"clocks": n, "address": a, "reason": r, "instruction": describe_op(fn, a)}
@@ -86,6 +96,8 @@ def main(argv=None):
             results.append(out)
         else:
             show(model, out, run, args)
+            if args.item:
+                print(f"  item of n blocks: {out['item_clocks']:.0f} + {out['block_clocks']:.0f} n clocks\n")
         if args.max_clocks and out["clocks"] > args.max_clocks:
             bad.append("{:.0f} clocks per iteration, allowed {:.0f}".format(out["clocks"], args.max_clocks))
         if args.min_tensor_utilization and 100 * out["tensor_utilization"] < args.min_tensor_utilization:

@@ -9,6 +9,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "common/sm90/ptx.h"
 
@@ -33,6 +34,15 @@ struct Mbarrier : cutlass::arch::ClusterTransactionBarrier {
     compiler_fence();
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(bytes);
   }
+  // The same two, at this barrier of CTA `rank` of the cluster.
+  __device__ __forceinline__ void arrive_at(uint32_t rank) const {
+    compiler_fence();
+    cutlass::arch::ClusterTransactionBarrier::arrive(rank);
+  }
+  __device__ __forceinline__ void arrive_and_expect_tx_at(uint32_t rank, uint32_t bytes) const {
+    compiler_fence();
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(bytes, rank);
+  }
   __device__ __forceinline__ void wait(uint32_t parity) const {
     cutlass::arch::ClusterTransactionBarrier::wait(parity);
     compiler_fence();
@@ -44,6 +54,13 @@ struct Mbarrier : cutlass::arch::ClusterTransactionBarrier {
 // Makes initialised mbarriers visible to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
   cutlass::arch::fence_barrier_init();
+  compiler_fence();
+}
+
+// All threads of the cluster that have not returned.
+__device__ __forceinline__ void cluster_barrier() {
+  compiler_fence();
+  cute::cluster_sync();
   compiler_fence();
 }
 

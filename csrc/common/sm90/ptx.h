@@ -36,6 +36,25 @@ __device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool arrive
                : "memory");
 }
 
+// The same, of a barrier of any CTA of the cluster: a shared::cluster address (cute::set_block_rank).
+__device__ __forceinline__ void mbarrier_arrive_in_cluster_if(uint32_t barrier, bool arrives) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(static_cast<int>(arrives))
+      : "memory");
+}
+
+// Contiguous bytes to the same place in the shared memory of every CTA of `ctas` (a bit each), and their number to the
+// same mbarrier there. CUTLASS has this copy for one CTA only.
+__device__ __forceinline__ void bulk_load_multicast(uint32_t shared, const void* global, uint32_t bytes,
+                                                    uint32_t barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(global)), "r"(bytes), "r"(barrier), "h"(ctas)
+      : "memory");
+}
+
 // global[i] += shared[i], FP32, in the current bulk group. CUTLASS has bulk copies, but no bulk reduction without a
 // tensor map.
 __device__ __forceinline__ void bulk_reduce_add(float* global, uint32_t shared, uint32_t bytes) {

@@ -8,14 +8,23 @@
 
 namespace fpsattn::sm90::forward {
 
+// A place in the order of work (schedule.cu).
+struct alignas(16) QueryBlock {
+  int32_t block;
+  int32_t tile;    // its row of the lists
+  int32_t length;  // of that list
+  int32_t unused;
+};
+
 struct Arguments {
   CUtensorMap q_map;  // [B H num_blocks 128][C] bytes, box 128 x C
   CUtensorMap k_map;  // likewise
   CUtensorMap v_map;  // [B H num_blocks (C + 8)][128] bytes, box (C + 8) x 128
 
-  int32_t head_dim;  // D: columns of out and of v_scale. C = Config::kHeadDim is more for D = 96
-  int32_t heads, num_tokens, num_blocks, num_items;  // num_items = B H num_blocks
-  float scale_log2;                                  // softmax_scale * log2(e)
+  int32_t cluster_size;  // 1 or 2 CTAs
+  int32_t head_dim;      // D: columns of out and of v_scale. C = Config::kHeadDim is more for D = 96
+  int32_t batch_heads, heads, num_tokens, num_blocks;  // batch_heads = B H
+  float scale_log2;                                    // softmax_scale * log2(e)
   float softmax_scale;
   bool q_scale_per_token;
   bool fp16_out;
@@ -27,28 +36,31 @@ struct Arguments {
   float *lse, *row_max, *row_sum;
 
   // Made by schedule.cu before the kernel starts
-  int32_t* next_item;          // counter behind the first gridDim.x items
-  const int32_t* head_order;   // [B H]: heaviest (batch, head) first
-  const int32_t* block_order;  // [Bm, Hm, num_blocks]: query blocks, longest list first
+  int32_t *next_pair, *next_single;  // counters: pairs, and query blocks without a partner, that were handed out
+  const int32_t* num_pairs;          // of a (batch, head); 0 without clusters
+  const int32_t* head_order;         // [B H]: heaviest (batch, head) first
+  const QueryBlock* block_order;     // [Bm, Hm, num_blocks]: num_pairs pairs, then the others; longest list first
 };
 
-// The caller's workspace, cut into pieces.
+// The caller's workspace (16-byte aligned), cut into pieces.
 struct Workspace {
-  int64_t* load;         // [Bm, Hm]: KV blocks on all lists, once per query block
-  int32_t* next_item;    // [1]
-  int32_t* head_order;   // [B H]
-  int32_t* block_order;  // [Bm, Hm, num_blocks]
+  QueryBlock* block_order;                       // [Bm, Hm, num_blocks]
+  int64_t* load;                                 // [Bm, Hm]: KV blocks on all lists, once per query block
+  int32_t *next_pair, *next_single, *num_pairs;  // [1]
+  int32_t* head_order;                           // [B H]
   size_t bytes;
 
   static Workspace at(void* base, const ForwardParams& params) {
     const size_t lists = static_cast<size_t>(params.kv.batch) * params.kv.heads;
     const size_t batch_heads = static_cast<size_t>(params.size.batch) * params.size.heads;
     Workspace pieces;
-    pieces.load = static_cast<int64_t*>(base);
-    pieces.next_item = reinterpret_cast<int32_t*>(pieces.load + lists);
-    pieces.head_order = pieces.next_item + 1;
-    pieces.block_order = pieces.head_order + batch_heads;
-    pieces.bytes = 8 * lists + 4 * (1 + batch_heads + lists * params.size.num_blocks);
+    pieces.block_order = static_cast<QueryBlock*>(base);
+    pieces.load = reinterpret_cast<int64_t*>(pieces.block_order + lists * params.size.num_blocks);
+    pieces.next_pair = reinterpret_cast<int32_t*>(pieces.load + lists);
+    pieces.next_single = pieces.next_pair + 1;
+    pieces.num_pairs = pieces.next_pair + 2;
+    pieces.head_order = pieces.next_pair + 3;
+    pieces.bytes = lists * (sizeof(QueryBlock) * params.size.num_blocks + 8) + 4 * (3 + batch_heads);
     return pieces;
   }
 };

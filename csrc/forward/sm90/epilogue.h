@@ -21,12 +21,19 @@ struct Epilogue {
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t warp = threadIdx.x / 32 - 4;  // among the consumer warps; its rows are 16 warp .. 16 warp + 15
 
-  // Tokens of the warp's rows: lane i < 16 holds row i. -1 in padding.
-  __device__ int32_t load_tokens(const WorkItem& item) const {
-    return lane < 16 ? args.token_of_slot[item.q_block * kBlockSlots + 16 * warp + lane] : -1;
+  // Before the rows are there: q . k_mean of rows g and g + 8, in lanes q = 0; it comes from global memory.
+  __device__ void load_q_k_mean(const WorkItem& item, const int32_t (&tokens)[kBlockSlots], float (&mean)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t token = tokens[16 * warp + lane / 4 + 8 * half];
+      mean[half] = 0.0f;
+      if (args.q_k_mean != nullptr && lane % 4 == 0 && token >= 0)
+        mean[half] = args.q_k_mean[static_cast<int64_t>(item.batch_head) * args.num_tokens + token];
+    }
   }
 
-  __device__ void store(const WorkItem& item, const float* v_scale, int32_t tokens, const RowState<C>& state) const {
+  __device__ void store(const WorkItem& item, const int32_t (&tokens)[kBlockSlots], const float* v_scale,
+                        const float (&q_k_mean)[2], const RowState<C>& state) const {
     float sum[2], m[2], inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -37,17 +44,17 @@ struct Epilogue {
     stage_rows(state.out, inverse, v_scale);
     __syncwarp();
     copy_rows(item, tokens);
-    store_statistics(item, tokens, m, sum);
+    store_statistics(item, tokens, m, sum, q_k_mean);
     __syncwarp();  // the staging rows may be overwritten
   }
 
   // A row with an empty list: O = 0, lse = -inf, row_max = row_sum = 0.
-  __device__ void store_empty(const WorkItem& item, int32_t tokens) const {
+  __device__ void store_empty(const WorkItem& item, const int32_t (&tokens)[kBlockSlots]) const {
     const float zeros[2] = {0.0f, 0.0f};
     for (int i = lane; i < 16 * kChunks; i += 32) reinterpret_cast<uint4*>(shared.out[warp])[i] = uint4{0, 0, 0, 0};
     __syncwarp();
     copy_rows(item, tokens);
-    store_statistics(item, tokens, zeros, zeros);
+    store_statistics(item, tokens, zeros, zeros, zeros);
     __syncwarp();
   }
 
@@ -78,13 +85,13 @@ struct Epilogue {
   }
 
   // Staging rows to token order, whole rows at a time, 16 bytes per lane; columns beyond D stay here.
-  __device__ void copy_rows(const WorkItem& item, int32_t tokens) const {
+  __device__ void copy_rows(const WorkItem& item, const int32_t (&tokens)[kBlockSlots]) const {
     const int32_t batch = item.batch_head / args.heads, head = item.batch_head % args.heads;
     uint8_t* base = static_cast<uint8_t*>(args.out.data) + 2 * token_offset(args.out, batch, head, 0);
 #pragma unroll
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       const uint32_t row = pass * kRowsPerPass + lane / kChunks, chunk = lane % kChunks;
-      const int32_t token = __shfl_sync(~0u, tokens, row);
+      const int32_t token = tokens[16 * warp + row];
       if (token >= 0 && 8 * chunk < args.head_dim) {
         *reinterpret_cast<uint4*>(base + 2 * (token * args.out.stride_token) + 16 * chunk) =
             *reinterpret_cast<const uint4*>(staged(row, chunk));
@@ -93,12 +100,12 @@ struct Epilogue {
   }
 
   // m, sum: of rows g and g + 8, known to every lane of the quad.
-  __device__ void store_statistics(const WorkItem& item, int32_t tokens, const float (&m)[2],
-                                   const float (&sum)[2]) const {
+  __device__ void store_statistics(const WorkItem& item, const int32_t (&tokens)[kBlockSlots], const float (&m)[2],
+                                   const float (&sum)[2], const float (&q_k_mean)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = lane / 4 + 8 * half;
-      const int32_t token = __shfl_sync(~0u, tokens, row);
+      const int32_t token = tokens[16 * warp + row];
       if (lane % 4 != 0) continue;
       const bool padding = token < 0;
       const int64_t slot =
@@ -108,9 +115,8 @@ struct Epilogue {
       if (padding) continue;
       float lse = (m[half] - kProbabilityShift + __log2f(sum[half])) *
                   static_cast<float>(kLn2);  // sum = 0 of an empty row: -inf
-      const int64_t index = static_cast<int64_t>(item.batch_head) * args.num_tokens + token;
-      if (args.q_k_mean != nullptr) lse += args.softmax_scale * args.q_k_mean[index];
-      args.lse[index] = lse;
+      if (args.q_k_mean != nullptr) lse += args.softmax_scale * q_k_mean[half];
+      args.lse[static_cast<int64_t>(item.batch_head) * args.num_tokens + token] = lse;
     }
   }
 };

@@ -15,6 +15,6 @@ void launch_d128(const Arguments& args, int num_sms, cudaStream_t stream);
 void launch_d128_k_per_token(const Arguments& args, int num_sms, cudaStream_t stream);
 
 // Fills the workspace (schedule.cu).
-void launch_schedule(const Arguments& args, const Workspace& workspace, int batch, cudaStream_t stream);
+void launch_schedule(const Arguments& args, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace fpsattn::sm90::forward

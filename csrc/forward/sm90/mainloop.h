@@ -23,9 +23,12 @@ struct Mainloop {
   __device__ Mainloop(Storage<C>& storage, uint32_t consumer_warpgroup)
       : shared(storage), warpgroup(consumer_warpgroup) {}
 
-  // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e).
+  // One list of count >= 1 blocks. q_scale: of the two rows. scale_log2 = softmax_scale * log2(e). empty_barriers:
+  // k_empty[0] of the CTA at which this lane reports slots that its warp has read, 0: another lane does. under_last:
+  // called when the last MMAs are in flight.
+  template <class UnderLast>
   __device__ __forceinline__ void run(int32_t count, uint32_t item_slot, const float (&q_scale)[2], float scale_log2,
-                                      RowState<C>& state) {
+                                      uint32_t empty_barriers, RowState<C>& state, const UnderLast& under_last) {
     const uint64_t q_tiles = warp_uniform(C::QTile::descriptor(shared.q[0]) + warpgroup * C::QTile::step(64, 0));
     const uint64_t k_tiles = warp_uniform(C::KTile::descriptor(shared.k[0]));
     const uint64_t v_tiles = warp_uniform(C::VTile::descriptor(shared.v[0]));
@@ -79,12 +82,17 @@ struct Mainloop {
         if (step % 2 == 1) warpgroup_commit_batch();  // two groups: each frees half of P
       }
     };
+    auto release = [&](const Mbarrier(&empty)[C::kStages], uint32_t stage) {
+      const uint32_t offset =
+          reinterpret_cast<const uint8_t*>(empty) - reinterpret_cast<const uint8_t*>(shared.k_empty);
+      mbarrier_arrive_in_cluster_if(empty_barriers + offset + stage * sizeof(Mbarrier), empty_barriers != 0);
+    };
     auto release_k = [&] {  // scores are in registers: nobody of this warp reads the K block or its scales again
       if constexpr (C::kKScalePerToken) {
         scale_columns(score, shared.k_scale[k_slot.stage]);
-        __syncwarp();  // lane 0 answers for the reads of all
+        __syncwarp();  // one lane answers for the reads of all
       }
-      shared.k_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
+      release(shared.k_empty, k_slot.stage);
     };
     auto promote = [&] {  // column D of the accumulator is the row sum: the ones row of V
       constexpr int kSum = C::kOutRegisters;
@@ -123,15 +131,16 @@ struct Mainloop {
       await_k();
 #pragma unroll 1
       do {  // PV of this block, QK and softmax of the next
-        if constexpr (C::kOrdered) NamedBarrier::sync(256, own_turn);
+        NamedBarrier::sync(256, own_turn);
         warpgroup_arrive();
         issue_qk();
         const uint32_t v_stage = v_slot.stage;
         shared.v_full[v_stage].wait(v_slot.parity);
         warpgroup_arrive();
         issue_pv(v_stage, block % C::kPromoteBlocks != 0);
-        if constexpr (C::kOrdered) NamedBarrier::arrive(256, other_turn);
+        if constexpr (!C::kHandOverWithScores) NamedBarrier::arrive(256, other_turn);
         await_scores(cute::Int<2>{});
+        if constexpr (C::kHandOverWithScores) NamedBarrier::arrive(256, other_turn);
         release_k();
         const bool moved = raise_max(score, factor, m);
         subtract_max(score, factor, m);
@@ -148,7 +157,7 @@ struct Mainloop {
         }
         warpgroup_wait<0>();
         keep_registers(work);
-        shared.v_empty[v_stage].arrive_if(threadIdx.x % 32 == 0);
+        release(shared.v_empty, v_stage);
         exponentiate<C::kCodeSlots, 2, 2>(score, p);
         if (block % C::kPromoteBlocks == C::kPromoteBlocks - 1) promote();
         if (moved) rescale();
@@ -161,9 +170,10 @@ struct Mainloop {
     shared.v_full[k_slot.stage].wait(k_slot.parity);
     warpgroup_arrive();
     issue_pv(k_slot.stage, block % C::kPromoteBlocks != 0);
+    under_last();
     warpgroup_wait<0>();
     keep_registers(work);
-    shared.v_empty[k_slot.stage].arrive_if(threadIdx.x % 32 == 0);
+    release(shared.v_empty, k_slot.stage);
     k_slot.advance();
     promote();
   }

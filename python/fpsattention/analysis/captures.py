@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ConfigError
-from ..ops.checks import GRANULARITIES
+from ..ops.checks import GRANULARITIES, INT8
 from .metrics import ErrorSum, jsonable
 from .optional import require
 
@@ -149,6 +149,7 @@ def split_error(
     max_rows: int | None = None,
     seed: int = 0,
     smooth_k: bool = True,
+    precision: str = "fp8",
 ) -> dict[str, dict[str, Any]]:
     """Error of FPSAttention split by cause: `PARTS` to the metrics of `compare`.
 
@@ -156,6 +157,7 @@ def split_error(
         q, k, v: [B, S, H, D], tokens as `mask.layout` describes them.
         mask: `BlockMask` of the level.
         granularity: "tile", "block" or "token".
+        precision: of Q and K, "fp8" or "int8"; what is said of FP8 below holds for both.
         max_rows: look at about this many query tokens per head (None: all).
     """
     layout = mask.layout
@@ -173,7 +175,7 @@ def split_error(
         for h in range(heads):
             head = [x[b : b + 1, :, h : h + 1].transpose(1, 2) for x in (q, k, v)]  # [1, 1, S, D]
             counts, indices = _lists_of(mask, b, h)
-            fp8_dense, fp8_masked = _fp8(head, layout, counts, indices, chosen, granularity, smooth_k)
+            fp8_dense, fp8_masked = _fp8(head, layout, counts, indices, chosen, granularity, smooth_k, precision)
             dense, masked = _exact(head, layout, counts, indices, chosen, tokens)
             sums["quantization"].add(fp8_dense[rows], dense)
             sums["sparsity"].add(masked, dense)
@@ -197,6 +199,7 @@ def _fp8(
     chosen: Sequence[int],
     granularity: str,
     smooth_k: bool,
+    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 outputs [S, D] (FP32) with every block attended and under the mask; rows of other tiles are zero."""
     import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
@@ -212,7 +215,7 @@ def _fp8(
         v,
         token_of_slot,
         offsets,
-        granularity=GRANULARITIES[granularity],
+        granularity=INT8 if precision == "int8" else GRANULARITIES[granularity],
         smooth_k=smooth_k,
         pow2_scales=False,
     )
@@ -303,14 +306,16 @@ def _analyze(
             "density": 1.0,
             "rows": None,
         }
-        if level.precision == "fp8":
+        if level.precision != "bf16":
             q, k, v = (x.to(device) for x in capture.load())
             text = (capture.text_len, capture.text_position)
-            mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text)
+            mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v))
             record["granularity"] = level.granularity
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
-            record.update(split_error(q, k, v, mask, level.granularity, max_rows=max_rows, seed=seed))
+            record.update(
+                split_error(q, k, v, mask, level.granularity, max_rows=max_rows, seed=seed, precision=level.precision)
+            )
         if on_step is not None:
             on_step(capture)
         yield record
@@ -334,23 +339,31 @@ def level_mask(
     layer: int | None = None,
     text_len: int = 0,
     text_position: str = "suffix",
+    tensors: tuple[Any, Any, Any] | None = None,
 ) -> Any:
-    """`BlockMask` of a level of `schedule` on a grid: one list for all heads, or one per head where heads have windows."""
-    from ..integrations.levels import resolve_window
-    from ..layout.masks import BlockMask, sliding_tile_mask
+    """`BlockMask` of a level of `schedule` on a grid: one list for all heads, or one per head where heads have windows.
+
+    `tensors`: q, k, v `(B, S, H, D)`, for levels whose pattern reads them; the mask is then on their device.
+    """
+    from ..integrations.levels import head_masks, resolve_window
     from ..layout.tiles import plan
+    from ..ops.selection import measured
 
     layout = plan(grid, schedule.tile, text_len, text_position)
-    windows = [resolve_window(window, layout) for window in schedule.windows(level, layer, num_heads)]
-    masks = [sliding_tile_mask(layout, window) for window in windows]
-    if len(masks) == 1:
-        return masks[0]
-    stacked = BlockMask.stack(masks)  # heads in the place of the batch
-    return BlockMask(
-        layout,
-        stacked.kv_num_blocks.transpose(0, 1).contiguous(),
-        torch.transpose(stacked.kv_indices, 0, 1).contiguous(),
-    )
+    pattern = level.pattern if layer is None or level.pattern is None else level.pattern.of_layer(layer)
+    if pattern is None:
+        return head_masks(
+            layout, [resolve_window(window, layout) for window in schedule.windows(level, layer, num_heads)]
+        )
+    if pattern.static:
+        return head_masks(layout, [pattern])
+    if pattern.pattern.permutes or tensors is None:
+        came = "permutes the tokens of every head" if pattern.pattern.permutes else "reads q and k, which are not given"
+        raise ConfigError(
+            f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, wanted one that makes a mask"
+        )
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    return measured(pattern, level.granularity, layout.to(q.device), q, k, v)[0]
 
 
 def save_json(path: str | Path, value: Any) -> Path:

@@ -1,4 +1,4 @@
-"""`fpsattn`: demo, doctor, plan, models, estimate, analyze, compare, train. Results go to stdout, progress and errors to stderr; `--json` prints one JSON object.
+"""`fpsattn`: demo, doctor, plan, models, estimate, analyze, compare, tune, train, evaluate, verify. Results go to stdout, progress and errors to stderr; `--json` prints one JSON object.
 
 Exit status: 0 done, 1 the doctor found the installation broken, 2 bad input, a missing package or what the system refused
 (`contract.py`), 130 interrupted. Everything heavy is imported inside the commands.
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import analyze, compare, demo, doctor, estimate, models, plan, train
+from . import analyze, compare, demo, doctor, estimate, evaluate, models, plan, train, tune, verify
 from .contract import Cli
 
 app = typer.Typer(
@@ -49,4 +49,7 @@ app.command("estimate")(estimate.command)
 app.command("demo")(demo.command)
 app.command("analyze")(analyze.command)
 app.command("compare")(compare.command)
+app.command("tune")(tune.command)
 app.command("train")(train.command)
+app.command("evaluate")(evaluate.command)
+app.command("verify")(verify.command)

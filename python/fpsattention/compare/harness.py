@@ -239,7 +239,7 @@ def _run(
     pixels = (np.clip(frames, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     result: dict[str, Any] = {
         "key": key, "seconds": seconds, "calls": counted.calls, "density": counted.density,
-        "attention_flops": counted.flops, "dense_attention_flops": counted.dense_flops, "temporal": temporal_metrics(pixels),
+        "attention_flops": counted.flops, "dense_attention_flops": counted.dense_flops, "ran": sorted(counted.ran), "temporal": temporal_metrics(pixels),
     }  # fmt: skip
     torch.save(latents, target / "latents.pt")
     if reference is None:
@@ -364,8 +364,7 @@ def _error(method: Method, capture: Any, loaded: _Loaded, config: CompareConfig)
     entry["density"] = mask.density
     entry["selected_density"] = method.selected_density(q, k, v, context)
     entry["quantization"] = error(method.attention(q, k, v, full, context))
-    sparse = replace(method, numerics=EXACT, options={}) if not method.compensate else None
-    if sparse is None:
+    if method.compensate:
         entry["sparsity"] = None  # the pseudo-keys are part of the op
     else:
         entry["sparsity"] = error(blockwise_attention(q, k, v, mask, EXACT)[0])

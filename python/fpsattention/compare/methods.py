@@ -21,6 +21,7 @@ from ..layout.tiles import TileLayout
 from ..ops.attend import attend
 from ..schedule import Level, Schedule, Window
 from ..schedule.schedule import window_to_json
+from . import packages
 from .numerics import EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
 
 
@@ -78,7 +79,10 @@ class Method:
             level = self.level(context)
             schedule = replace(self.schedule, tile=layout.tile)
             text = (layout.text_len, layout.text_position if layout.text_len else "suffix")
-            mask: BlockMask = level_mask(schedule, level, layout.grid, q.shape[1], context.layer, *text)
+            tensors = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            mask: BlockMask = level_mask(
+                schedule, level, layout.grid, q.shape[1], context.layer, *text, tensors=tensors
+            )
             return mask.to(q.device)
         if self.pattern is not None:
             return self.pattern(q, k, layout, v=v)
@@ -88,20 +92,48 @@ class Method:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, context: Context) -> Tensor:
         """The output under ``mask``, ``(B, H, S, D)``."""
+        package, _ = self.implementation(q, mask)
+        if package is not None:
+            options = dict(self.options)
+            if self.window is not None:
+                options["window"] = resolve_window(self.window, context.layout)
+            return packages.run(package, q, k, v, mask, context, options)
         if self.numerics is not None:
             return blockwise_attention(q, k, v, mask, self.numerics, scale=context.scale, **self.options)[0]
-        granularity = "tile" if self.schedule is None else self.level(context).granularity
+        level = Level("all") if self.schedule is None else self.level(context)
+        granularity = level.granularity
         if self.compensate:
+            if level.precision != "fp8":
+                raise ConfigError(
+                    f"fpsattention.compare: {self.name} with level {level.name!r} in {level.precision}, expected fp8: "
+                    "pseudo-keys are joined to the FP8 op"
+                )
             return patterns.compensated_attention(q, k, v, mask, granularity=granularity, scale=context.scale)[0]
-        return attend(q, k, v, mask, granularity=granularity, scale=context.scale, tensor_layout="HND")[0]
+        out, _ = attend(
+            q, k, v, mask, granularity=granularity, precision=level.precision, scale=context.scale, tensor_layout="HND"
+        )
+        return out
+
+    def implementation(self, q: Tensor, mask: BlockMask) -> tuple[packages.Package | None, str]:
+        """The project's own package where it can run, or None; and what runs, in words."""
+        if self.numerics is None:
+            return None, "this library"
+        return packages.implementation(self.name, q, mask, self.window)
 
     def selected_density(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> float:
         """What the rule selects; the mask attends a little more where selector and kernel speak of different blocks."""
-        if self.pattern is None:
+        pattern = self.pattern
+        if (
+            self.schedule is not None
+            and not self.is_dense(context)
+            and (named := self.level(context).pattern) is not None
+        ):
+            pattern = named.of_layer(context.layer)
+        if pattern is None:
             return self.mask(q, k, v, context).density
         given = {"q": q, "k": k, "v": v}
-        wanted = {name: given[name] for name in self.pattern.pattern.inputs}
-        return self.pattern.pattern.density(layout=context.layout, **wanted, **self.pattern.hyperparameters).selected
+        wanted = {name: given[name] for name in pattern.pattern.inputs}
+        return pattern.pattern.density(layout=context.layout, **wanted, **pattern.hyperparameters).selected
 
     def describe(self) -> dict[str, Any]:
         """What decides its results, for a run's key and the report."""
@@ -113,6 +145,7 @@ class Method:
             "schedule": None if self.schedule is None else self.schedule.to_dict(),
             "options": dict(self.options),
             "compensate": self.compensate,
+            "package": packages.installed(self.name),
         }
 
 

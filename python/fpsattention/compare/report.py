@@ -139,7 +139,10 @@ def _lines(report: dict[str, Any], pictures: Sequence[str]) -> list[str]:
     lines += [
         "## Methods",
         "",
-        table(["method", "what runs"], [[m["label"], m["source"]] for m in report["methods"].values()]),
+        table(
+            ["method", "what runs", "by"],
+            [[m["label"], m["source"], _ran(report, name)] for name, m in report["methods"].items()],
+        ),
         "",
     ]
     lines += _paper_lines()
@@ -150,12 +153,17 @@ def _lines(report: dict[str, Any], pictures: Sequence[str]) -> list[str]:
         "* quality as people see it: distance from a dense run of the same seed is not quality",
         "* speed of any kernel: nothing was timed on a GPU"
         if env["gpu"] is None
-        else "* speed of the baselines' kernels: they are emulated",
+        else "* speed of the baselines' kernels: most are emulated, and a package's seconds hold this harness's own",
         "* what FPSAttention or VSA are after training: weights here are stock",
         "",
         f"Python {env['python']}, torch {env['versions'].get('torch')}, {env['processor']}, {env['cores']} cores; {report['seconds']:.0f} s for what had to be run.",
     ]
     return lines
+
+
+def _ran(report: dict[str, Any], name: str) -> str:
+    found = {what for run in report["runs"][name] for what in run.get("ran", ())}
+    return "; ".join(sorted(found)) or "the model"
 
 
 def _error_lines(report: dict[str, Any]) -> list[str]:
@@ -176,7 +184,7 @@ def _error_lines(report: dict[str, Any]) -> list[str]:
         "## Error of one attention call, by cause",
         "",
         "Relative L1 against dense FP32 attention of the q, k, v of the dense run; mean over the first and last layer and all sigmas. *Quantization*: rounded, "
-        "every block attended. *Sparsity*: blocks skipped, nothing rounded. *Kernel / selected*: density of the lists over that of what the rule selects.",
+        "every block attended. *Sparsity*: blocks skipped, nothing rounded. *Kernel / selected*: density of the lists over that of what the rule selects; above 1 where a rule leaves out a tile's own blocks, which are visited always.",
         "",
         table(["method", "density", "kernel / selected", "quantization", "sparsity", "total"], rows),
         "",

@@ -24,6 +24,7 @@ class Counted:
         self.densities = 0.0
         self.flops = 0.0  # 4 pairs D of every head: what the visited pairs cost
         self.dense_flops = 0.0
+        self.ran: set[str] = set()  # implementations, in words
 
     def add(self, density: float, q: Tensor) -> None:
         """A call with q ``(B, H, S, D)``."""
@@ -96,6 +97,7 @@ def _attend(site: Any, method: Method, tile: Int3 | None, sigma: list[Any], coun
             return core.dense(core.q, core.k, core.v)
         mask = method.mask(q, k, v, context)
         counted.add(mask.density, q)
+        counted.ran.add(method.implementation(q, mask)[1])
         return method.attention(q, k, v, mask, context).transpose(1, 2)
 
     return attend

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 _CELLS = 8  # rows and columns of cells in the frame features
 _BINS = 8  # directions of gradients in a cell
+_BACKBONES = (
+    ("alex", "AlexNet", "alexnet*.pth"),
+    ("vgg", "VGG16", "vgg16*.pth"),
+    ("squeeze", "SqueezeNet", "squeezenet1_1*.pth"),
+)
 
 
 def temporal_metrics(frames: np.ndarray) -> dict[str, float | None]:
@@ -70,9 +75,9 @@ def frame_features(frame: np.ndarray) -> np.ndarray:
 
 
 def lpips_distance() -> tuple[object | None, str]:
-    """``(frames, frames) -> mean LPIPS`` if the package and the weights of its backbone are at hand; else None and the reason.
+    """``(frames, frames) -> mean LPIPS`` if the package lpips and the weights of a backbone are at hand; else None and the reason.
 
-    Nothing is fetched: torchvision's AlexNet weights must lie in torch's cache.
+    Nothing is fetched: torchvision's weights of AlexNet (the published metric), else VGG16 or SqueezeNet, must lie in torch's cache.
     """
     from pathlib import Path
 
@@ -83,9 +88,11 @@ def lpips_distance() -> tuple[object | None, str]:
     except ImportError:
         return None, "the package lpips is not installed"
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    if not list(cache.glob("alexnet*.pth")):
-        return None, f"no AlexNet weights in {cache}"
-    network = lpips.LPIPS(net="alex", verbose=False).eval()
+    found = [(net, name) for net, name, files in _BACKBONES if list(cache.glob(files))]
+    if not found:
+        return None, f"no weights of {', '.join(name for _, name, _ in _BACKBONES)} in {cache}"
+    net, backbone = found[0]
+    network = lpips.LPIPS(net=net, verbose=False).eval()
 
     def distance(out: np.ndarray, ref: np.ndarray) -> float:
         def tensor(frames: np.ndarray) -> torch.Tensor:
@@ -95,4 +102,4 @@ def lpips_distance() -> tuple[object | None, str]:
             values = [float(network(tensor(a[None]), tensor(b[None]))) for a, b in zip(out, ref, strict=True)]
         return sum(values) / len(values)
 
-    return distance, "AlexNet"
+    return distance, backbone

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..analysis.captures import PARTS, analyze_captures, find_captures, save_json
+from ..analysis.captures import PARTS, analyze_captures, find_captures, level_mask, save_json
 from ..analysis.environment import environment
 from ..analysis.metrics import compare, compare_videos
 from ..schedule import Schedule
@@ -60,6 +60,7 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
                 sparse = run_pipeline(pipe, call, config, device, "FPSAttention", progress)
             ran = handle.report().to_dict()
         records = _split(folder, schedule, config, device, progress)
+        masks = _masks(folder, schedule, pipe.transformer.config.num_attention_heads, device)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -80,7 +81,7 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
         # The first run pays for what happens once in a process: the control, where there is one, is the fair one to compare with.
         "seconds": {"dense": (again or dense).seconds, "FPSAttention": sparse.seconds},
     }  # fmt: skip
-    draw(config, schedule, pipe.transformer.config.num_attention_heads, dense.frames, sparse.frames, report)
+    draw(config, schedule, masks, dense.frames, sparse.frames, report)
     report["seconds"]["everything"] = time.perf_counter() - begin
     save_json(out / "report.json", report)
     write_report(out / "report.md", report)
@@ -111,6 +112,18 @@ def _split(
     return analyze_captures(
         captures, schedule, max_rows=config.max_rows, seed=config.seed, device=device, on_step=on_step
     )
+
+
+def _masks(folder: Path, schedule: Schedule, heads: int, device: str) -> dict[str, Any]:
+    """A block mask of every level that has one: where it reads q and k, that of the first capture at the level."""
+    captures, masks = find_captures(folder), {}
+    for name, level in schedule.levels.items():
+        at_level = [c for c in captures if schedule.at(c.sigma, c.layer).name == name] if level.dynamic else captures
+        if level.precision == "bf16" or not at_level or (level.pattern is not None and level.pattern.pattern.permutes):
+            continue
+        q, k, v = (x.to(device) for x in at_level[0].load())
+        masks[name] = level_mask(schedule, level, at_level[0].grid, heads, at_level[0].layer, tensors=(q, k, v))
+    return masks
 
 
 def _by_level(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis import plots
-from ..analysis.captures import error_series, level_mask
+from ..analysis.captures import error_series
 from ..analysis.optional import require
 from ..schedule import Schedule
 from .config import DemoConfig
@@ -26,16 +26,19 @@ def write_video(path: Path, frames: np.ndarray) -> Path:
 
 
 def draw(
-    config: DemoConfig, schedule: Schedule, heads: int, dense: np.ndarray, fps: np.ndarray, report: dict[str, Any]
+    config: DemoConfig,
+    schedule: Schedule,
+    masks: dict[str, Any],
+    dense: np.ndarray,
+    fps: np.ndarray,
+    report: dict[str, Any],
 ) -> None:
-    """Writes both videos and all pictures to `config.out`. `dense`, `fps`: frames [F, H, W, 3] in [0, 1]; `heads`: of the model."""
+    """Writes both videos and all pictures to `config.out`. `dense`, `fps`: frames [F, H, W, 3] in [0, 1]; `masks`: of levels, by name."""
     out = Path(config.out)
     write_video(out / "dense.mp4", dense)
     write_video(out / "fps.mp4", fps)
     records = report["captures"]
     grid = tuple(records[0]["grid"])
-    levels = {name: level for name, level in schedule.levels.items() if level.precision == "fp8"}
-    masks = {name: level_mask(schedule, level, grid, heads) for name, level in levels.items()}
     if masks:
         layout = next(iter(masks.values())).layout
         title = f"Block masks on grid {'x'.join(map(str, grid))}, tile {'x'.join(map(str, layout.tile))} tokens"

@@ -52,7 +52,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "![error](error_vs_sigma.png)",
         "",
     ]
-    if any(level["precision"] == "fp8" for level in report["levels"]):
+    if any(level["precision"] != "bf16" for level in report["levels"]):
         lines += ["![block masks](block_mask.png)", ""]
     return lines + _time_lines(report) + _honest_lines(report, tiny) + _version_lines(env)
 

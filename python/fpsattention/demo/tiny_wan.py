@@ -210,10 +210,15 @@ def scene(frames: int, rows: int, columns: int, generator: torch.Generator) -> t
     return 2.0 * colors - 1.0, torch.stack([hue, light], dim=1)
 
 
-def tiny_inputs(seed: int, height: int, width: int, num_frames: int) -> dict[str, torch.Tensor]:
-    """`prompt_embeds`, `negative_prompt_embeds` and `latents` [1, 16, T, H / 8, W / 8]: a scene plus noise."""
+def tiny_inputs(
+    seed: int, height: int, width: int, num_frames: int, scene_seed: int | None = None
+) -> dict[str, torch.Tensor]:
+    """`prompt_embeds`, `negative_prompt_embeds` and `latents` [1, 16, T, H / 8, W / 8]: a scene plus noise.
+
+    `seed` is the pipeline's; `scene_seed` picks another scene, noise and prompt for it.
+    """
     colors, guide = _channel_basis(torch.Generator().manual_seed(seed))  # the first that `tiny_pipeline` draws
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed((seed if scene_seed is None else scene_seed) + 1)
     latent_frames, rows, columns = (num_frames - 1) // 4 + 1, height // 8, width // 8
     fields = scene(num_frames, rows, columns, generator)
     # The first latent frame is one video frame.

@@ -20,6 +20,7 @@ from .forward import Forward
 from .levels import LevelTables, Tokens
 from .record import Recorder
 from .report import Row
+from .selection import Selections
 from .site import Site
 
 #: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
@@ -32,6 +33,8 @@ class Engine:
     Attributes:
         transformer: whose layers they are; None: a framework calls them.
         recorder: of a recording that is on.
+        paused: forwards run the model's own attention, uncounted (``Handle.disabled``).
+        selections: what patterns made from the content.
 
     Args:
         name: of the transformer, for messages and reports.
@@ -58,6 +61,8 @@ class Engine:
         self.name = name
         self.transformer: Any = None
         self.recorder: Recorder | None = None
+        self.paused = False
+        self.selections = Selections()
         self.on_unsupported = on_unsupported
         self.per_sample = per_sample
         self.text_mask = text_mask
@@ -113,6 +118,7 @@ class Engine:
     def reset(self) -> None:
         """Forget all counts."""
         self._clear()
+        self.selections.clear()
         for site in self.sites:
             site.fallbacks.clear()
 
@@ -136,14 +142,19 @@ class Engine:
                         attended += n * self.tables.tables(tokens).density(group, segment) if n else 0.0
                 windows: tuple[tuple[int, int, int], ...] = ()
                 density = 1.0 if level.precision == "bf16" else float("nan")
-                if seen:
+                selected = None
+                if level.dynamic:
+                    measured = self.selections.densities(layer, level.name)
+                    selected, density = measured or (float("nan"), float("nan"))
+                elif seen:
                     table = self.tables.tables(seen[-1])
                     density = attended / calls if calls else table.density(group, of_level[-1])
-                    if level.precision == "fp8" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
+                    if level.precision != "bf16" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
-                granularity = level.granularity if level.precision == "fp8" else ""
+                granularity = level.granularity if level.precision != "bf16" else ""
                 linears = self.num_linears(layer) if level.linears == "fp8" else 0
-                what = (level.name, level.precision, granularity, windows, density, calls, linears)
+                pattern = None if level.pattern is None else level.pattern.to_dict()
+                what = (level.name, level.precision, granularity, windows, density, calls, linears, pattern, selected)
                 rows.append(Row(self.name, layer, *what))
         return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .levels import Call, Tokens, index_of
+from .selection import Step
 
 if TYPE_CHECKING:
     from ..parallel.model import ForwardShard
@@ -30,6 +31,7 @@ class Forward:
         calls: what each group of layers does; empty until ``tokens`` is known, and where all layers are compiled.
         graph_calls: the same for compiled layers; empty where there are none.
         executed: runs of each layer's attention core so far, outside of compiled code.
+        step: of a sampling run, where masks outlive a step.
         before: the forward that runs around this one, of another transformer.
     """
 
@@ -42,6 +44,7 @@ class Forward:
     graph_calls: tuple[Call, ...] = ()
     executed: list[int] = field(default_factory=list)
     before: Forward | None = None
+    step: Step = None
     video: Tokens | None = None  # with text_len 0, where the text length was left open
     refused: str | None = None  # why all of it is dense
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
@@ -73,7 +76,8 @@ class Forward:
                 segments = self.segments.to(device).index_select(0, index_of(samples, device))
             else:
                 segments = tuple(self.segments[sample] for sample in samples)
-            self.by_samples[key] = self.owner.tables.calls(tokens, device, segments, self.backward)
+            calls = self.owner.tables.calls(tokens, device, segments, self.backward)
+            self.by_samples[key] = tuple(replace(call, samples=samples) for call in calls)
         return self.by_samples[key][group]
 
     def next_sample(self, layer: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
 from ..layout.plain import plain_tensors
-from ..layout.tiles import BLOCK
+from ..layout.tiles import BLOCK, TileLayout
 
 
 class Packed(NamedTuple):
@@ -69,9 +69,14 @@ def pack(mask: BlockMask, backward: bool, per_sample: bool, layout: Packed | Non
     packed = [None if x is None else _dynamic(_longer(x)) for x in lists[3:]]
     if layout is not None:
         return Packed(*layout[:3], *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
-    # Copies, as these two are shared with code that takes them for constants, and are marked here.
-    tables = (lists.token_of_slot.clone(), _longer(lists.tile_of_block), lists.tile_block_offsets.clone())
-    return Packed(*map(_dynamic, tables), *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
+    # Copies, as these are shared with code that takes them for constants, and are marked.
+    return Packed(*pack_layout(mask.layout), *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
+
+
+def pack_layout(layout: TileLayout, *more: Tensor) -> tuple[Tensor, ...]:
+    """``token_of_slot``, ``tile_of_block`` (with an element that means nothing), ``tile_block_offsets``, ``more``: as inputs of graphs."""
+    tables = (layout.token_of_slot.clone(), _longer(layout.tile_of_block), layout.tile_block_offsets.clone(), *more)
+    return tuple(map(_dynamic, tables))
 
 
 def _longer(x: Tensor) -> Tensor:

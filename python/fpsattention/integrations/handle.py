@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,42 @@ class Handle:
 
         return forward
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the transformers run their own attention, uncounted: the dense teacher of a sparse student that shares its weights.
+
+        For whole forwards, and for all threads: do not enter it while another thread runs one.
+        """
+        before = [installation.paused for installation in self.installations]
+        for installation in self.installations:
+            installation.paused = True
+        try:
+            yield
+        finally:
+            for installation, paused in zip(self.installations, before, strict=True):
+                installation.paused = paused
+
     def report(self) -> Report:
         """What ran since ``apply`` or ``reset``, layer by layer and level by level. Waits for the device."""
         return report(self.installations, self.skipped)
+
+    def write_receipt(self, path: str | Path) -> Path:
+        """Put what ran since ``apply`` or ``reset`` into a video: schedule and its hash, densities, precisions, fallbacks.
+
+        MP4 and MOV carry it in a box of their own at the end, no byte of the video changes; beside other files it is ``NAME.fpsattn.json``.
+        ``fpsattn verify FILE`` reads and checks it. Returns the file that holds it. Waits for the device.
+
+        Raises:
+            ConfigError: nothing ran, or there is no such file.
+        """
+        from . import receipt
+
+        report = self.report()
+        if not any(report.forwards.values()):
+            raise ConfigError(
+                "fpsattention.write_receipt: no forward ran since apply or reset, wanted the run that made the video"
+            )
+        return receipt.write(path, receipt.make(self.schedule, report, self.skipped))
 
     def log_dict(self) -> dict[str, float]:
         """Flat numbers for a tracker: ``fpsattn/density``, ``fpsattn/calls/<level>`` (samples x layers), ``fpsattn/nonfinite``,

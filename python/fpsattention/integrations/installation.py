@@ -38,6 +38,7 @@ class Installation(Engine):
 
     Attributes:
         copied: it came along with a copied or unpickled model, and no handle owns it.
+        paused: forwards run the model's own attention, uncounted (``Handle.disabled``).
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class Installation(Engine):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
+        if exact and any(level.dynamic for level in schedule.levels.values()):
+            raise UnsupportedError(
+                f"fpsattention.apply: exact {exact} under a pattern that reads the content, wanted windows or static patterns"
+            )
         cores = [core_of(module, adapter.core) for module in attentions.values()]
         super().__init__(
             name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
@@ -83,7 +88,7 @@ class Installation(Engine):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "recorder": None, "copied": True}
+        return {**super().__getstate__(), "recorder": None, "copied": True, "paused": False}
 
     def reset(self) -> None:
         """Forget all counts."""
@@ -99,11 +104,14 @@ class Installation(Engine):
                 restore(module)
         self.linears.remove()
         plain_checkpoints(self.transformer)
+        self.selections.clear()
 
     # Every forward ---------------------------------------------------------------------------------------------------------
 
     def _before_forward(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads grid and sigma from the arguments of the transformer and leaves its layers their calls."""
+        if self.paused:
+            return
         if torch.compiler.is_compiling():
             self._trace_forward(transformer, args, kwargs)
         else:  # asked here: the functions below run with Dynamo off
@@ -146,9 +154,10 @@ class Installation(Engine):
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
         schedule, edges = self.tables.schedule, self.tables.edges
-        if schedule.axis == "steps" and edges and (run := self.reader.trajectory(timestep)) is not None:
-            edges = schedule.edges_of(run)
-        if self.tables.needs_host or self.recorder is not None:
+        if schedule.axis == "steps" and edges and (sigmas_of_run := self.reader.trajectory(timestep)) is not None:
+            edges = schedule.edges_of(sigmas_of_run)
+        run = self.reader.run(timestep) if self.tables.needs_steps else None
+        if self.tables.needs_host or self.recorder is not None or run is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
                 self.recorder.begin(self.name, sigmas, tokens.grid)
@@ -170,6 +179,10 @@ class Installation(Engine):
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
+        forward.step = None if run is None else (run, tuple(sigmas))
+        if compiled or self.compiled_modules():
+            reason = self.tables.eager_only()
+            forward.refused = None if reason is None else self._refused_compiled(reason)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if compiled or self.compiled_modules():
@@ -210,6 +223,10 @@ class Installation(Engine):
             )
         t, h, w = (_constant(size) for size in geometry.grid)
         tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
+        if (reason := self.tables.eager_only()) is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
+            )
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         if self.places and self.tables.all_fp8(segments):

@@ -3,7 +3,7 @@
 Layers that read the schedule alike form a *group*; per token grid a group has one set of block lists per *segment* of sigma
 (the stretch between two phase borders). Where all segments of a group share one kernel class (precision, granularity), the
 lists are stacked and the segment of each sample picks its own by ``index_select`` on the device: the host never learns
-the level. Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a
+the level. A level whose pattern reads q and k is a class of its own: its lists are made where the layer runs (``selection``). Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a
 compiled graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,10 +24,15 @@ from ..layout.exact import frames, with_exact
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.plain import constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
+from ..ops.selection import sizes_of
+from ..patterns import BoundPattern
 from ..schedule import Level, Schedule, Window
-from .graph import Packed, flag, pack
+from .graph import Packed, flag, pack, pack_layout
+from .selection import Selector, text_of
 
 Grid = tuple[int, int, int]
+#: What the heads of a layer visit at a level: one window for all, a window each, or a pattern that depends on the layout only.
+Rules = tuple[Window | BoundPattern, ...]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB
 
 
@@ -78,7 +83,8 @@ class Part:
     """One kernel launch: the samples that share a kernel class.
 
     Attributes:
-        lists: their tables on the device; None: the model's own attention.
+        lists: their tables on the device; None: the model's own attention, or that of ``select``.
+        select: makes the lists from q and k.
         samples: int64 indices into the batch; None: all samples.
         chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then ...
         wanted: ... if any of them wants it: a bool scalar, on the CPU where the host knows.
@@ -86,34 +92,49 @@ class Part:
 
     lists: Lists | Packed | None
     granularity: str = ""
+    precision: str = "fp8"
     samples: Tensor | None = None
     chosen: Tensor | None = None
     wanted: Tensor | None = None
+    select: Selector | None = None
+
+    @property
+    def dense(self) -> bool:
+        """The model's own attention."""
+        return self.lists is None and self.select is None
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one layer does in one forward: its launches, and the index that puts their outputs back into batch order."""
+    """What one layer does in one forward: its launches, and the index that puts their outputs back into batch order.
+
+    ``samples``: which of the forward's, where it is for some of them.
+    """
 
     slot_of_token: Tensor  # its length is the number of tokens
     parts: tuple[Part, ...]
     order: Tensor | None = None
     text_first: bool = False  # the tokens beyond the grid come before it
+    samples: tuple[int, ...] = ()
 
 
 class TokenTables:
     """Everything that depends on the tokens: the layout, and the masks of each group and segment. Built when first wanted."""
 
-    def __init__(self, tokens: Tokens, schedule: Schedule, windows: Sequence[Sequence[tuple[Window, ...] | None]]):
+    def __init__(
+        self, tokens: Tokens, schedule: Schedule, rules: Sequence[Sequence[Rules | None]], num_heads: int | None
+    ):
         position = tokens.text_position if tokens.text_len else "suffix"
         layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
         self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
         self._raster = layout
         self._exact = tokens.exact
-        self._windows = windows  # group -> segment -> window(s) of the heads, None where the level is bf16
-        self._masks: dict[tuple[Grid, ...], BlockMask] = {}
+        self._rules = rules
+        self._num_heads = num_heads
+        self._masks: dict[tuple[Grid | BoundPattern, ...], BlockMask] = {}
         self._stacked: dict[int, BlockMask] = {}
-        self._densities: dict[tuple[Grid, ...], float] = {}
+        self._densities: dict[tuple[Grid | BoundPattern, ...], float] = {}
+        self.selectors: dict[tuple[Level, torch.device, bool, bool], Selector] = {}
         self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
         self.packed: dict[tuple[int, int | None, torch.device, bool], Packed] = {}
         self._orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -134,38 +155,51 @@ class TokenTables:
             return self.layout.to(device)
 
     def windows(self, group: int, segment: int) -> tuple[Grid, ...]:
-        """Concrete windows: one for all heads, or one per head."""
-        windows = self._windows[group][segment]
-        return tuple(resolve_window(w, self.layout) for w in (windows or (None,)))
+        """Concrete windows: one for all heads, or one per head; none where a pattern says what is visited."""
+        return tuple(rule for rule in self._concrete(group, segment) if not isinstance(rule, BoundPattern))
+
+    def _concrete(self, group: int, segment: int) -> tuple[Grid | BoundPattern, ...]:
+        rules = self._rules[group][segment] or (None,)
+        return tuple(r if isinstance(r, BoundPattern) else resolve_window(r, self.layout) for r in rules)
 
     def mask(self, group: int, segment: int) -> BlockMask:
         """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H."""
-        windows = self.windows(group, segment)
-        if windows not in self._masks:
-            per_head = [sliding_tile_mask(self.layout, w) for w in windows]
-            mask = per_head[0]
-            if len(per_head) > 1:  # heads of one sample are laid out as samples of one head are
-                stacked = BlockMask.stack(per_head)
-                mask = BlockMask(self.layout, stacked.kv_num_blocks.transpose(0, 1), stacked.kv_indices.transpose(0, 1))
-            self._masks[windows] = with_exact(mask, frames(self._exact, self._raster), self._raster)
-        return self._masks[windows]
+        rules = self._concrete(group, segment)
+        if rules not in self._masks:
+            mask = head_masks(self.layout, rules)
+            if self._num_heads is not None and mask.shape[1] not in (1, self._num_heads):
+                raise ConfigError(
+                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
+                    f"{self._num_heads}, as this transformer has"
+                )
+            self._masks[rules] = with_exact(mask, frames(self._exact, self._raster), self._raster)
+        return self._masks[rules]
 
     def stacked(self, group: int) -> BlockMask:
-        """The masks of all segments as one batch, on the CPU; a bf16 segment is filled with any other, and never selected."""
+        """The masks of all segments as one batch, on the CPU; a segment without lists is filled with any other, and never selected."""
         if group not in self._stacked:
-            fp8 = [s for s, windows in enumerate(self._windows[group]) if windows is not None]
-            segments = [s if s in fp8 else fp8[0] for s in range(len(self._windows[group]))]
+            listed = [s for s, rules in enumerate(self._rules[group]) if rules is not None]
+            segments = [s if s in listed else listed[0] for s in range(len(self._rules[group]))]
             self._stacked[group] = BlockMask.stack([self.mask(group, s) for s in segments])
         return self._stacked[group]
 
     def density(self, group: int, segment: int) -> float:
-        """Attended share of the (query, key) pairs, mean over heads."""
-        if self._windows[group][segment] is None:
+        """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
+        if self._rules[group][segment] is None:
             return 1.0
-        windows = self.windows(group, segment)
-        if windows not in self._densities:
-            self._densities[windows] = self.mask(group, segment).density
-        return self._densities[windows]
+        rules = self._concrete(group, segment)
+        if rules not in self._densities:
+            self._densities[rules] = self.mask(group, segment).density
+        return self._densities[rules]
+
+
+def head_masks(layout: TileLayout, rules: Sequence[Grid | BoundPattern]) -> BlockMask:
+    """One mask from the windows of the heads (one: of all heads), or from a static pattern."""
+    per_head = [r(None, None, layout) if isinstance(r, BoundPattern) else sliding_tile_mask(layout, r) for r in rules]
+    if len(per_head) == 1:
+        return per_head[0]
+    stacked = BlockMask.stack(per_head)  # heads of one sample are laid out as samples of one head are
+    return BlockMask(layout, stacked.kv_num_blocks.transpose(0, 1), stacked.kv_indices.transpose(0, 1))
 
 
 class LevelTables:
@@ -179,20 +213,25 @@ class LevelTables:
     def __init__(self, schedule: Schedule, num_layers: int, num_heads: int | None):
         self.schedule = schedule
         self.edges = schedule.edges
+        self._num_heads = num_heads
         self.group_of_layer: list[int] = []
         self.group_levels: list[tuple[Level, ...]] = []  # group -> segment -> level
-        self._windows: list[tuple[tuple[Window, ...] | None, ...]] = []  # likewise; None: bf16
+        self._rules: list[
+            tuple[Rules | None, ...]
+        ] = []  # likewise; None: no lists before the layer runs, or none at all
         for layer in range(num_layers):
-            levels = schedule.segment_levels(layer)
-            windows = tuple(
-                schedule.windows(level, layer, num_heads) if level.precision == "fp8" else None for level in levels
-            )
-            known = list(zip(self.group_levels, self._windows, strict=True))
-            if (levels, windows) not in known:
+            levels = tuple(level.of_layer(layer) for level in schedule.segment_levels(layer))
+            rules = tuple(_rules(schedule, level, layer, num_heads) for level in levels)
+            known = list(zip(self.group_levels, self._rules, strict=True))
+            if (levels, rules) not in known:
                 self.group_levels.append(levels)
-                self._windows.append(windows)
-                known.append((levels, windows))
-            self.group_of_layer.append(known.index((levels, windows)))
+                self._rules.append(rules)
+                known.append((levels, rules))
+            self.group_of_layer.append(known.index((levels, rules)))
+        # Read by code that is traced, so made here.
+        self._classes = [tuple(level.kernel_class for level in levels) for levels in self.group_levels]
+        self._texts = [tuple(map(text_of, levels)) for levels in self.group_levels]
+        self._dynamic = [[i for i, level in enumerate(levels) if level.dynamic] for levels in self.group_levels]
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
         self._edge_tensors: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
@@ -214,9 +253,11 @@ class LevelTables:
             device: torch.device,
         ) -> tuple[Tensor, ...]:
             tokens = Tokens(grid, text_len, text_position, exact, order)
-            dense = all(level.precision == "bf16" for level in self.group_levels[group])
-            lists = () if dense else self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
-            return (self.tables(tokens).on(device).slot_of_token, *lists)  # type: ignore[arg-type]  # with the transpose
+            layout = self.tables(tokens).on(device)
+            if not self._listed(group):
+                return layout.slot_of_token, layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets
+            lists = self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
+            return (layout.slot_of_token, *lists)  # type: ignore[return-value]  # with the transpose
 
         @constant
         def order_on(
@@ -228,10 +269,19 @@ class LevelTables:
         def edges_on(device: torch.device) -> Tensor:
             return self._edges_on(self.edges, device)
 
-        self._constant, self._constant_edges, self._constant_order = tables_on, edges_on, order_on
+        @constant  # a tuple: Dynamo keeps no second result of a function that gives a tensor
+        def sizes_on(
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, group: int
+        ) -> tuple[Tensor, ...]:
+            layout = self.tables(Tokens(grid, text_len, text_position, exact, order)).layout
+            patterns = [self.group_levels[group][i].pattern for i in self._dynamic[group]]
+            return tuple(sizes_of(layout, pattern.list_width(layout)) for pattern in patterns if pattern is not None)
+
+        self._constant, self._constant_edges = tables_on, edges_on
+        self._constant_order, self._constant_sizes = order_on, sizes_on
 
     def __getstate__(self) -> dict[str, object]:
-        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges", "_constant_order"))
+        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges", "_constant_order", "_constant_sizes"))
         return {**self.__dict__, **dropped, "_tables": OrderedDict(), "_edge_tensors": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -239,15 +289,41 @@ class LevelTables:
         self._prepare()
 
     @property
+    def needs_steps(self) -> bool:
+        """Some level's masks outlive a step of a sampling run."""
+        patterns = [level for levels in self.group_levels for level in levels if level.pattern is not None]
+        return any(level.refresh > 1 or level.pattern.pattern.permutes for level in patterns)  # type: ignore[union-attr]
+
+    def eager_only(self) -> str | None:
+        """Why compiled layers cannot run under the schedule, or None."""
+        for level in (level for levels in self.group_levels for level in levels if level.pattern is not None):
+            if level.refresh > 1:
+                return f"level {level.name!r} keeps a mask for {level.refresh} steps, which a graph does not remember"
+            if level.pattern is not None and level.pattern.pattern.permutes:
+                return f"level {level.name!r} permutes the tokens of every head ({level.pattern.name})"
+        return None
+
+    def _listed(self, group: int) -> bool:
+        """Some segment of the group has lists before the layer runs."""
+        return any(rules is not None for rules in self._rules[group])
+
+    @property
     def needs_host(self) -> bool:
         """Some layer mixes kernel classes, or linears: outside of compiled graphs the host must know the level before it launches."""
         return any(self.mixed) or any(len({level.linears for level in levels}) > 1 for levels in self.group_levels)
 
     def all_fp8(self, segments: Tensor | Sequence[int]) -> bool:
-        """Whether every attention of these samples is FP8. ``segments`` on the device: whether that holds at all levels."""
+        """Whether every attention of these samples is FP8 under a window. ``segments`` on the device: whether that holds at all levels.
+
+        Patterns know tokens by their places in the raster.
+        """
+
+        def fp8(level: Level) -> bool:
+            return level.precision == "fp8" and level.pattern is None
+
         if isinstance(segments, Tensor):
-            return all(level.precision == "fp8" for levels in self.group_levels for level in levels)
-        return all(levels[segment].precision == "fp8" for levels in self.group_levels for segment in segments)
+            return all(fp8(level) for levels in self.group_levels for level in levels)
+        return all(fp8(levels[segment]) for levels in self.group_levels for segment in segments)
 
     def linears(self, segments: Tensor | Sequence[int], device: torch.device) -> tuple[bool | Tensor, ...]:
         """Of each group: whether all samples run FP8 linears, or none does; else bool ``[B]`` on the device. Empty: nowhere any."""
@@ -284,7 +360,7 @@ class LevelTables:
         with self._lock:
             if tokens not in self._tables:
                 with plain_tensors():
-                    self._tables[tokens] = TokenTables(tokens, self.schedule, self._windows)
+                    self._tables[tokens] = TokenTables(tokens, self.schedule, self._rules, self._num_heads)
                 while len(self._tables) > CACHED_GRIDS:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(tokens)
@@ -320,16 +396,47 @@ class LevelTables:
             return to_tile, to_raster
         return self.tables(tokens).order_on(device)
 
+    def _part(self, tokens: Tokens, level: Level, device: torch.device, backward: bool) -> Part:
+        """Of a level without lists: the model's own attention, or a pattern's."""
+        if not level.dynamic:
+            return Part(None)
+        return Part(
+            None,
+            level.granularity,
+            level.precision,
+            select=self._selector(tokens, level, device, backward, in_graph=False),
+        )
+
+    def _selector(self, tokens: Tokens, level: Level, device: torch.device, backward: bool, in_graph: bool) -> Selector:
+        tables, key = self.tables(tokens), (level, device, backward, in_graph)
+        if key not in tables.selectors:
+            layout = tables.on(device)
+            with self._lock, plain_tensors():
+                named = (level.name, level.granularity, text_of(level), level.refresh)
+                if in_graph:
+                    assert level.pattern is not None
+                    sizes = sizes_of(layout, level.pattern.list_width(layout))
+                    tables.selectors[key] = Selector(*named, pack_layout(layout, sizes), backward)
+                else:
+                    tables.selectors[key] = Selector(*named, pattern=level.pattern, layout=layout)
+        return tables.selectors[key]
+
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
         calls = []
         for group, levels in enumerate(self.group_levels):
             switched = len(levels) > 1
             slot_of_token, *tables = self._constant(*tokens, group, None if switched else 0, device)
-            if tables and switched:  # the lists are stacked: every sample takes those of its segment
+            if self._listed(group) and switched:  # the lists are stacked: every sample takes those of its segment
                 tables[3:] = [table.index_select(0, segments) for table in tables[3:]]
-            lists = Lists(*tables) if tables else None
-            parts = _branches(levels, lists, segments, None)
+            lists = Lists(*tables) if self._listed(group) else None
+            selectors = {}
+            sizes = self._constant_sizes(*tokens, group) if self._dynamic[group] else ()
+            for i, of_level in zip(self._dynamic[group], sizes, strict=True):
+                given = (tables[0], tables[1], tables[2], of_level)
+                named = (levels[i].name, levels[i].granularity, self._texts[group][i])
+                selectors[self._classes[group][i]] = Selector(*named, 1, given, True)
+            parts = _branches(self._classes[group], lists, segments, None, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -344,12 +451,16 @@ class LevelTables:
         calls = []
         for group, levels in enumerate(self.group_levels):
             packed = None
-            if any(level.precision == "fp8" for level in levels):
+            if self._listed(group):
                 switched = len(levels) > 1
                 mask, packed = self._packed(tokens, group, None if switched else 0, device, backward)
                 if switched:
                     packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
-            parts = _branches(levels, packed, index, known)
+            selectors = {
+                self._classes[group][i]: self._selector(tokens, levels[i], device, backward, in_graph=True)
+                for i in self._dynamic[group]
+            }
+            parts = _branches(self._classes[group], packed, index, known, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -368,12 +479,12 @@ class LevelTables:
             order = None
             if not isinstance(segments, Tensor):
                 parts, order = self._host_parts(tokens, group, segments, device, backward)
-            elif levels[0].precision == "bf16":  # and so are all: only such groups are switched on the device
-                parts = (Part(None),)
+            elif not self._listed(group):  # all are of one class: only such groups are switched on the device
+                parts = (self._part(tokens, levels[0], device, backward),)
             else:
                 mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
-                parts = (Part(mask.lists(backward), levels[0].granularity),)
+                parts = (Part(mask.lists(backward), levels[0].granularity, levels[0].precision),)
             calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -381,20 +492,25 @@ class LevelTables:
         self, tokens: Tokens, group: int, segments: Sequence[int], device: torch.device, backward: bool
     ) -> tuple[tuple[Part, ...], Tensor | None]:
         levels = self.group_levels[group]
-        by_class: dict[tuple[str, str], list[int]] = {}
+        by_class: dict[tuple[str, ...], list[int]] = {}
         for sample, segment in enumerate(segments):
             by_class.setdefault(levels[segment].kernel_class, []).append(sample)
         parts = []
-        for (precision, granularity), samples in by_class.items():
-            lists = None
-            if precision == "fp8":
-                wanted = [segments[sample] for sample in samples]
-                if len(set(wanted)) == 1:
-                    mask = self._mask(tokens, group, wanted[0], device, backward)
-                else:
-                    mask = self._mask(tokens, group, None, device, backward).select(index_of(tuple(wanted), device))
-                lists = mask.lists(backward)
-            parts.append(Part(lists, granularity, None if len(by_class) == 1 else index_of(tuple(samples), device)))
+        for samples in by_class.values():
+            wanted = [segments[sample] for sample in samples]
+            level = levels[wanted[0]]
+            if self._rules[group][wanted[0]] is None:
+                part = self._part(tokens, level, device, backward)
+            elif len(set(wanted)) == 1:
+                part = Part(
+                    self._mask(tokens, group, wanted[0], device, backward).lists(backward),
+                    level.granularity,
+                    level.precision,
+                )
+            else:
+                mask = self._mask(tokens, group, None, device, backward).select(index_of(tuple(wanted), device))
+                part = Part(mask.lists(backward), level.granularity, level.precision)
+            parts.append(part if len(by_class) == 1 else replace(part, samples=index_of(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
         flat = [sample for samples in by_class.values() for sample in samples]
@@ -415,19 +531,31 @@ def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
         return torch.tensor(values).to(device)
 
 
+def _rules(schedule: Schedule, level: Level, layer: int, num_heads: int | None) -> Rules | None:
+    if level.precision == "bf16" or level.dynamic:
+        return None
+    return schedule.windows(level, layer, num_heads) if level.pattern is None else (level.pattern,)
+
+
 def _branches(
-    levels: Sequence[Level], lists: Lists | Packed | None, segments: Tensor, known: Sequence[int] | None
+    classes_of_segments: Sequence[tuple[str, ...]],
+    lists: Lists | Packed | None,
+    segments: Tensor,
+    known: Sequence[int] | None,
+    selectors: Mapping[tuple[str, ...], Selector],
 ) -> tuple[Part, ...]:
     """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
-    classes = list(dict.fromkeys(level.kernel_class for level in levels))
-    if len(classes) == 1:
-        return (Part(lists, classes[0][1]),)
+    classes = list(dict.fromkeys(classes_of_segments))
     parts = []
-    for precision, granularity in classes:
-        members = [i for i, level in enumerate(levels) if level.kernel_class == (precision, granularity)]
-        chosen = segments == members[0]
-        for segment in members[1:]:
-            chosen = chosen | (segments == segment)
-        wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
-        parts.append(Part(lists if precision == "fp8" else None, granularity, None, chosen, wanted))
+    for kernel_class in classes:
+        select = selectors.get(kernel_class)
+        own = None if select is not None or kernel_class[0] == "bf16" else lists
+        chosen = wanted = None
+        if len(classes) > 1:
+            members = [i for i, other in enumerate(classes_of_segments) if other == kernel_class]
+            chosen = segments == members[0]
+            for segment in members[1:]:
+                chosen = chosen | (segments == segment)
+            wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
+        parts.append(Part(own, kernel_class[1], kernel_class[0], None, chosen, wanted, select))
     return tuple(parts)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+RETENTION = 1.02  #: Kernel density over selected density up to which a report says nothing more.
+_WHY = {"svg2": "clusters end inside of blocks, and a block is visited whole"}
+_WHY_ELSE = "the own tile is visited where the rule leaves it out"
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,10 @@ class Row:
             others; recomputation under gradient checkpointing does not count. Compiled layers are taken to run in every forward.
         linears: linear layers of the block that run in FP8 at this level; the others are the model's own.
         density: attended share of the (query, key) pairs, mean over the heads, weighted with the calls of each grid.
-        windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense.
+        windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense or a pattern's.
+        pattern: the level's pattern as JSON, or None. Where it reads q and k, ``density`` is that of the masks it made, of all forwards that
+            ran eagerly (NaN: none did), and ``selected`` what its rule alone chose, text included: the kernel visits whole blocks, and the
+            own tile always.
     """
 
     model: str
@@ -28,6 +36,8 @@ class Row:
     density: float
     calls: int
     linears: int = 0
+    pattern: dict[str, Any] | None = None
+    selected: float | None = None
 
 
 @dataclass
@@ -57,9 +67,10 @@ class Report:
 
     @property
     def density(self) -> float:
-        """Mean density over all calls; NaN before the first."""
-        calls = sum(row.calls for row in self.rows)
-        return sum(row.density * row.calls for row in self.rows) / calls if calls else float("nan")
+        """Mean density over all calls whose density is known; NaN before the first."""
+        known = [row for row in self.rows if row.calls and not math.isnan(row.density)]
+        calls = sum(row.calls for row in known)
+        return sum(row.density * row.calls for row in known) / calls if calls else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -82,6 +93,7 @@ class Report:
     def notes(self) -> list[str]:
         """Lines below the table."""
         notes = [f"grid {grid}: {tile}" for grid, tile in self.grids.items()]
+        notes += self._patterns()
         notes += [f"ran as the model's own, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
         notes += [f"not finite: {where} ({count} times)" for where, count in self.nonfinite.items()]
         for model, counts in self.executions.items():
@@ -102,6 +114,28 @@ class Report:
         ]
         if self.host_reads:
             notes.append(f"the timestep was read from the device {self.host_reads} times")
+        return notes
+
+    def _patterns(self) -> list[str]:
+        """Selected and kernel density of every level with a pattern that reads q and k."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.selected is not None and row.calls:
+                rows.setdefault(row.level, []).append(row)
+        notes = []
+        for level, of_level in rows.items():
+            calls = sum(row.calls for row in of_level)
+            selected = sum((row.selected or 0.0) * row.calls for row in of_level) / calls
+            kernel = sum(row.density * row.calls for row in of_level) / calls
+            name = (of_level[0].pattern or {}).get("name", "")
+            if math.isnan(kernel):
+                notes.append(f"level {level}: {name} ran compiled, where densities are not counted")
+                continue
+            ratio = kernel / selected if selected else float("inf")
+            why = "" if ratio <= RETENTION else f": {_WHY.get(name, _WHY_ELSE)}"
+            notes.append(
+                f"level {level}: {name} selected {selected:.4f} of the pairs, the kernel visited {kernel:.4f} ({ratio:.3f} times){why}"
+            )
         return notes
 
     def __str__(self) -> str:
@@ -132,6 +166,8 @@ class Report:
 
 
 def _windows(row: Row) -> str:
+    if row.pattern is not None:
+        return str(row.pattern["name"])
     if not row.windows:
         return "all"
     shown = ["x".join(map(str, window)) for window in row.windows[:3]]

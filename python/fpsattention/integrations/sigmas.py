@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..schedule.scheduler import shifts_dynamically
 from .adapters import Adapter
 
+_RUNS = itertools.count()
 KEPT_RUNS = 32  # sampling runs whose timesteps are kept on the host: requests that are served at the same time
 
 
@@ -47,7 +49,8 @@ class SigmaReader:
         self.num_train_timesteps = num_train_timesteps
         self.adapter = adapter
         self.host_reads = 0
-        self._read: OrderedDict[int, tuple[Tensor, int, list[float]]] = OrderedDict()  # id -> tensor, version, values
+        # id -> tensor, version, values, which run it is of
+        self._read: OrderedDict[int, tuple[Tensor, int, list[float], int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,6 +79,15 @@ class SigmaReader:
             return [min(max(sigma, 0.0), 1.0) for sigma in self.on_device(timestep).tolist()]
         values, indices = entries
         return [self._sigma(values[i]) for i in indices]
+
+    def run(self, timestep: Tensor) -> int | None:
+        """Which sampling run a forward is a step of (numbers are never used again), or None where :meth:`trajectory` is."""
+        if self.trajectory(timestep) is None:
+            return None
+        entries = self._whole(timestep)
+        whole = self.scheduler().timesteps if entries is None else entries[0]
+        with self._lock:
+            return self._read[id(whole)][3]
 
     def trajectory(self, timestep: Tensor) -> tuple[float, ...] | None:
         """The sigmas of all steps of the sampling run that this forward is a step of, or None: training, or not to be seen.
@@ -112,6 +124,13 @@ class SigmaReader:
 
     def _entries(self, timestep: Tensor) -> tuple[list[float], list[int]] | None:
         """The host's copy of the tensor that ``timestep`` is a view of, and where in it its elements are."""
+        found = self._whole(timestep)
+        if found is None:
+            return None
+        whole, indices = found
+        return self._values(whole, count=whole is not getattr(self.scheduler(), "timesteps", None)), indices
+
+    def _whole(self, timestep: Tensor) -> tuple[Tensor, list[int]] | None:
         if timestep.ndim != 1:
             return None
         own = getattr(self.scheduler(), "timesteps", None)
@@ -126,7 +145,7 @@ class SigmaReader:
                 first = timestep.storage_offset() - whole.storage_offset()
                 indices = [int(first + i * timestep.stride(0)) for i in range(timestep.shape[0])]
                 if all(0 <= i < whole.shape[0] for i in indices):
-                    return self._values(whole, count=whole is not own), indices
+                    return whole, indices
         return None
 
     def _values(self, whole: Tensor, count: bool = False) -> list[float]:
@@ -135,7 +154,7 @@ class SigmaReader:
         with self._lock:
             known = self._read.get(id(whole))  # the tensor is held, so its id is its own
             if known is None or known[0] is not whole or known[1] != version:
-                known = (whole, version, whole.tolist())
+                known = (whole, version, whole.tolist(), next(_RUNS))
                 self._read[id(whole)] = known
                 self.host_reads += count
                 while len(self._read) > KEPT_RUNS:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
-from ..layout.masks import Lists
+from ..layout.masks import BlockMask, Lists
 from ..ops.attend import attend
 from ..ops.checks import HEAD_DIMS, kernel_dim
+from ..patterns import Clustered, clustered_attention
 from . import padding
 from .graph import Packed
 from .levels import Call, Part, index_of
+from .selection import Selector
 from .state import CURRENT
 from .token_order import moved
 
@@ -61,6 +64,8 @@ class Site:
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
+        if self.owner.paused:
+            return core.dense(core.q, core.k, core.v)
         forward = CURRENT.forward
         if (
             forward is not None
@@ -134,15 +139,14 @@ class Site:
         """The launches of a call, put together in the order of the batch: each by ``run(core, part, q, k, v)``, which sees no masks, or as
         on whole sequences."""
         masked = None
-        if core.mask is not None and any(part.lists is not None for part in call.parts):
+        if core.mask is not None and not all(part.dense for part in call.parts):
             forward = CURRENT.forward
             masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
-        if run is None:
-            run = _part
+        run = run or partial(self._part, call)
         if len(call.parts) == 1:
             return run(core, call.parts[0], core.q, core.k, core.v, *([masked] if masked else []))
         if call.parts[0].chosen is not None:
-            return _branches(core, call.parts, masked)
+            return self._branches(core, call, masked)
         assert call.order is not None  # several parts: there is an order, and each names its samples
         outs = []
         for part in call.parts:
@@ -150,6 +154,85 @@ class Site:
             q, k, v = (x.index_select(0, part.samples) for x in (core.q, core.k, core.v))
             outs.append(run(core, part, q, k, v, *([masked.select(part.samples)] if masked else [])))
         return torch.cat(outs).index_select(0, call.order)
+
+    def _part(
+        self,
+        call: Call,
+        core: CoreCall,
+        part: Part,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masked: padding.Masked | None = None,
+    ) -> Tensor:
+        """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
+
+        Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
+        next, so the cast costs nothing that counts.
+        """
+        if part.dense:
+            return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
+        hidden = None
+        if masked is not None:
+            k, v, hidden, _ = masked
+            if part.precision != "fp8":
+                raise UnsupportedError(
+                    f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
+                )
+        dtype = v.dtype
+        if dtype == torch.float32 and v.device.type != "cpu":
+            dtype = torch.bfloat16
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        lists = part.lists
+        if isinstance(lists, Packed):
+            lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
+        if lists is None:  # made here, of the heads at hand
+            assert part.select is not None
+            heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if torch.compiler.is_compiling():
+                lists = part.select.traced(*heads_first)
+            else:
+                made = self._made(call, part.select, *heads_first)
+                if isinstance(made, Clustered):
+                    if hidden is not None:
+                        raise UnsupportedError(
+                            f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
+                        )
+                    out = clustered_attention(
+                        *heads_first, made, granularity=part.granularity, precision=part.precision, scale=core.scale
+                    )
+                    return out.transpose(1, 2)
+                lists = made.lists(torch.is_grad_enabled())
+        elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
+            index = index_of(core.heads, q.device)
+            lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
+        options = {"granularity": part.granularity, "precision": part.precision, "scale": core.scale}
+        return attend(q, k, v, lists, hidden=hidden, **options)[0]  # type: ignore[arg-type]
+
+    def _made(self, call: Call, select: Selector, q: Tensor, k: Tensor, v: Tensor) -> BlockMask | Clustered:
+        forward = CURRENT.forward
+        assert forward is not None
+        return self.owner.selections.make(self.layer, call.samples, select, forward.step, q, k, v)
+
+    def _branches(self, core: CoreCall, call: Call, masked: padding.Masked | None) -> Tensor:
+        """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
+        out: Tensor | None = None
+        operands = (core.q, core.k, core.v, *(masked or ()))
+        for part in call.parts:
+            assert part.chosen is not None and part.wanted is not None
+
+            def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
+                of_mask = padding.Masked(*masked) if masked else None
+                out = self._part(call, core, part, q, k, v, of_mask).to(v.dtype)
+                return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
+
+            def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:
+                return torch.zeros_like(v, memory_format=torch.contiguous_format)
+
+            one = torch.cond(part.wanted, run, skip, operands)
+            out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
+        assert out is not None
+        return out
 
     def refusal(self, core: CoreCall) -> str | None:
         """Why this call must be the model's own, or None."""
@@ -195,47 +278,3 @@ def _dense(core: CoreCall, forward: Forward | None) -> Tensor:
         return core.dense(core.q, core.k, core.v)
     to_tile, to_raster = forward.order
     return moved(core.dense(*(moved(x, 1, to_raster) for x in (core.q, core.k, core.v))), 1, to_tile)
-
-
-def _part(core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, masked: padding.Masked | None = None) -> Tensor:
-    """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
-
-    Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
-    next, so the cast costs nothing that counts.
-    """
-    if part.lists is None:
-        return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
-    lists = part.lists
-    if isinstance(lists, Packed):
-        lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
-    if core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
-        index = index_of(core.heads, q.device)
-        lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
-    hidden = None
-    if masked is not None:
-        k, v, hidden, _ = masked
-    dtype = v.dtype
-    if dtype == torch.float32 and v.device.type != "cpu":
-        dtype = torch.bfloat16
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    return attend(q, k, v, lists, granularity=part.granularity, scale=core.scale, hidden=hidden)[0]
-
-
-def _branches(core: CoreCall, parts: tuple[Part, ...], masked: padding.Masked | None) -> Tensor:
-    """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
-    out: Tensor | None = None
-    operands = (core.q, core.k, core.v, *(masked or ()))
-    for part in parts:
-        assert part.chosen is not None and part.wanted is not None
-
-        def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
-            out = _part(core, part, q, k, v, padding.Masked(*masked) if masked else None).to(v.dtype)
-            return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
-
-        def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:
-            return torch.zeros_like(v, memory_format=torch.contiguous_format)
-
-        one = torch.cond(part.wanted, run, skip, operands)
-        out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
-    assert out is not None
-    return out

@@ -163,7 +163,7 @@ class BlockMask:
                         f"fpsattention.BlockMask.from_keep: max_kv {max_kv}, expected at least the longest list, {longest} blocks"
                     )
             counts = counts.clamp_max(width)
-        return _trusted(layout, counts, indices)
+        return trusted_mask(layout, counts, indices)
 
     @classmethod
     def stack(cls, masks: Sequence[BlockMask]) -> BlockMask:
@@ -219,7 +219,7 @@ class BlockMask:
         transposed = None
         if self._transposed is not None:
             transposed = (self._transposed[0].index_select(0, index), self._transposed[1].index_select(0, index))
-        return _trusted(
+        return trusted_mask(
             self.layout, self.kv_num_blocks.index_select(0, index), self.kv_indices.index_select(0, index), transposed
         )
 
@@ -268,7 +268,7 @@ class BlockMask:
             transposed = _transpose_on_cpu(self.layout, self.kv_num_blocks, self.kv_indices)
         else:
             transposed = _transpose_on_device(self)
-        return _trusted(self.layout, self.kv_num_blocks, self.kv_indices, transposed)
+        return trusted_mask(self.layout, self.kv_num_blocks, self.kv_indices, transposed)
 
     def lists(self, transposed: bool) -> Lists:
         """The tables of the ops; ``transposed``: in any case with the lists that a backward walks, else where the mask has them."""
@@ -322,7 +322,7 @@ class BlockMask:
 
     def _replaced(self, layout: TileLayout, move: Callable[[Tensor], Tensor]) -> BlockMask:
         transposed = None if self._transposed is None else (move(self._transposed[0]), move(self._transposed[1]))
-        return _trusted(layout, move(self.kv_num_blocks), move(self.kv_indices), transposed, self._copies)
+        return trusted_mask(layout, move(self.kv_num_blocks), move(self.kv_indices), transposed, self._copies)
 
     def to_blocks(self) -> Tensor:
         """Bool ``[Bm, Hm, num_tiles, num_blocks]``: query tile i visits KV block j."""
@@ -390,7 +390,7 @@ def _windowed(layout: TileLayout, window: Int3) -> BlockMask:
         return cached_mask(layout, window)
     fields = _window_fields(layout.tile_sizes, layout.num_tiles, layout.num_blocks, layout.text_len, window)
     kv_num_blocks, kv_indices, *transposed = (x.to(layout.device) for x in fields)
-    return _trusted(layout, kv_num_blocks, kv_indices, (transposed[0], transposed[1]), None)
+    return trusted_mask(layout, kv_num_blocks, kv_indices, (transposed[0], transposed[1]), None)
 
 
 @constant
@@ -425,10 +425,12 @@ _CLEAR_WITH_PLANS.append(cached_mask.cache_clear)
 
 def _from_numpy(layout: TileLayout, lists: tuple[np.ndarray, np.ndarray]) -> BlockMask:
     kv_num_blocks, kv_indices = torch.from_numpy(lists[0]), torch.from_numpy(lists[1])
-    return _trusted(layout, kv_num_blocks, kv_indices, _transpose_on_cpu(layout, kv_num_blocks, kv_indices), Cache())
+    return trusted_mask(
+        layout, kv_num_blocks, kv_indices, _transpose_on_cpu(layout, kv_num_blocks, kv_indices), Cache()
+    )
 
 
-def _trusted(
+def trusted_mask(
     layout: TileLayout,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
@@ -470,7 +472,19 @@ def _lists_of_keep(keep: Tensor, first: Tensor, width: int) -> tuple[Tensor, Ten
 
 
 def _transpose_on_device(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """The transpose in torch operations of fixed shapes: no synchronization."""
+    """The transpose with fixed shapes: no synchronization. Two kernels on a GPU, else torch operations."""
+    if mask.device.type == "cuda":
+        from ..ops.blocks import MAX_BLOCKS
+        from ..ops.core import sm90_missing
+
+        blocks = mask.layout.num_blocks
+        if blocks <= MAX_BLOCKS and sm90_missing() is None:
+            offsets = mask.layout.tile_block_offsets.to(mask.device)
+            lists = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
+            made: tuple[Tensor, Tensor] = torch.ops.fpsattn.transpose_blocks(
+                *lists, offsets, num_blocks=blocks, width=blocks
+            )
+            return made
     query_blocks = mask.to_blocks()[:, :, mask.layout.tile_of_block.to(mask.device)]  # [Bm, Hm, query block, KV block]
     visits = query_blocks.transpose(-1, -2)
     return _lists_of_keep(visits, torch.zeros_like(visits[..., :1, :]), visits.shape[-1])

@@ -11,8 +11,9 @@ from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
 from . import autograd, prepare
 from .backends import reference_attention, resolve_backend
-from .checks import GRANULARITIES, HEAD_DIMS, kernel_dim
+from .checks import GRANULARITIES, HEAD_DIMS, INT8, kernel_dim
 from .prepare import Norm, Rope
+from .rotation import rotate
 
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
@@ -25,6 +26,7 @@ def attend(
     mask: BlockMask | Lists,
     *,
     granularity: str = "tile",
+    precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
     pow2_scales: bool = False,
@@ -34,6 +36,7 @@ def attend(
     deterministic: bool = False,
     norm: Norm | None = None,
     rope: Rope | None = None,
+    hadamard: bool = False,
     tensor_layout: str = "NHD",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,11 @@ def attend(
         ConfigError, UnsupportedError: from the backend and the ops, which check shapes, dtypes and devices.
     """
     backend = resolve_backend(backend, q)
+    if precision == "int8" and backend == "sm90":
+        raise UnsupportedError(
+            "fpsattention.attention: precision 'int8' on the sm_90a kernels, which multiply Q and K in FP8 only: use precision='fp8' there, "
+            "or CPU tensors to see what INT8 would cost"
+        )
     q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -72,8 +80,15 @@ def attend(
     if zeros[1]:
         q, k, v = (torch.nn.functional.pad(x, zeros) for x in (q, k, v))
         k_mean, v_absmax = (None if x is None else torch.nn.functional.pad(x, zeros) for x in (k_mean, v_absmax))
+    if hadamard and prepared:
+        raise UnsupportedError(
+            "fpsattention.attention: hadamard was asked for with norm or rope, supported is one of them: the rotation comes after RoPE"
+        )
+    if hadamard:
+        q, k = rotate(q), rotate(k)
+        k_mean = None if k_mean is None else rotate(k_mean)
     options: dict[str, Any] = {
-        "granularity": GRANULARITIES[granularity],
+        "granularity": INT8 if precision == "int8" else GRANULARITIES[granularity],
         "softmax_scale": dim**-0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,

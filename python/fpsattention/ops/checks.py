@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .norm_rope import NORMS
-from .reference import BLOCK, V_EXTRA_ROWS, Operands, code_dim
+from .reference import BLOCK, INT8, V_EXTRA_ROWS, Operands, code_dim
 
 HEAD_DIMS = (64, 96, 128)  # of the ops, ascending; attend() pads others to the next one
 _HEAD_DIMS_TEXT = f"{', '.join(map(str, HEAD_DIMS[:-1]))} and {HEAD_DIMS[-1]}"
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
+PRECISIONS = ("fp8", "int8")  # of Q and K; "int8": op code INT8 in the place of a granularity
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
 CPU_DTYPES = (*KERNEL_DTYPES, torch.float32)
@@ -119,8 +120,8 @@ def check_quantize(
     _int32(op, "tile_block_offsets", tile_block_offsets, ("num_tiles + 1",))
     if tile_block_offsets.shape[0] < 2:
         _fail(op, "tile_block_offsets", f"has {tile_block_offsets.shape[0]} entries, expected num_tiles + 1")
-    if granularity not in (0, 1, 2):
-        _fail(op, "granularity", f"is {granularity}, expected 0 (tile), 1 (block) or 2 (token)")
+    if granularity not in (0, 1, 2, INT8):
+        _fail(op, "granularity", f"is {granularity}, expected 0 (tile), 1 (block), 2 (token) or 3 (INT8, block)")
     if k_mean_stride < 1:
         _fail(op, "k_mean_stride", f"is {k_mean_stride}, expected at least 1")
     for name, x in (("k_mean", k_mean), ("v_absmax", v_absmax)):
@@ -228,7 +229,7 @@ def check_quantized(
     v_scale: Tensor,
     token_of_slot: Tensor,
 ) -> None:
-    _dtype(op, "q8", q8, E4M3)
+    _dtype(op, "q8", q8, E4M3, *((torch.int8,) if q8.device.type in ("cpu", "meta") else ()))
     if v_scale.dim() != 3 or v_scale.shape[2] not in HEAD_DIMS:
         _fail(
             op,
@@ -245,7 +246,7 @@ def check_quantized(
         ("k8", k8, q8.shape),
         ("v8t", v8t, (batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK)),
     ):
-        _dtype(op, name, x, E4M3)
+        _dtype(op, name, x, q8.dtype if name == "k8" else E4M3)
         _shape(op, name, x, tuple(want))
     for name, x in (("q_scale", q_scale), ("k_scale", k_scale)):
         per_token = x.dim() == 4

@@ -5,7 +5,7 @@ Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token t
 ``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, *, granularity, smooth_k, pow2_scales,
 k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean, q_block_sum, k_block_sum)``
     q, k, v (B, H, S, D), D in {64, 96, 128}; token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
-    granularity 0 tile, 1 block, 2 token; k_mean, v_absmax f32 [B, H, D], computed where None.
+    granularity 0 tile, 1 block, 2 token, 3 (CPU only) INT8 q8 and k8, scales per block; k_mean, v_absmax f32 [B, H, D], computed where None.
     q8, k8 e4m3 [B, H, NB, 128, C]; v8t e4m3 [B, H, NB, C + 8, 128]; C = D, or 128 for D = 96, the rest zeros; q_scale, k_scale f32 [B, H, NB], per token
     [B, H, NB, 128]; v_scale f32 [B, H, D]; k_mean_used f32 [B, H, D]; q_k_mean f32 [B, H, S].
     q_block_sum, k_block_sum f32 [B, H, NB, D] with block_sums, else [B, H, 0, D]: sums of the tokens of each block of q and of k
@@ -31,6 +31,10 @@ q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q
     ``attention`` of q, k, v from ``hidden.fill``, without the keys where ``hidden``, bool [B, S], is true. Every argument is given.
 ``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
     the tables of a planned grid: see ``lists.py``.
+``select_blocks(values, ...)``, ``transpose_blocks(kv_num_blocks, ...)``
+    lists made from scores, and their transpose: see ``blocks.py``.
+``pattern_lists(q, k, v, token_of_slot, tile_block_offsets, *, pattern, ...) -> (kv_num_blocks, ..., q_indices)``
+    the lists of a content pattern: see ``selection.py``.
 
 CUDA tensors go to the sm_90a kernels, CPU tensors to ``cpu.py``; with ``FPSATTN_SM90_ON_HOST=1`` at the time of loading (device
 code runs on the host, in an emulator) CPU tensors go to the sm_90a kernels, too. Bad arguments raise
@@ -50,12 +54,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
-from . import autograd, checks, cpu, fakes, lists, vmap
+from . import autograd, blocks, checks, cpu, fakes, lists, selection, vmap
 from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
 KERNEL_OPS = ("quantize", "forward", "backward")  # those with sm_90a kernels
+LIST_OPS = ("select_blocks", "transpose_blocks")  # likewise: lists of a mask
 JVP_SCHEMA = (
     "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
@@ -257,9 +262,11 @@ def _register() -> None:
     for op in (*KERNEL_OPS, "jvp", "prepare"):
         torch.library.register_fake(f"fpsattn::{op}")(fakes.of(op))
     if _kernels_missing is None:
-        for op in KERNEL_OPS:  # BackendSelect comes before the kernels of all devices
+        for op in (*KERNEL_OPS, *LIST_OPS):  # BackendSelect comes before the kernels of all devices
             _LIBRARY.impl(op, _translated(op), "BackendSelect", with_keyset=True)
     lists.register()
+    selection.register()
+    blocks.register(_on_host)
     autograd.register(_LIBRARY)
     for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp", "prepare"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))

@@ -5,7 +5,7 @@ query tile of one (batch, head); items with equal tile and list lengths are batc
 ``SEGMENT_BLOCKS`` KV blocks with a running maximum, so that a chunk of scores stays near the caches and peak memory is
 linear in the number of tokens. Shapes and layouts are those of ``core.py``.
 
-e4m3 values and products of two of them are exact in FP32, so the matmuls run on raw e4m3 values; scales are applied to scores.
+e4m3 and INT8 values and products of two of them are exact in FP32 (sums of INT8 ones, too), so the matmuls run on raw e4m3 values; scales are applied to scores.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .reference import (
     BLOCK,
     CODE_SLOTS,
     E4M3_MAX,
+    INT8,
+    INT8_MAX,
     LOG2E,
     P_SHIFT,
     TILE,
@@ -34,6 +36,7 @@ from .reference import (
     code_dim,
     exponent_codes,
     scale_of,
+    to_int8,
     v_slot_order,
 )
 
@@ -83,9 +86,10 @@ def _group_absmax(blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granula
 def _quantize_rows(
     blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int, pow2: bool
 ) -> tuple[Tensor, Tensor]:
-    scale = scale_of(_group_absmax(blocks, tile_of_block, num_tiles, granularity), pow2)
-    divisor = scale.unsqueeze(-1) if granularity == TOKEN else scale[..., None, None]
-    return to_e4m3(blocks.div_(divisor)), scale
+    largest = INT8_MAX if granularity == INT8 else E4M3_MAX
+    scale = scale_of(_group_absmax(blocks, tile_of_block, num_tiles, granularity), pow2, largest)
+    blocks.div_(scale.unsqueeze(-1) if granularity == TOKEN else scale[..., None, None])
+    return to_int8(blocks) if granularity == INT8 else to_e4m3(blocks), scale
 
 
 def quantize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import E4M3
-from .reference import BLOCK, TOKEN, V_EXTRA_ROWS, code_dim
+from .reference import BLOCK, INT8, TOKEN, V_EXTRA_ROWS, code_dim
 
 
 def of(op: str) -> Callable[..., Any]:
@@ -44,9 +44,10 @@ def _quantize(
     columns = code_dim(dim)
     num_blocks = token_of_slot.shape[0] // BLOCK
     scale_shape = (batch, heads, num_blocks, BLOCK) if granularity == TOKEN else (batch, heads, num_blocks)
+    dtype = torch.int8 if granularity == INT8 else E4M3
     return (
-        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=E4M3),
-        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=E4M3),
+        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=dtype),
+        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=dtype),
         q.new_empty((batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
         q.new_empty(scale_shape, dtype=torch.float32),
         q.new_empty(scale_shape, dtype=torch.float32),

@@ -28,6 +28,8 @@ V_EXTRA_ROWS = 8
 # Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
 V_SLOT_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 TILE, BLOCKWISE, TOKEN = 0, 1, 2  # granularity codes of the ops
+INT8 = 3  # likewise: Q and K in INT8 instead of e4m3, scales per block
+INT8_MAX = 127.0
 
 
 class Operands(NamedTuple):
@@ -44,8 +46,8 @@ class Operands(NamedTuple):
 class Quantized(NamedTuple):
     """What the quantizer hands to the attention kernels (``torch.ops.fpsattn.quantize`` returns the same, in this order)."""
 
-    q8: Tensor  # e4m3 [B, H, num_blocks, 128, C], C = code_dim(D)
-    k8: Tensor  # e4m3 [B, H, num_blocks, 128, C]
+    q8: Tensor  # e4m3 or int8 [B, H, num_blocks, 128, C], C = code_dim(D)
+    k8: Tensor  # likewise
     v8t: Tensor  # e4m3 [B, H, num_blocks, C + 8, 128]
     q_scale: Tensor  # f32 [B, H, num_blocks] or, per token, [B, H, num_blocks, 128]
     k_scale: Tensor  # likewise
@@ -97,9 +99,14 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def scale_of(absmax: Tensor, pow2: bool) -> Tensor:
-    """``absmax / 448``; 1 for an all-zero group, NaN for a group with a NaN or an Inf; with ``pow2``, rounded up to 2^n."""
-    scale = (absmax / E4M3_MAX).clamp_min(SCALE_FLOOR)
+def to_int8(x: Tensor) -> Tensor:
+    """FP32 to INT8: nearest, half away from zero, saturating at 127; NaN becomes 0 (its scale is NaN)."""
+    return (x.sign() * (x.abs() + 0.5).floor()).clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
+
+
+def scale_of(absmax: Tensor, pow2: bool, largest: float = E4M3_MAX) -> Tensor:
+    """``absmax / largest``; 1 for an all-zero group, NaN for a group with a NaN or an Inf; with ``pow2``, rounded up to 2^n."""
+    scale = (absmax / largest).clamp_min(SCALE_FLOOR)
     if pow2:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
         scale = torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
@@ -150,7 +157,8 @@ def _group_scales(blocks: Tensor, offsets: list[int], granularity: int, pow2: bo
             for a, b in zip(offsets, offsets[1:], strict=False)
         ]
         per_block = torch.cat(tiles, dim=-1)
-    return scale_of(per_block, pow2).unsqueeze(-1).expand(-1, -1, -1, BLOCK)
+    largest = INT8_MAX if granularity == INT8 else E4M3_MAX
+    return scale_of(per_block, pow2, largest).unsqueeze(-1).expand(-1, -1, -1, BLOCK)
 
 
 def quantize(
@@ -174,7 +182,7 @@ def quantize(
         q, k, v: ``(B, H, S, D)``.
         token_of_slot: int32 ``[num_slots]``, -1 in padding.
         tile_block_offsets: int32 ``[num_tiles + 1]``.
-        granularity: 0 tile, 1 block (128 slots), 2 token.
+        granularity: 0 tile, 1 block (128 slots), 2 token; 3: INT8 q8 and k8, scales per block.
         k_mean_stride: the mean of K is taken over tokens 0, n, 2n, ...
         k_mean, v_absmax: f32 ``[B, H, D]``; computed where None. Values of V beyond ``v_absmax`` saturate.
         block_sums: whether ``q_block_sum`` and ``k_block_sum`` are wanted.
@@ -199,8 +207,9 @@ def quantize(
     k_blocks = gather_slots(k - k_mean.unsqueeze(2), token_of_slot)
     q_scale = _group_scales(q_blocks, offsets, granularity, pow2_scales)
     k_scale = _group_scales(k_blocks, offsets, granularity, pow2_scales)
-    q8 = to_e4m3(q_blocks / q_scale.unsqueeze(-1))
-    k8 = to_e4m3(k_blocks / k_scale.unsqueeze(-1))
+    rounded = to_int8 if granularity == INT8 else to_e4m3
+    q8 = rounded(q_blocks / q_scale.unsqueeze(-1))
+    k8 = rounded(k_blocks / k_scale.unsqueeze(-1))
 
     v_scale = scale_of(v.abs().amax(2) if v_absmax is None else v_absmax.float(), pow2_scales)
     v = torch.where(v.isinf(), math.nan, v)  # with a given v_absmax, an Inf must not saturate to a number

@@ -314,6 +314,12 @@ def _part(
 ) -> Tensor:
     """One launch, as ``site._part`` makes it on whole sequences."""
     q, k, v = qkv
+    if part.select is not None or part.precision == "int8":
+        what = "a pattern that reads q and k" if part.select is not None else "INT8"
+        raise UnsupportedError(
+            f"fpsattention.parallel.shard: {site.name} is at a level with {what}, which no rank has whole: use a window, or a pattern that "
+            "depends on the layout only, in FP8"
+        )
     if part.lists is None:
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..layout.masks import BlockMask
+from ..layout.masks import BlockMask, trusted_mask
 from ..layout.plain import constant
 from ..layout.tiles import _CLEAR_WITH_PLANS, BLOCK, TileLayout
 
@@ -30,6 +30,7 @@ class Tables(NamedTuple):
     source: Tensor  # int64 [NB, 128]: token of a slot; padding repeats slot 0 of its block
     valid: Tensor  # bool [NB, 128]
     block_tokens: Tensor  # f32 [NB]
+    block_sizes: Tensor  # the same, int32
     blocks_of_tile: (
         Tensor  # int64 [n, m]: blocks of a tile, m = max_blocks(layout); entries beyond its own repeat its first
     )
@@ -78,6 +79,7 @@ def _tables(layout: TileLayout) -> Tables:
         source=torch.where(valid, slots, slots[:, :1]),
         valid=valid,
         block_tokens=block_tokens,
+        block_sizes=block_tokens.int(),
         blocks_of_tile=blocks_of_tile,
         tokens_of_tile=torch.where(blocks < end, block_tokens[blocks_of_tile], 0.0),
         block_of_token=block_of_token,
@@ -161,9 +163,20 @@ def scores(q: Tensor, k: Tensor, layout: TileLayout, scale: float | None = None)
 
     Smoothing K beforehand would add a constant to every row: no selection within a row sees it.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    products = pool_tiles(q, layout) @ pool_blocks(k, layout).transpose(-1, -2)
-    return (products * scale).masked_fill(tables(layout, q.device).text_columns, -math.inf)
+    return _scores(
+        pool_blocks(q, layout), pool_blocks(k, layout), layout, q.shape[-1] ** -0.5 if scale is None else scale
+    )
+
+
+def scores_of_sums(q_block_sum: Tensor, k_block_sum: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    """:func:`scores` from the sums over blocks that the quantizer leaves behind (``block_sums=True``), f32 ``[B, H, NB, D]``."""
+    count = tables(layout, q_block_sum.device).block_tokens.unsqueeze(-1)
+    return _scores(q_block_sum / count, k_block_sum / count, layout, scale)
+
+
+def _scores(q_blocks: Tensor, k_blocks: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    products = tile_means(q_blocks, layout) @ k_blocks.transpose(-1, -2)
+    return (products * scale).masked_fill(tables(layout, q_blocks.device).text_columns, -math.inf)
 
 
 # Selections --------------------------------------------------------------------------------------------------------------
@@ -200,10 +213,42 @@ def top_p(weights: Tensor, mass: float | Tensor, at_least: int = 0, at_most: int
     return unranked(keep, columns)
 
 
+class Scored(NamedTuple):
+    """A selection by the values of each row alone, as ``torch.ops.fpsattn.select_blocks`` makes it (``ops/blocks.py``)."""
+
+    values: Tensor  # f32 [B, H, n, NB]
+    keep: int = -1  # so many; below 0: by mass
+    mass: float = 0.0
+    min_count: int = 0
+    own_first: bool = False
+
+
+def select(layout: TileLayout, scored: Scored, video_width: int | None = None) -> tuple[BlockMask, Tensor]:
+    """The mask of a selection, and its densities f64 ``[2]`` (selected, kernel): one kernel on a GPU, nothing waits."""
+    from ..ops import core  # noqa: F401  registers the op
+
+    values = scored.values
+    layout, t = layout.to(values.device), tables(layout, values.device)
+    counts, indices, attended = torch.ops.fpsattn.select_blocks(
+        values.contiguous(), layout.tile_block_offsets, t.block_sizes, num_video_tiles=layout.num_video_tiles,
+        count=scored.keep, mass=scored.mass, min_count=scored.min_count, max_count=layout.num_blocks,
+        own_first=scored.own_first, width=list_width(layout, video_width),
+    )  # fmt: skip
+    pairs = (attended.double() * layout.tile_tokens.double().unsqueeze(-1)).sum(-2).mean((0, 1))
+    return trusted_mask(layout, counts, indices), pairs / layout.num_tokens**2
+
+
 def always_kept(layout: TileLayout, device: torch.device) -> Tensor:
     """Own tile, text columns, text rows: bool ``[n, NB]``. Every pattern adds them to what it selects."""
     t = tables(layout, device)
     return t.own | t.text_columns | t.text_rows
+
+
+def list_width(layout: TileLayout, video_width: int | None) -> int:
+    """Width of the lists of :func:`to_mask`."""
+    if video_width is None or layout.text_len:
+        return layout.num_blocks
+    return min(max(video_width, max_blocks(layout)), layout.num_blocks)
 
 
 def to_mask(layout: TileLayout, keep: Tensor, video_width: int | None = None) -> BlockMask:
@@ -214,6 +259,4 @@ def to_mask(layout: TileLayout, keep: Tensor, video_width: int | None = None) ->
         video_width: most video blocks that a row can keep, own tile included, if known: the width of the lists. With text there is no
             use for it, as rows of text attend everything.
     """
-    known = video_width is not None and not layout.text_len
-    width = min(max(video_width or 0, max_blocks(layout)), layout.num_blocks) if known else None
-    return BlockMask.from_keep(layout, keep | always_kept(layout, keep.device), width)
+    return BlockMask.from_keep(layout, keep | always_kept(layout, keep.device), list_width(layout, video_width))

@@ -7,6 +7,8 @@ times the blocks. Instead a block pair is visited if any of its clusters' pairs 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from ..layout.masks import BlockMask
 from ..layout.tiles import BLOCK, TileLayout, plan
 from .blocks import check_count, check_number, check_tensors, top_p
-from .pattern import Density
+from .pattern import _PERMUTING, Density, Pattern
 from .token_rules import video_offset
 
 
@@ -161,3 +163,48 @@ def clustered_attention(q: Tensor, k: Tensor, v: Tensor, clustered: Clustered, *
         block_mask=clustered.mask, text_len=layout.text_len, text_position=layout.text_position, tensor_layout="HND", **options,
     )  # fmt: skip
     return put(out, clustered.q_order.argsort(dim=-1))
+
+
+class _Svg2(Pattern):
+    """:func:`svg2` as a schedule's level names it; what it makes is for :func:`clustered_attention`.
+
+    Hyperparameters: those of :func:`svg2`, and ``later_iterations``: of k-means where there is a step before (published: 2).
+    """
+
+    permutes = True
+
+    def __init__(self) -> None:
+        parameters = inspect.signature(svg2).parameters
+        self.name, self.inputs, self.static, self.period = "svg2", ("q", "k"), False, 0
+        self.defaults = {
+            name: p.default for name, p in parameters.items() if name not in ("q", "k", "layout", "previous")
+        }
+        self.defaults["later_iterations"] = 2
+        self._width = self._share = self._scored = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, layout: TileLayout, previous: Clustered | None = None, **options: Any
+    ) -> Any:
+        options = self.check(options)
+        later = options.pop("later_iterations", self.defaults["later_iterations"])
+        check_count("svg2", "later_iterations", later, 0)
+        if previous is not None:
+            options["iterations"] = later
+        return svg2(q, k, layout, previous=previous, **options)
+
+    def measured(self, *args: Any, **options: Any) -> Any:
+        made = self(*args, **options)
+        layout = made.mask.layout
+        pairs = (made.mask.to_blocks().float() @ layout.block_tokens.float()).double() @ layout.tile_tokens.double()
+        return made, torch.stack([made.pairs.mean(), pairs.mean()]) / layout.num_tokens**2
+
+    def density(self, *args: Any, **options: Any) -> Density:
+        return self(*args, **options).density()
+
+    def select(self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
+        raise self._error(
+            "a selection over the tiles of the layout was wanted", "clustered_attention: it permutes tokens"
+        )
+
+
+_PERMUTING["svg2"] = _Svg2()

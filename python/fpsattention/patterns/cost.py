@@ -43,7 +43,7 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if made and not func.is_view and func.namespace == "aten" and "detach" not in func.name():
+        if made and not func.is_view and func.namespace in ("aten", "fpsattn") and "detach" not in func.name():
             moved = sum(x.numel() * x.element_size() for x in (*given, *made))
             self.bytes += moved
             self.launches += 1

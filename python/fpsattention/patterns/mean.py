@@ -16,6 +16,7 @@ from ..layout.masks import sliding_tile_mask
 from ..layout.plain import constant
 from ..layout.tiles import TileLayout
 from .blocks import (
+    Scored,
     check_count,
     check_number,
     num_video_blocks,
@@ -38,7 +39,12 @@ def _count(layout: TileLayout, ratio: float) -> int:
     return min(max(int(ratio * blocks + 1e-9), 1, -(-math.prod(layout.tile) // 128)), blocks)
 
 
-@pattern(width=lambda layout, ratio: _count(layout, ratio))
+def _topk_scored(logits: Tensor, layout: TileLayout, ratio: float) -> Scored:
+    check_number("topk_mean", "ratio", ratio, 0.0, 1.0)
+    return Scored(logits, keep=_count(layout, ratio), own_first=True)
+
+
+@pattern(width=lambda layout, ratio: _count(layout, ratio), scored=_topk_scored)
 def topk_mean(q: Tensor, k: Tensor, layout: TileLayout, ratio: float = 0.2) -> Tensor:
     """The ``int(ratio n)`` KV blocks of largest ``s_ij`` per query tile, own tile first, of n video blocks.
 
@@ -55,7 +61,26 @@ def _window(layout: TileLayout, window: tuple[int, int, int], device: torch.devi
     return sliding_tile_mask(layout, window).to(device).to_blocks()
 
 
-@pattern()
+def _cdf_scored(
+    logits: Tensor, layout: TileLayout, mass: float, min_ratio: float, window: object, by_size: bool
+) -> Scored | None:
+    if window is not None:  # a union with something else
+        return None
+    weights, at_least = _cdf_weights(logits, layout, mass, min_ratio, by_size)
+    return Scored(weights, mass=mass, min_count=at_least)
+
+
+def _cdf_weights(
+    logits: Tensor, layout: TileLayout, mass: float, min_ratio: float, by_size: bool
+) -> tuple[Tensor, int]:
+    check_number("cdf_mean", "mass", mass, 0.0, 1.0)
+    check_number("cdf_mean", "min_ratio", min_ratio, 0.0, 1.0)
+    if by_size:
+        logits = logits + tables(layout, logits.device).block_tokens.log()
+    return logits.softmax(-1), int(min_ratio * num_video_blocks(layout) + 1e-9)
+
+
+@pattern(scored=_cdf_scored)
 def cdf_mean(
     q: Tensor,
     k: Tensor,
@@ -73,12 +98,8 @@ def cdf_mean(
         window: keep this sliding tile window, too (NABLA's union with STA; Jenga's with spatial neighbours), in tiles.
         by_size: weight a block by its tokens, ``|j| exp(s_ij)`` (Sparse-VideoGen 2).
     """
-    check_number("cdf_mean", "mass", mass, 0.0, 1.0)
-    check_number("cdf_mean", "min_ratio", min_ratio, 0.0, 1.0)
-    logits = scores(q, k, layout)
-    if by_size:
-        logits = logits + tables(layout, q.device).block_tokens.log()
-    keep = top_p(logits.softmax(-1), mass, int(min_ratio * num_video_blocks(layout) + 1e-9))
+    weights, at_least = _cdf_weights(scores(q, k, layout), layout, mass, min_ratio, by_size)
+    keep = top_p(weights, mass, at_least)
     if window is not None:
         keep = keep | _window(layout, window, q.device)
     return keep
@@ -155,7 +176,7 @@ def draft(q: Tensor, k: Tensor, layout: TileLayout, sparsity: float = 0.9) -> Te
 PARTITIONS = ("time", "space", "volume")  # VMoBA's 1-D, 2-D and 3-D, in the order of its layers
 
 
-@pattern()
+@pattern(period=3)
 def vmoba(
     q: Tensor,
     k: Tensor,

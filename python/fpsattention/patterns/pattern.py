@@ -14,10 +14,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..layout.masks import BlockMask
 from ..layout.tiles import _CLEAR_WITH_PLANS, TileLayout
-from .blocks import check_tensors, tables, to_mask
+from ..ops.blocks import MAX_BLOCKS
+from .blocks import Scored, check_tensors, list_width, scores, scores_of_sums, select, tables, to_mask
 
 _STATIC_CACHE_SIZE = 128
 _REGISTRY: dict[str, Pattern] = {}
+_PERMUTING: dict[str, Pattern] = {}  # known by name, too, but no masks: not among names()
 _INPUTS = ("q", "k", "v", "layout", "lse", "masses")  # of a rule; everything else is a hyperparameter
 
 
@@ -40,18 +42,26 @@ class Pattern:
     ``lse=``). Static ones: ``pattern(layout, **hyperparameters)``. The own tile and text (both ways) are kept, whatever the rule says.
 
     Attributes:
+        permutes: tokens are permuted as well (:func:`svg2`): its result is no mask.
         name: in the registry and in schedules.
         static: the mask depends on the layout only.
         inputs: tensors the rule reads, of q, k, v, lse.
+        period: layers after which the rule repeats, where it changes from layer to layer (hyperparameter ``layer``), else 0.
         defaults: hyperparameters; those without a default are ``inspect.Parameter.empty``.
     """
+
+    permutes = False
 
     def __init__(
         self,
         rule: Callable[..., Tensor],
         width: Callable[..., int] | None = None,
         share: Callable[..., Tensor] | None = None,
+        period: int = 0,
+        scored: Callable[..., Scored | None] | None = None,  # (scores, layout, hyperparameters)
     ):
+        self.period = period
+        self._scored = scored  # (scores, layout, hyperparameters) -> a selection by them alone, or None
         self.rule = rule  # (tensors, layout, hyperparameters) -> keep, bool [Bm, Hm, tiles, blocks]
         self.name = rule.__name__
         self.__name__, self.__doc__ = rule.__name__, rule.__doc__
@@ -68,7 +78,42 @@ class Pattern:
         layout, tensors, hyperparameters = self._arguments(args, options)
         if self.static and not any(isinstance(value, Tensor) for value in hyperparameters.values()):
             return _static_mask(self, layout, tuple(sorted(hyperparameters.items())))
+        if (made := self._selected(layout, tensors, hyperparameters)) is not None:
+            return made[0]
         return self._mask(layout, self.select(layout, tensors, hyperparameters), hyperparameters)
+
+    def _selected(
+        self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
+    ) -> tuple[BlockMask, Tensor] | None:
+        """By one kernel, where the rule is one that it knows: the same lists."""
+        if self._scored is None or layout.num_blocks > MAX_BLOCKS:
+            return None
+        check_tensors(self.name, layout, **tensors)
+        with torch.no_grad():
+            return self._by_scores(scores(tensors["q"], tensors["k"], layout), layout, hyperparameters)
+
+    def _by_scores(
+        self, logits: Tensor, layout: TileLayout, hyperparameters: Mapping[str, Any]
+    ) -> tuple[BlockMask, Tensor] | None:
+        assert self._scored is not None
+        scored = self._scored(logits, layout=layout, **{**self.defaults, **hyperparameters})
+        return None if scored is None else select(layout, scored, self.width(layout, hyperparameters))
+
+    def of_sums(
+        self, q_block_sum: Tensor, k_block_sum: Tensor, layout: TileLayout, scale: float, **hyperparameters: Any
+    ) -> tuple[BlockMask, Tensor]:
+        """:meth:`measured` from sums over blocks f32 ``[B, H, blocks, D]``, as ``torch.ops.fpsattn.quantize(block_sums=True)`` gives them, so that
+        q and k are not read again: ``topk_mean``, and ``cdf_mean`` without a window. ``scale``: of the scores, ``1 / sqrt(D)`` of the model."""
+        made = None
+        if self._scored is not None and layout.num_blocks <= MAX_BLOCKS:
+            with torch.no_grad():
+                logits = scores_of_sums(q_block_sum, k_block_sum, layout, scale)
+                made = self._by_scores(logits, layout, self.check(hyperparameters))
+        if made is None:
+            raise self._error(
+                "sums over blocks, on which alone its lists do not depend", "topk_mean, or cdf_mean without a window"
+            )
+        return made
 
     def select(self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
         """What the rule alone keeps, bool ``[Bm, Hm, tiles, blocks]``."""
@@ -89,6 +134,25 @@ class Pattern:
         share = torch.where(t.text_rows | t.text_columns, 1.0, keep.double())
         pairs = on_cpu.tile_tokens.double()[:, None] * on_cpu.block_tokens.double()
         return Density(float((share * pairs).sum((-1, -2)).mean()) / on_cpu.num_tokens**2, mask.density)
+
+    def measured(self, *args: Any, **options: Any) -> tuple[BlockMask, Tensor]:
+        """The mask of a call and its densities, f64 ``[2]`` (selected, kernel) on the device of q: nothing waits."""
+        layout, tensors, hyperparameters = self._arguments(args, options)
+        if (made := self._selected(layout, tensors, hyperparameters)) is not None:
+            return made
+        keep = self.select(layout, tensors, hyperparameters)
+        t, layout = tables(layout, keep.device), layout.to(keep.device)
+        rule = keep | t.text_rows | t.text_columns
+        # f32 sums of whole numbers below 2^24 are exact.
+        shares = [
+            (kept.float() @ t.block_tokens).double() @ layout.tile_tokens.double() for kept in (rule, rule | t.own)
+        ]
+        densities = torch.stack([share.mean() for share in shares]) / layout.num_tokens**2
+        return self._mask(layout, keep, hyperparameters), densities
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are the registered pattern itself."""
+        return _registered, (self.name,)
 
     def width(self, layout: TileLayout, hyperparameters: Mapping[str, Any]) -> int | None:
         """Most video blocks in a row's list, where the hyperparameters tell; the width of the lists."""
@@ -145,6 +209,16 @@ class BoundPattern:
     def __hash__(self) -> int:
         return hash((self.name, tuple(sorted(self.hyperparameters.items()))))
 
+    def list_width(self, layout: TileLayout) -> int:
+        """Width of the lists of its masks over ``layout``."""
+        return list_width(layout, self.pattern.width(layout, self.hyperparameters))
+
+    def of_layer(self, layer: int) -> BoundPattern:
+        """With the hyperparameter ``layer`` where the rule changes from layer to layer and none is given; else the same."""
+        if not self.pattern.period or "layer" in self.hyperparameters:
+            return self
+        return BoundPattern(self.pattern, {**self.hyperparameters, "layer": layer % self.pattern.period})
+
     @property
     def name(self) -> str:
         """Of the pattern."""
@@ -167,13 +241,20 @@ class BoundPattern:
         return {"name": self.name, **{name: _thawed(value) for name, value in self.hyperparameters.items()}}
 
 
+def _registered(name: str) -> Pattern:
+    return _REGISTRY[name] if name in _REGISTRY else _PERMUTING[name]
+
+
 def pattern(
-    width: Callable[..., int] | None = None, share: Callable[..., Tensor] | None = None
+    width: Callable[..., int] | None = None,
+    share: Callable[..., Tensor] | None = None,
+    period: int = 0,
+    scored: Callable[..., Scored | None] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Pattern]:
     """Make a rule a registered :class:`Pattern`."""
 
     def register(rule: Callable[..., Tensor]) -> Pattern:
-        made = Pattern(rule, width, share)
+        made = Pattern(rule, width, share, period, scored)
         _REGISTRY[made.name] = made
         return made
 
@@ -191,9 +272,10 @@ def get(name: str, **hyperparameters: Any) -> BoundPattern:
     Raises:
         ConfigError: on an unknown name or hyperparameter, or one without a value. Ranges are checked when it is called.
     """
-    if name not in _REGISTRY:
-        raise ConfigError(f"fpsattention.patterns.get: name {name!r}, expected one of {', '.join(names())}")
-    return BoundPattern(_REGISTRY[name], _REGISTRY[name].check(hyperparameters))
+    known = {**_REGISTRY, **_PERMUTING}
+    if name not in known:
+        raise ConfigError(f"fpsattention.patterns.get: name {name!r}, expected one of {', '.join(sorted(known))}")
+    return BoundPattern(known[name], known[name].check(hyperparameters))
 
 
 def from_dict(data: Mapping[str, Any]) -> BoundPattern:

@@ -14,15 +14,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 
-FORMAT = "fpsattn-schedule/2"
-FORMATS = ("fpsattn-schedule/1", FORMAT)  # read; version 2 added the axis "steps"
+if TYPE_CHECKING:
+    from ..patterns import BoundPattern
+
+FORMAT = "fpsattn-schedule/3"
+#: Read. Version 2 added the axis "steps", version 3 levels with a pattern.
+FORMATS = ("fpsattn-schedule/1", "fpsattn-schedule/2", FORMAT)
 AXES = ("sigma", "steps")
 DEFAULT_FLOW_SHIFT = 5.0  # Wan at 720p
-PRECISIONS = ("fp8", "bf16")
+PRECISIONS = ("fp8", "int8", "bf16")
+LINEARS = ("fp8", "bf16")
 GRANULARITIES = ("tile", "block", "token")
 OWN_LINEARS = (0, -1)  # the layers nearest to the latents, whose activations have the widest range
 
@@ -33,35 +38,95 @@ Window = tuple[int, int, int] | float | None
 @dataclass(frozen=True)
 class Level:
     """What a layer does: ``precision="bf16"`` is the model's own dense attention, whatever its dtype, and ``linears="bf16"`` its own
-    linear layers."""
+    linear layers.
+
+    Attributes:
+        precision: "int8": Q and K as in SageAttention, scales per block (CPU tensors only); P and V as with "fp8".
+        granularity: of the FP8 scales of Q and K; "block" with "int8".
+        window: the tiles that a tile attends. ``pattern`` is the other way to say so: a rule of :mod:`fpsattention.patterns`
+            (``patterns.get("topk_mean", ratio=0.1)``, or its dict), scored on the layer's q and k where it reads them.
+        refresh: steps of a sampling run that a scored mask stays, >= 1.
+    """
 
     name: str
     precision: str = "fp8"
     granularity: str = "tile"
     window: Window = None
     linears: str = "bf16"
+    pattern: BoundPattern | None = None
+    refresh: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.pattern, Mapping):
+            from ..patterns import from_dict
+
+            object.__setattr__(self, "pattern", from_dict(self.pattern))
         if self.precision not in PRECISIONS or self.granularity not in GRANULARITIES:
             raise _error(
                 f'levels["{self.name}"]',
                 f"has precision {self.precision!r} and granularity {self.granularity!r}",
                 f"precision in {PRECISIONS} and granularity in {GRANULARITIES}",
             )
-        if self.linears not in PRECISIONS:
-            raise _error(f'levels["{self.name}"]', f"has linears {self.linears!r}", f"one of {PRECISIONS}")
+        if self.linears not in LINEARS:
+            raise _error(f'levels["{self.name}"]', f"has linears {self.linears!r}", f"one of {LINEARS}")
+        if self.precision == "int8" and self.granularity != "block":
+            path = f'levels["{self.name}"].granularity'
+            raise _error(path, f"is {self.granularity!r}", "'block': that is what INT8 scales are shared by")
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        path = f'levels["{self.name}"]'
+        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
+            raise _error(f"{path}.refresh", f"is {self.refresh!r}", "a whole number of steps, at least 1")
+        if self.pattern is None:
+            if self.refresh != 1:
+                raise _error(f"{path}.refresh", f"is {self.refresh}", "a pattern beside it: a window does not change")
+            return
+        if not callable(self.pattern) or not hasattr(self.pattern, "to_dict"):
+            raise _error(
+                f"{path}.pattern", f"is {self.pattern!r}", 'patterns.get(...) or {"name": ..., hyperparameters}'
+            )
+        if self.precision == "bf16" or self.window is not None:
+            raise _error(path, "has a pattern and is bf16 or has a window", "a pattern, or one of them")
+        if self.refresh != 1 and self.pattern.static:
+            came = f"is {self.refresh}"
+            raise _error(f"{path}.refresh", came, f"1: the mask of {self.pattern.name} depends on the layout only")
 
     @property
-    def kernel_class(self) -> tuple[str, str]:
+    def dynamic(self) -> bool:
+        """Its mask depends on q and k."""
+        return self.pattern is not None and not self.pattern.static
+
+    @property
+    def kernel_class(self) -> tuple[str, ...]:
         """What the host must know to launch a kernel. Levels that share it are switched by data on the device."""
-        return (self.precision, self.granularity if self.precision == "fp8" else "")
+        if self.precision == "bf16":
+            return (self.precision, "")
+        if self.pattern is not None and self.dynamic:
+            return (
+                self.precision,
+                self.granularity,
+                json.dumps(self.pattern.to_dict(), sort_keys=True),
+                str(self.refresh),
+            )
+        return (self.precision, self.granularity)
+
+    def of_layer(self, layer: int) -> Level:
+        """The level as layer ``layer`` has it: a pattern whose rule changes from layer to layer is told which one it is."""
+        if self.pattern is None or (pattern := self.pattern.of_layer(layer)) is self.pattern:
+            return self
+        return dataclasses.replace(self, pattern=pattern)
 
     def to_dict(self) -> dict[str, Any]:
         """The level's entry under ``levels`` in the file."""
         linears = {} if self.linears == "bf16" else {"linears": self.linears}
         if self.precision == "bf16":
             return {"precision": "bf16", **linears}
-        return {"precision": "fp8", "granularity": self.granularity, "window": window_to_json(self.window), **linears}
+        data: dict[str, Any] = {"precision": self.precision, "granularity": self.granularity}
+        if self.pattern is None:
+            return {**data, "window": window_to_json(self.window), **linears}
+        data["pattern"] = self.pattern.to_dict()
+        return {**data, **({"refresh": self.refresh} if self.refresh != 1 else {}), **linears}
 
 
 @dataclass(frozen=True)
@@ -117,6 +182,11 @@ class Schedule:
             path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
             for name in windows if isinstance(windows, Mapping) else ():
                 _check_level_name(name, self.levels, f'{path}["{name}"]')
+            named = windows if isinstance(windows, Mapping) else self.levels
+            for name in (name for name in named if self.levels[name].pattern is not None):
+                raise _error(
+                    path, f"is a window for level {name!r}, which has a pattern", "windows for levels with windows"
+                )
         self.check_model(num_layers=self.model.get("num_layers"), num_heads=self.model.get("num_heads"))
 
     # Reading a schedule --------------------------------------------------------------------------------------------------
@@ -214,7 +284,7 @@ class Schedule:
                     special[head] = windows
                 elif level.name in windows:
                     special[head] = windows[level.name]
-        if level.precision == "bf16" or not special:
+        if level.precision == "bf16" or level.pattern is not None or not special:
             return (level.window,)
         if num_heads is None:
             raise ConfigError(

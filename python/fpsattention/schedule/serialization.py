@@ -1,13 +1,31 @@
-"""Parser of schedule files (format ``fpsattn-schedule/2``; version 1, which knows the axis "sigma" only, is read too). Every error names the JSON path it is about."""
+"""Parser of schedule files. Older versions of the format are read: version 1 knows the axis "sigma" only, versions 1 and 2 no patterns.
+
+Every error names the JSON path it is about.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .schedule import AXES, FORMAT, FORMATS, GRANULARITIES, OWN_LINEARS, PRECISIONS, Level, Phase, Schedule, Window
+from .schedule import (
+    AXES,
+    FORMAT,
+    FORMATS,
+    GRANULARITIES,
+    LINEARS,
+    OWN_LINEARS,
+    PRECISIONS,
+    Level,
+    Phase,
+    Schedule,
+    Window,
+)
+
+if TYPE_CHECKING:
+    from ..patterns import BoundPattern
 
 _TOP = (
     "format",
@@ -31,12 +49,12 @@ def parse(data: Any) -> Schedule:
     _keys(data, "", _TOP, required=("format", "levels", "phases"))
     if data["format"] not in FORMATS:
         raise _error("format", data["format"], " or ".join(map(repr, FORMATS)))
-    axis = _choice(data.get("axis", "sigma"), AXES if data["format"] == FORMAT else AXES[:1], "axis")
+    axis = _choice(data.get("axis", "sigma"), AXES[:1] if data["format"] == FORMATS[0] else AXES, "axis")
     required = data.get("required", False)
     if not isinstance(required, bool):
         raise _error("required", required, "true or false")
     tile = data.get("tile")
-    levels = _levels(data["levels"])
+    levels = _levels(data["levels"], latest=data["format"] == FORMAT)
     return Schedule(
         levels=levels,
         phases=_phases(data["phases"], "phases", axis),
@@ -69,23 +87,38 @@ def _model(data: Any) -> dict[str, Any]:
     return dict(data)
 
 
-def _levels(data: Any) -> dict[str, Level]:
+def _levels(data: Any, latest: bool) -> dict[str, Level]:
     levels = {}
     for name, entry in _object(data, "levels").items():
         path = f'levels["{name}"]'
         if name == "density":
             raise _error(path, name, 'another name: "density" is a window')
-        _keys(_object(entry, path), path, ("precision", "granularity", "window", "linears"), required=("precision",))
-        precision = _choice(entry["precision"], PRECISIONS, f"{path}.precision")
-        granularity = _choice(entry.get("granularity", "tile"), GRANULARITIES, f"{path}.granularity")
+        known = ("precision", "granularity", "window", "linears", *(("pattern", "refresh") if latest else ()))
+        _keys(_object(entry, path), path, known, required=("precision",))
+        precisions = PRECISIONS if latest else tuple(p for p in PRECISIONS if p != "int8")
+        precision = _choice(entry["precision"], precisions, f"{path}.precision")
+        shared = "block" if precision == "int8" else "tile"
+        granularity = _choice(entry.get("granularity", shared), GRANULARITIES, f"{path}.granularity")
         window = parse_window(entry.get("window", "dense"), f"{path}.window")
-        linears = _choice(entry.get("linears", "bf16"), PRECISIONS, f"{path}.linears")
-        if precision == "bf16" and ("granularity" in entry or window is not None):
+        pattern = _pattern(entry["pattern"], f"{path}.pattern") if "pattern" in entry else None
+        linears = _choice(entry.get("linears", "bf16"), LINEARS, f"{path}.linears")
+        if precision == "bf16" and ("granularity" in entry or window is not None or pattern is not None):
             raise _error(
                 path, entry, 'only "precision" and "linears": a bf16 level is the model\'s own dense attention'
             )
-        levels[name] = Level(name, precision, granularity, window, linears)
+        if pattern is not None and "window" in entry:
+            raise _error(path, entry, '"pattern" or "window", not both')
+        levels[name] = Level(name, precision, granularity, window, linears, pattern, entry.get("refresh", 1))
     return levels
+
+
+def _pattern(data: Any, path: str) -> BoundPattern:
+    from ..patterns import from_dict
+
+    try:
+        return from_dict(_object(data, path))
+    except ConfigError as error:
+        raise ConfigError(f"fpsattention.Schedule: {path}: {error}") from None
 
 
 def _phases(data: Any, path: str, axis: str) -> tuple[Phase, ...]:

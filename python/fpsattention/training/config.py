@@ -29,7 +29,9 @@ class TrainConfig:
     ``batch_size * gradient_accumulation_steps`` samples on every process (on every ``sequence_parallel`` processes together). Raises ConfigError on values that can never work.
     """
 
-    data: str = dataclasses.field(metadata={"help": "Folder of precomputed latents (*.safetensors)."})
+    data: str = dataclasses.field(
+        metadata={"help": "Folder of precomputed latents (*.safetensors); with --noise-latents prompts are enough."}
+    )
     output: str = dataclasses.field(
         metadata={"help": "Folder for weights, checkpoints, loss.csv and fps_schedule.json."}
     )
@@ -37,6 +39,15 @@ class TrainConfig:
         None, "Wan transformer, or a pipeline that has one: folder or hub id. Default: a tiny random one."
     )
     schedule: str | None = _setting("paper", "Preset or schedule file; 'none' trains dense (the baseline).")
+    objective: str = _setting(
+        "flow_matching",
+        "flow_matching, or velocity: the dense model as it is before training teaches the sparse one.",
+        choices=("flow_matching", "velocity"),
+    )
+    noise_latents: str | None = _setting(
+        None, "C,T,H,W: the teacher makes latents of this shape from noise, and none are read (objective velocity)."
+    )
+    rollout_steps: int = _setting(4, "Steps in which the teacher takes noise to a sample's sigma.", minimum=1)
     steps: int = _setting(200, "Optimizer steps.", minimum=1)
     batch_size: int = _setting(2, "Samples per process and micro-batch.", minimum=1)
     gradient_accumulation_steps: int = _setting(1, "Micro-batches per step.", minimum=1)
@@ -109,6 +120,23 @@ class TrainConfig:
                 self.sequence_parallel,
                 "1 without a schedule: the model's own attention is not spread",
             )
+        if self.objective == "velocity" and self.sequence_parallel > 1:
+            raise _wrong(
+                "sequence_parallel", self.sequence_parallel, "1 with objective 'velocity': the teacher is not spread"
+            )
+        if self.objective == "velocity" and self.schedule is None:
+            raise _wrong("objective", self.objective, "a schedule: without one teacher and student are the same")
+        if self.noise_latents is not None and (self.objective != "velocity" or self.latent_shape is None):
+            raise _wrong("noise_latents", self.noise_latents, "'C,T,H,W', four whole numbers, and objective 'velocity'")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int] | None:
+        """``noise_latents`` as numbers; None where latents are read (or where it is no such list, which is refused)."""
+        parts = (self.noise_latents or "").split(",")
+        if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            return None
+        c, t, h, w = map(int, parts)
+        return c, t, h, w
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -33,18 +33,22 @@ def _load_file(path: Path, wanted: tuple[str, ...] = ("latents", "prompt_embeds"
 class LatentFolder:
     """The samples of a folder, in name order.
 
+    Args:
+        latent_shape: ``(C, T, H, W)`` of latents that are made elsewhere: none are read, samples are ``prompt_embeds`` alone.
+
     Raises ConfigError where the folder has no ``*.safetensors`` file, or a file of another shape than the first.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, latent_shape: tuple[int, ...] | None = None):
         self.folder = Path(folder)
+        self.names = ("latents", "prompt_embeds") if latent_shape is None else ("prompt_embeds",)
         self.files = sorted(self.folder.glob("*.safetensors"))
         if not self.files:
             raise ConfigError(
                 f"fpsattention.train: no *.safetensors files in '{folder}': precompute latents or pass --synthetic"
             )
-        first = _load_file(self.files[0])
-        self.latent_shape = tuple(first["latents"].shape)
+        first = _load_file(self.files[0], self.names)
+        self.latent_shape = tuple(first["latents"].shape) if latent_shape is None else tuple(latent_shape)
         self.text_shape = tuple(first["prompt_embeds"].shape)
         if len(self.latent_shape) != 4 or len(self.text_shape) != 2:
             raise ConfigError(
@@ -56,8 +60,10 @@ class LatentFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = _load_file(self.files[index])
-        for name, expected in (("latents", self.latent_shape), ("prompt_embeds", self.text_shape)):
+        sample = _load_file(self.files[index], self.names)
+        shapes = {"latents": self.latent_shape, "prompt_embeds": self.text_shape}
+        for name in self.names:
+            expected = shapes[name]
             if tuple(sample[name].shape) != expected:
                 raise ConfigError(
                     f"fpsattention.train: {self.files[index]} has {name} {tuple(sample[name].shape)}, the folder's first file has "
@@ -82,7 +88,7 @@ class LatentFolder:
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         samples = [self[i] for i in indices]
-        return {name: torch.stack([s[name] for s in samples]) for name in ("latents", "prompt_embeds")}
+        return {name: torch.stack([s[name] for s in samples]) for name in self.names}
 
 
 def shuffled(length: int, seed: int, start: int, count: int) -> list[int]:

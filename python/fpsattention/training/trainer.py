@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from .data import LatentFolder, shuffled
 from .ema import ExponentialMovingAverage
 from .learning_rate import AdaptiveLearningRate
 from .model import load_transformer, tiny_transformer, token_grid
-from .objective import flow_matching_loss, sample_sigma
+from .objective import flow_matching_loss, noisy, predict, rollout, sample_sigma, velocity_loss
+from .teacher import Teacher
 from .warmup import SparsityWarmup
 
 VALIDATION_SEED = 1_234_567  # the same noise and sigmas in every run that is compared
@@ -80,8 +82,13 @@ def check_gradients(model: torch.nn.Module) -> None:
         raise FloatingPointError(f"fpsattention.train: gradient not finite in {', '.join(bad[:3])}{more}")
 
 
-def validation_loss(model: torch.nn.Module, data: LatentFolder, config: TrainConfig, num_samples: int) -> float:
-    """Mean loss over the last ``num_samples`` samples of the folder, at evenly spread sigmas, with fixed noise."""
+def validation_loss(
+    model: torch.nn.Module, data: LatentFolder, config: TrainConfig, num_samples: int, teacher: Teacher | None = None
+) -> float:
+    """Mean loss over the last ``num_samples`` samples of the folder, at evenly spread sigmas, with fixed noise.
+
+    The loss is flow matching's, or with a teacher the distance from its velocity.
+    """
     was_training = model.training
     model.eval()
     parameter = next(model.parameters())
@@ -90,14 +97,26 @@ def validation_loss(model: torch.nn.Module, data: LatentFolder, config: TrainCon
     with torch.no_grad():
         for i in range(num_samples):
             batch = data.batch([len(data) - 1 - i % len(data)])
-            noise = torch.randn(batch["latents"].shape, generator=generator)
-            sigma = torch.tensor([(i + 0.5) / num_samples])
-            latents, prompt, noise = (
-                t.to(parameter.device, parameter.dtype) for t in (batch["latents"], batch["prompt_embeds"], noise)
-            )
-            total += flow_matching_loss(model, latents, prompt, sigma.to(parameter.device), noise).item()
+            batch["noise"] = torch.randn((1, *data.latent_shape), generator=generator)
+            batch = {name: t.to(parameter.device, parameter.dtype) for name, t in batch.items()}
+            sigma = torch.tensor([(i + 0.5) / num_samples], device=parameter.device)
+            total += _loss(model, batch, sigma, config, teacher).item()
     model.train(was_training)
     return total / num_samples
+
+
+def _loss(
+    model: torch.nn.Module, batch: dict[str, Tensor], sigma: Tensor, config: TrainConfig, teacher: Teacher | None
+) -> Tensor:
+    """Loss per sample ``[B]`` of a batch of ``prompt_embeds``, ``noise`` and, where they are read, ``latents``."""
+    noise, prompt = batch["noise"], batch["prompt_embeds"]
+    if teacher is None:
+        return flow_matching_loss(model, batch["latents"], prompt, sigma, noise)
+    if "latents" in batch:
+        x = noisy(batch["latents"], noise, sigma)
+    else:
+        x = rollout(teacher, noise, sigma, prompt, config.rollout_steps)
+    return velocity_loss(partial(predict, model), teacher, x, sigma, prompt)
 
 
 def num_training_samples(data: LatentFolder, config: TrainConfig) -> int:
@@ -196,7 +215,7 @@ def train(
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    data = LatentFolder(config.data)
+    data = LatentFolder(config.data, config.latent_shape)
     num_training_samples(data, config)
     empty_prompt = data.empty_prompt() if config.prompt_dropout else None
     accelerator = Accelerator(
@@ -218,6 +237,10 @@ def train(
     warmup = SparsityWarmup(
         transformer, schedule, grid, config.sparsity_warmup_steps, config.sparsity_warmup_stages, config.debug
     )
+
+    teacher = None
+    if config.objective == "velocity":
+        teacher = Teacher(transformer, config.lora_rank > 0, warmup.off, accelerator.autocast).to(accelerator.device)
 
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -249,7 +272,7 @@ def train(
             step = progress.step
             warmup.at(step)
             started = time.perf_counter()
-            loss, grad_norm = _step(accelerator, model, optimizer, data, config, step, empty_prompt)
+            loss, grad_norm = _step(accelerator, model, optimizer, data, config, step, empty_prompt, teacher)
             progress.step += 1
             if average:
                 average.update()
@@ -263,7 +286,7 @@ def train(
             }
             if config.validate_every and (progress.step % config.validate_every == 0 or progress.step == config.steps):
                 with average.swapped() if average else nullcontext():
-                    value = validation_loss(model, data, config, config.validation_samples)
+                    value = validation_loss(model, data, config, config.validation_samples, teacher)
                 result.validation[progress.step] = row["validation_loss"] = value
             row["seconds"] = time.perf_counter() - started
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
@@ -293,6 +316,7 @@ def _step(
     config: TrainConfig,
     step: int,
     empty_prompt: Tensor | None,
+    teacher: Teacher | None,
 ) -> tuple[float, float]:
     """One optimizer step; returns (mean loss, gradient norm)."""
     # Processes that share a sample draw the same one, with the same noise.
@@ -309,16 +333,14 @@ def _step(
         sigma = sample_sigma(
             config.batch_size, generator, shift=config.flow_shift, logit_normal=config.sigma_sampling == "logit_normal"
         )
-        noise = torch.randn(batch["latents"].shape, generator=generator)
+        batch["noise"] = torch.randn((config.batch_size, *data.latent_shape), generator=generator)
         if empty_prompt is not None:
             dropped = torch.rand(config.batch_size, generator=generator) < config.prompt_dropout
             batch["prompt_embeds"] = torch.where(dropped.view(-1, 1, 1), empty_prompt, batch["prompt_embeds"])
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        latents, prompt, noise = (
-            t.to(accelerator.device, dtype) for t in (batch["latents"], batch["prompt_embeds"], noise)
-        )
+        batch = {name: t.to(accelerator.device, dtype) for name, t in batch.items()}
         with accelerator.accumulate(model):
-            loss = flow_matching_loss(model, latents, prompt, sigma.to(accelerator.device), noise).mean()
+            loss = _loss(model, batch, sigma.to(accelerator.device), config, teacher).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"fpsattention.train: loss is {loss.item()} at step {step}: lower the learning rate, or rerun with debug=True "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ def relaxed_window(window: Window, progress: float, tile_grid: tuple[int, int, i
 
 
 def relaxed(schedule: Schedule, progress: float, tile_grid: tuple[int, int, int]) -> Schedule:
-    """``schedule`` with every window relaxed; precisions, granularities, phases and overrides stay."""
+    """``schedule`` with every window relaxed; precisions, granularities, phases and overrides stay.
+
+    A pattern has no size in common with other patterns: its level visits everything until the last stage.
+    """
 
     def level(original: Level) -> Level:
+        if original.pattern is not None:
+            return original if progress >= 1 else dataclasses.replace(original, pattern=None, refresh=1)
         return dataclasses.replace(original, window=relaxed_window(original.window, progress, tile_grid))
 
     def head(windows: Window | Mapping[str, Window]) -> Window | Mapping[str, Window]:
@@ -86,6 +92,10 @@ class SparsityWarmup:
         self.remove()
         self.handle = apply(self.model, relaxed(self.schedule, stage / self.stages, self.tile_grid), debug=self.debug)
         self.stage = stage
+
+    def off(self) -> AbstractContextManager[None]:
+        """A context in which the model runs its own attention."""
+        return nullcontext() if self.handle is None else self.handle.disabled()
 
     def remove(self) -> None:
         if self.handle is not None:

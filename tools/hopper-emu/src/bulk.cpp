@@ -22,6 +22,8 @@ Cta* cta_of_shared(Warp& w, const Inst& in, u32 addr, u32& off, const char* what
   return w.cta->cl->ctas[r - 1].get();
 }
 void smem_range(Warp& w, const Inst& in, Cta* c, u32 off, u32 n, const char* what) {
+  if (c != w.cta && c->live_warps == 0)
+    w.L->report(&w, &in, Cat::Memory, true, "%s: the shared memory of CTA rank %u after that CTA exited", what, c->rank);
   if (off < c->smem_base || off + n > c->smem_end)
     w.L->fatal(&w, &in, Cat::Memory, 700, "%s: shared range [%u,%u) outside the CTA's shared memory [%u,%u)", what, off,
                off + n, c->smem_base, c->smem_end);

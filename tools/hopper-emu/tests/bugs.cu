@@ -198,6 +198,32 @@ __global__ void __launch_bounds__(128)
 __global__ void double_cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;");
 }
+template <bool kWait>
+__global__ void __cluster_dims__(2) multicast_to_exited(const __grid_constant__ CUtensorMap m) {
+  __shared__ alignas(1024) float s[1024];
+  __shared__ alignas(8) uint64_t b;
+  const bool loads = blockIdx.x == 0;
+  if (threadIdx.x == 0) {
+    mbar_init(&b, 1);
+    fence_init();
+  }
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  if (loads && threadIdx.x == 0) {
+    for (int i = 0; i < 3000; i++) asm volatile("");
+    mbar_expect(&b, 4096);
+    asm volatile(
+        "{.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, 1;\n"
+        "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [remote], 4096;}" ::"r"(s32(&b))
+        : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %2}], [%3], %4;" ::"r"(s32(s)),
+        "l"(&m), "r"(0), "r"(s32(&b)), "h"((uint16_t)3)
+        : "memory");
+  }
+  if (loads || kWait) mbar_wait(&b, 0);
+  if (kWait) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 __global__ void setmaxnreg_bad() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
 
 int main(int argc, char** argv) {
@@ -263,6 +289,10 @@ int main(int argc, char** argv) {
     load_over_wgmma<<<1, 128>>>(m, (float*)p);
   else if (c == "double_cluster_arrive")
     double_cluster_arrive<<<1, 64>>>();
+  else if (c == "multicast_to_exited")
+    multicast_to_exited<false><<<2, 32>>>(m);
+  else if (c == "multicast_ok")
+    multicast_to_exited<true><<<2, 32>>>(m);
   else if (c == "setmaxnreg")
     setmaxnreg_bad<<<1, 512>>>();
   else if (c == "wgmma_ok")

@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import unittest
 
-from sasstime import machine
+from sasstime import item, machine, sass
 from sasstime.cli import main
+from sasstime.predict import read_description
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -173,6 +174,61 @@ class Checks(Case):
         self.assertEqual(self.call(loop([]), one, "--max-clocks", "100000")[0], 0)
         self.assertEqual(self.call(loop([]), one, "--max-clocks", "10")[0], 1)
         self.assertEqual(self.call(loop([]), one, "--min-tensor-utilization", "99.9")[0], 1)
+
+
+def item_listing(epilogue=0):
+    """Work items: their barriers and those of K and V, around a loop of MMAs; `epilogue` additions behind it."""
+
+    def wait(offset):
+        return (f"SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+{offset:#x}], R2", control(1, write=0))
+
+    def arrive(offset):
+        return (f"SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+{offset:#x}], RZ", control(1))
+
+    use = ("IADD3 R9, R9, 0x1, RZ", control(1, wait=1))
+    mma = [
+        ("WARPGROUP.ARRIVE", control(6)),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3 R24, R4, gdesc[UR8], R24, gsb0", control(12)),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", control(2)),
+    ]
+    return listing(
+        [".L_item:", wait(0x10), use, wait(0x20), use, *mma, arrive(0x40), wait(0x20), use]
+        + [".L_main:", wait(0x30), use, *mma, arrive(0x40), ("@P2 BRA `(.L_last)", control(5)), wait(0x20), use]
+        + [".L_last:", arrive(0x50), ("@P3 BRA `(.L_main)", control(5)), wait(0x30), use, *mma, arrive(0x50)]
+        + [("FADD R20, R20, R3", control(4))] * epilogue
+        + [arrive(0x60), ("@P4 BRA `(.L_item)", control(5)), ("EXIT", control(5))]
+    )
+
+
+class Items(Case):
+    RINGS = "".join(
+        f"[[ring]]\nname = '{name}'\nstages = 4\nbytes = 1024\nwait = {wait}\nrelease = {release}\n{ahead}"
+        for name, wait, release, ahead in (("k", 1, 0, "ahead = 1\n"), ("v", 0, 1, ""))
+    )
+    ITEM = "[item]\nwaits = ['item', 'k', 'k', 'v']\nsignals = ['k', 'v', 'item']\nlast_skips = 'k'\nstages = 2\nbytes = 1024\n"
+
+    def linear(self, epilogue=0, loads=0, warpgroups=2):
+        text = f"[consumer]\nwarpgroups = {warpgroups}\n" + self.RINGS + self.ITEM + f"dependent_loads = {loads}\n"
+        description = read_description(self.write("d.toml", text))
+        (fn,) = sass.load(self.write("k.sass", item_listing(epilogue)))
+        block = self.clocks(item_listing(epilogue), text)
+        return *item.linear(fn, description, dict(machine.DEFAULTS)), block
+
+    def test_a_block_costs_what_the_loop_does(self):
+        _, slope, block = self.linear()
+        self.assertAlmostEqual(slope, block, delta=0.03 * block)
+
+    def test_an_epilogue_costs_its_length(self):
+        none, some = self.linear(warpgroups=1)[0], self.linear(epilogue=500, warpgroups=1)[0]
+        self.assertAlmostEqual(some - none, 500 * 4, delta=200)
+
+    def test_a_late_producer_costs_the_way_to_memory(self):
+        self.assertGreater(self.linear(loads=10)[0] - self.linear()[0], 0.5 * 10 * machine.DEFAULTS["global_latency"])
+
+    def test_wrong_barriers_fail(self):
+        self.ITEM = self.ITEM.replace("'k', 'k'", "'k'")
+        with self.assertRaises(sass.Mismatch):
+            self.linear()
 
 
 if __name__ == "__main__":
