@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 import fpsattention as fps
-from fpsattention.integrations.cores import CoreCall
+from fpsattention.integrations.core_calls import CoreCall
 from fpsattention.integrations.state import CURRENT
 from fpsattention.ops import autograd
 

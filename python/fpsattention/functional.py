@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .layout import masks
+from .layout.exact import cached_exact, token_ranges
 from .layout.masks import Lists
-from .layout.tiles import TEXT_POSITIONS, int3, integer, shown
+from .layout.tiles import TEXT_POSITIONS, cached_plan, int3, integer, shown
 from .ops.attend import attend
 from .ops.backends import BACKENDS
 from .ops.checks import GRANULARITIES, HEAD_DIMS, PRECISIONS, kernel_dim
@@ -36,6 +37,7 @@ def attention(
     tile: Sequence[int] | None = None,
     window: Sequence[int] | None = None,
     block_mask: masks.BlockMask | None = None,
+    exact: Sequence[tuple[int, int]] = (),
     granularity: str = "tile",
     precision: str = "fp8",
     scale: float | None = None,
@@ -64,6 +66,8 @@ def attention(
         window: ``(wT, wH, wW)`` sliding tile window, in tiles; text tokens attend and are attended by everything. None with no
             ``block_mask``: every token attends every token.
         block_mask: any pattern, made for this grid and text length; instead of ``tile`` and ``window``.
+        exact: ``(start, stop)`` ranges of tokens, numbered as in q, that attend and are attended by everything whatever the window
+            or mask says (a first frame, references), with all that shares a tile or a block with them: :meth:`BlockMask.with_exact`.
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
         precision: of Q and K: "fp8" (e4m3), or "int8" as in SageAttention (arXiv 2411.10958): one scale per block, absmax / 127, whatever
             ``granularity`` says. P and V are e4m3 in both. INT8 runs on the CPU and in the reference only.
@@ -99,7 +103,7 @@ def attention(
     _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
     heads = q.shape[2 if tensor_layout == "NHD" else 1]
-    mask = _resolve_lists(grid, tile, window, block_mask, text_len, text_position, q, tensor_layout)
+    mask = _resolve_lists(grid, tile, window, block_mask, exact, text_len, text_position, q, tensor_layout)
     if k_mean is not None and not smooth_k:
         raise _fail("k_mean is given but smooth_k is False: nothing would be subtracted")
     return_lse = _flag("return_lse", return_lse)
@@ -205,6 +209,7 @@ def _resolve_lists(
     tile: Any,
     window: Any,
     block_mask: Any,
+    exact: Any,
     text_len: Any,
     text_position: Any,
     q: Tensor,
@@ -220,6 +225,15 @@ def _resolve_lists(
         text_len = integer(text_len, "attention: text_len")
     _choice("text_position", text_position, TEXT_POSITIONS)
     _check_tokens(grid, text_len, q, tensor_layout)
+    if exact and traced(q.device):
+        raise UnsupportedError(
+            "fpsattention.attention: exact is given in a traced call, expected a mask made outside of it: "
+            "block_mask=mask.with_exact(ranges)"
+        )
+    if block_mask is None and exact:
+        planned = cached_plan(grid, tile, text_len, text_position)
+        size = planned.tile_grid if window is None else int3(window, "sliding_tile_mask: window")
+        return cached_exact(planned, size, token_ranges(exact, planned.num_tokens, "attention"))
     if block_mask is None:
         lists = (grid, tile, window, text_len, text_position, q.device)
         return Lists(*torch.ops.fpsattn.lists(*lists)) if traced(q.device) else planned_lists(*lists)
@@ -246,7 +260,7 @@ def _resolve_lists(
             f"block_mask has lists for {of_batch} samples and {of_heads} heads, "
             f"expected {batch} or 1 samples and {heads} or 1 heads like q"
         )
-    return block_mask
+    return block_mask.with_exact(exact) if exact else block_mask
 
 
 def _check_tokens(grid: tuple[int, int, int], text_len: int, q: Tensor, tensor_layout: str) -> None:

@@ -18,7 +18,7 @@ import fpsattention as fps
 from fpsattention.cli.main import app
 from fpsattention.errors import UnsupportedError
 from fpsattention.integrations import adapters
-from fpsattention.layout import masks, tiles
+from fpsattention.layout import exact, masks, tiles
 
 WINDOW = (1, 1, 1)
 SPARSE = {
@@ -105,7 +105,8 @@ def _reference(family: Family, sample: int, q: Tensor, k: Tensor, v: Tensor, win
     if window is not None:
         position = "prefix" if len(before) else "suffix"
         layout = tiles.plan(family.grid, tile=TILE, text_len=len(before) + len(after), text_position=position)
-        allowed = masks.sliding_tile_mask(layout, window).to_token_mask()[0, 0]
+        mask = masks.sliding_tile_mask(layout, window).with_exact(exact.frames(family.exact, layout))
+        allowed = mask.to_token_mask()[0, 0]
     q, k, v = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)[0].transpose(0, 1), rows
 
@@ -141,9 +142,7 @@ def test_sparse_is_masked_sdpa_and_not_dense(family):
             error = float((out[rows] - masked).abs().sum() / masked.abs().sum())
             assert error < 0.06, name
             assert float((out[rows] - dense).abs().sum() / dense.abs().sum()) > 2.5 * error, name
-            padding = torch.ones(len(out), dtype=torch.bool)
-            padding[rows] = False
-            assert not out[padding].any()
+            assert bool(out.isfinite().all())  # rows of padding are not defined
 
 
 def test_the_noisiest_step_has_the_first_phase(family):
@@ -179,7 +178,8 @@ def test_padding_changes_nothing(name):
         noise = {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"].clone()}
         valid = arguments.get("encoder_attention_mask", arguments.get("encoder_hidden_states_mask"))
         noise["encoder_hidden_states"][~valid.bool()] += 3.0
-        torch.testing.assert_close(run(model, noise), together, rtol=0, atol=0 if name in ("motif", "qwen") else 1e-5)
+        # Queries of the padding share scales with those of the text, so roundings to e4m3 may flip.
+        torch.testing.assert_close(run(model, noise), together, rtol=1e-3, atol=5e-3)
         for sample in range(2):
             alone = {}
             for key, value in arguments.items():
@@ -190,28 +190,45 @@ def test_padding_changes_nothing(name):
             torch.testing.assert_close(run(model, alone), together[sample : sample + 1], rtol=1e-3, atol=5e-3)
 
 
-def test_a_mask_that_says_something_else_is_not_ignored():
-    """Reading it finds that it is not the padding of the text: an error, or that layer dense and a line in the report."""
+def with_mask(model: torch.nn.Module, change: Any) -> Any:
+    def positional(module: Any, args: Any) -> Any:
+        args = list(args)
+        args[3] = change(args[3])
+        return tuple(args)
+
+    return model.transformer_blocks[0].register_forward_pre_hook(positional)
+
+
+def test_the_mask_of_the_core_is_what_counts():
+    """Not what the adapter thinks of the text: other keys are hidden, too. A mask that cannot be one over keys is refused."""
     model, arguments = build(FAMILIES["hunyuan"], 2, 0.9)
     plain = run(model, arguments)
 
-    def positional(module: Any, args: Any) -> Any:
-        args = list(args)
-        args[3] = args[3].clone()
-        args[3][..., :3] = False
-        return tuple(args)
+    def without_a_frame(mask: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(mask[..., :96]), mask[..., 96:]], -1)
 
-    hook = model.transformer_blocks[0].register_forward_pre_hook(positional)
-    masked = run(model, arguments)
-    assert not torch.equal(masked, plain)
-    with fps.apply(model, SPARSE), pytest.raises(UnsupportedError, match="not the padding of the text"):
+    hook = with_mask(model, without_a_frame)
+    with fps.apply(model, "fp8") as handle:
+        seen = observe(handle)
+        run(model, arguments)
+    _, q, k, v, out = seen[0]
+    q, k, v = (x[1, : 192 + tiny_models.VALID[1]].transpose(0, 1) for x in (q, k, v))
+    want, dense = (
+        torch.nn.functional.scaled_dot_product_attention(q, k[:, first:], v[:, first:]).transpose(0, 1)
+        for first in (96, 0)
+    )
+    error = (out[1, : len(want)] - want).abs().mean()
+    assert error < 0.06 * want.abs().mean() and error < 0.3 * (want - dense).abs().mean()
+    hook.remove()
+    hook = with_mask(model, lambda mask: mask.float())
+    with fps.apply(model, SPARSE), pytest.raises(UnsupportedError, match="mask of type torch.float32, wanted bool"):
         run(model, arguments)
     with fps.apply(model, SPARSE, on_unsupported="dense") as handle:
         seen = observe(handle)
         run(model, arguments)
         assert [name for name, *_ in seen] == ["transformer.single_transformer_blocks.0.attn"]
         (reason,) = handle.report().fallbacks
-        assert "transformer_blocks.0.attn: got an attention mask that is not the padding" in reason
+        assert "transformer_blocks.0.attn: got an attention mask of type" in reason
     hook.remove()
     assert torch.equal(run(model, arguments), plain)
 
@@ -310,9 +327,26 @@ def test_compiled_blocks_are_eager_ones(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["hunyuan", "mochi"])
-def test_compiled_blocks_with_masks_are_refused(name):
-    model, arguments = build(FAMILIES[name], 1, 0.9)
+@pytest.mark.parametrize("name", ["hunyuan", "qwen"])
+def test_compiled_blocks_with_padded_text(name):
+    """One graph for all lengths of text: nothing of a mask is read on the host."""
+    model, arguments = build(FAMILIES[name], 2, 0.9)
+    key = next(key for key in arguments if key in ("encoder_attention_mask", "encoder_hidden_states_mask"))
+    shorter = {**arguments, key: arguments[key] & (torch.arange(tiny_models.TEXT) < 4)}
+    with fps.apply(model, SPARSE) as handle:
+        eager = [run(model, a) for a in (arguments, shorter)]
+        for path in adapters.find(model).attentions(model):  # type: ignore[union-attr]
+            model.get_submodule(path.rsplit(".", 1)[0]).compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(model, arguments), eager[0], rtol=1e-5, atol=1e-5)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(run(model, shorter), eager[1], rtol=1e-5, atol=1e-5)
+        assert not handle.report().fallbacks
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_of_mochi_are_refused():
+    """It calls its attention once per sample, with the text of that sample."""
+    model, arguments = build(FAMILIES["mochi"], 1, 0.9)
     plain = run(model, arguments)
     with fps.apply(model, SPARSE):
         for path in adapters.find(model).attentions(model):  # type: ignore[union-attr]

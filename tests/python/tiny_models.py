@@ -36,6 +36,7 @@ class Family:
         grid: tokens.
         before: tokens before the video.
         after: tokens after it, of each of two samples.
+        exact: frames that are references.
     """
 
     make: Callable[[int], tuple[torch.nn.Module, Arguments]]
@@ -44,6 +45,7 @@ class Family:
     grid: tuple[int, int, int] = GRID
     before: int = 0
     after: tuple[int, int] = (0, 0)
+    exact: tuple[int, ...] = ()
 
 
 def rand(*shape: int) -> Tensor:
@@ -267,6 +269,21 @@ def kandinsky(batch: int) -> tuple[torch.nn.Module, Arguments]:
     }
 
 
+def kandinsky6(batch: int) -> tuple[torch.nn.Module, Arguments]:
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, in_text_dim=DIM, in_text_dim2=8, time_dim=16, out_visual_dim=4, model_dim=64, ff_dim=64, num_text_blocks=1,
+        num_visual_blocks=1, axes_dims=(16, 24, 24), visual_cond=False, in_audio_dim=4, out_audio_dim=4, model_dim_a=32, time_dim_a=16,
+        ff_dim_a=32, axes_dims_a=(8, 12, 12),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": latents(batch).permute(0, 2, 3, 4, 1).contiguous(),
+        "timestep": timestep(batch),
+        "encoder_hidden_states": rand(batch, TEXT, DIM),
+        "pooled_projections": rand(batch, 8),
+        "audio_hidden_states": rand(batch, 9, 4),
+    }
+
+
 IMAGE = (1, 12, 16)
 
 
@@ -319,6 +336,23 @@ def flux1(batch: int) -> tuple[torch.nn.Module, Arguments]:
     return flux(batch, pooled_projection_dim=8, axes_dims_rope=(16, 24, 24))
 
 
+def flux3(batch: int) -> tuple[torch.nn.Module, Arguments]:
+    """Without blocks of the image alone, in which a cell would move all tokens."""
+    model = diffusers.Flux3Transformer2DModel(
+        in_channels=4, cond_in_channels=4, num_layers=0, num_single_layers=2, attention_head_dim=64, num_attention_heads=1,
+        joint_attention_dim=DIM, timestep_channels=8, axes_dims_rope=(16, 16, 16, 16),
+    )  # fmt: skip
+    rows, columns = (torch.arange(n).float() for n in IMAGE[1:])
+    ids = torch.cartesian_prod(torch.zeros(1), rows, columns, torch.zeros(1))
+    return model, {
+        "hidden_states": rand(batch, len(ids), 4),
+        "encoder_hidden_states": rand(batch, TEXT, DIM),
+        "timestep": timestep(batch) / 1000,
+        "img_ids": ids,
+        "txt_ids": torch.zeros(TEXT, 4),
+    }
+
+
 def bcthw(x: Tensor, sample: int, at: tuple[int, int, int]) -> None:
     t, h, w = at
     x[sample, :, t, 2 * h, 2 * w + 1] += 1.0
@@ -346,7 +380,7 @@ def itself(sigma: float) -> float:
 FAMILIES: dict[str, Family] = {
     "wan": Family(wan("WanTransformer3DModel"), cell=bcthw),
     "vace": Family(wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=6), cell=bcthw),
-    "animate": Family(animate, cell=bcthw, grid=(3, 8, 12)),
+    "animate": Family(animate, cell=bcthw, grid=(3, 8, 12), exact=(0,)),
     "skyreels": Family(wan("SkyReelsV2Transformer3DModel"), cell=bcthw),
     "chronoedit": Family(wan("ChronoEditTransformer3DModel"), cell=bcthw),
     "anyflow": Family(wan("AnyFlowTransformer3DModel"), cell=btchw),
@@ -365,6 +399,8 @@ FAMILIES: dict[str, Family] = {
     "cosmos2": Family(cosmos(None), itself, cell=bcthw),
     "kandinsky": Family(kandinsky, cell=bthwc),
     "flux": Family(flux1, itself, rows_of(IMAGE), IMAGE, TEXT),
+    "kandinsky6": Family(kandinsky6, cell=bthwc),
+    "flux3": Family(flux3, itself, rows_of(IMAGE), IMAGE, TEXT),
     "flux2": Family(flux2, itself, rows_of(IMAGE), IMAGE, TEXT),
     "qwen": Family(qwen, itself, rows_of(IMAGE), IMAGE, TEXT),
 }

@@ -22,11 +22,23 @@ and `remove()` restores every bit. That says where tokens are; it says nothing a
 
 """
 _NOTES = """
-"Other tokens" of the same sequence (text, history, keyframes, references) are dense in both directions. A mask over padded text is
-honoured: samples are attended without their padding, those of one length together, and rows of padding, which nothing reads, become 0. The
-mask is compared with what the arguments of the forward say, once per layer and padding; another mask raises, or with
-`on_unsupported="dense"` makes that layer dense and stands in the report. Compiled blocks of models with
-such masks, and of Mochi, raise, or are dense and stand in the report. Text of a new length costs tables of its own, of which the last eight are kept.
+"Other tokens" of the same sequence (text, history, keyframes, references) are dense in both directions. Where a model masks padded text, the mask
+that its attention gets decides, sample by sample and on the device: hidden keys are attended by nobody. Other masks raise, or with `on_unsupported="dense"` make that layer dense and stand in the report. Compiled blocks of
+Mochi raise, or are dense and stand in the report.
+
+## Outside of diffusers
+
+| code | how | notes |
+| --- | --- | --- |
+{outside}| HunyuanVideo, Qwen-Image and others of musubi-tuner | `fps.apply(model, adapter=Adapter(..., core="attention"))` | a row of your own: see `tests/python/test_outside.py` |
+| ComfyUI | the node FPSAttention | [comfyui.md](comfyui.md) |
+| vLLM-Omni | `fpsattention.integrations.vllm_omni.register(...)` | an attention backend; contract-tested with stubs |
+| SGLang diffusion | `fpsattention.integrations.sglang.register(...)` | an attention backend; contract-tested with stubs |
+| xDiT, ParaAttention, cache-dit's parallelism | refused | their attention sees a part of the sequence |
+
+In these code bases the forward of an attention module calls a core by name (`flash_attention`, `attention_forward`, `attention`), and
+only that call is replaced, in the instances that the adapter names. Tested on tiny models with their call shapes, not in the code bases themselves
+(`tests/python/test_outside.py`, `tests/python/test_servers.py`).
 
 ## Refused
 
@@ -75,6 +87,8 @@ def installed(name: str) -> bool:
 
 def markdown() -> str:
     """The page."""
+    from ..integrations.adapters import OUTSIDE
+
     supported, refused = rows()
     lines = ["| family | kind | class | told | also | notes |", "| --- | --- | --- | --- | --- | --- |"]
     for row in supported:
@@ -84,7 +98,9 @@ def markdown() -> str:
         )
     reasons = ["| class | why |", "| --- | --- |"]
     reasons += [f"| `{row['class']}` | {row['reason']} |" for row in refused]
-    return _INTRODUCTION + "\n".join(lines) + "\n" + _NOTES + "\n".join(reasons) + "\n"
+    outside = "".join(f"| {a.name} | `fps.apply(model, adapter=...)` | {a.note} |\n" for a in OUTSIDE)
+    notes = _NOTES.replace("{outside}", outside)
+    return _INTRODUCTION + "\n".join(lines) + "\n" + notes + "\n".join(reasons) + "\n"
 
 
 def command(

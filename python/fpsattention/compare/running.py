@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..integrations.cores import CoreCall
+from ..integrations.core_calls import CoreCall
 from ..integrations.state import CURRENT
 from ..layout.tiles import Int3, plan
 from ..schedule import Level, Phase, Schedule

@@ -1,8 +1,10 @@
-"""Core swap: the model's own attention processor, with only its attention call replaced.
+"""Core swap: the model's own attention code, with only its attention call replaced.
 
 Projections, norms, RoPE, output projection, LoRA, fused weights stay the model's own code, whatever version of it is installed: a
-swapped processor runs the same code object over a copy of its module's names, in which the core function is ours. The
+stand-in runs the same code object over a copy of its module's names, in which the core function (``core_calls``) is ours. The
 core then runs FP8 attention, or, where a level or a refusal says dense, the very call that the model would have made.
+
+The code is that of the module's processor (diffusers), or of its ``forward`` where it has none (other code).
 """
 
 from __future__ import annotations
@@ -10,145 +12,45 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional
-from torch import Tensor
 
 from ..errors import UnsupportedError
+from .core_calls import CORES, DIFFUSERS
 from .site import Site
 from .state import CURRENT
 
 
-@dataclass(frozen=True)
-class CoreCall:
-    """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
-    samples or tokens with a mask for them as fourth argument. ``parallel``: diffusers' config, where tokens are spread over ranks.
-    ``heads``: which of ``num_heads`` these are, where heads are (``fpsattention.parallel``)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dense: Callable[..., Tensor]
-    mask: Tensor | None = None
-    causal: bool = False
-    scale: float | None = None
-    dropout: float = 0.0
-    parallel: Any = None
-    heads: tuple[int, ...] | None = None
-    num_heads: int = 0
-
-
-def _run(call: CoreCall) -> Tensor:
-    site = CURRENT.site
-    assert site is not None  # set by the processor that called
-    return site.attend(call)
-
-
-def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """diffusers' ``dispatch_attention_fn``: ``(B, S, H, D)``."""
-
-    def dispatch_attention_fn(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
-    ) -> Tensor:
-        def dense(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask, parallel_config: Any = parallel_config
-        ) -> Tensor:
-            return original(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-                attention_kwargs=attention_kwargs,
-                backend=backend,
-                parallel_config=parallel_config,
-            )
-
-        return _run(CoreCall(query, key, value, dense, attn_mask, is_causal, scale, dropout_p, parallel_config))
-
-    return dispatch_attention_fn
-
-
-def _sdpa(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.nn.functional.scaled_dot_product_attention``: ``(B, H, S, D)``."""
-
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
-            out = original(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-            return out.transpose(1, 2)
-
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return _run(CoreCall(q, k, v, dense, attn_mask, is_causal, scale, dropout_p)).transpose(1, 2)
-
-    return scaled_dot_product_attention
-
-
-#: Name of a core function in a processor's code to what replaces it, given the original.
-CORES: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] = {
-    "dispatch_attention_fn": _dispatch,
-    "scaled_dot_product_attention": _sdpa,
-}
-
-
-def core_of(processor: Any, wanted: str | None = None) -> str:
-    """The name of the core that ``processor`` calls.
+def core_of(module: Any, wanted: str | None = None) -> str:
+    """The name of the core that the attention ``module`` calls.
 
     Raises:
         UnsupportedError: it calls none that is known, or several, or carries weights, or cannot be read.
     """
-    kind = type(processor).__name__
-    function = getattr(type(processor), "__call__", None)  # noqa: B004 (its code is wanted)
+    processor = _processor(module)
+    if is_swapped(processor):
+        processor = processor.original
+    function: Any = type(module).forward if processor is None else getattr(type(processor), "__call__", None)  # noqa: B004
+    what = f"has the processor {type(processor).__name__}" if processor is not None else f"is a {type(module).__name__}"
     if isinstance(processor, torch.nn.Module):
-        raise UnsupportedError(f"has the processor {kind} with weights of its own, wanted a plain one")
+        raise UnsupportedError(f"{what} with weights of its own, wanted a plain one")
     if not isinstance(function, types.FunctionType):
-        raise UnsupportedError(f"has the processor {kind} without Python code, wanted a class with __call__")
-    names = [name for name in ((wanted,) if wanted else CORES) if name in function.__code__.co_names]
+        raise UnsupportedError(f"{what} without Python code, wanted a class with __call__")
+    if processor is None and not is_swapped(own := _own_forward(module)) and own is not None:
+        raise UnsupportedError(f"{what} with a forward of its own on the instance, wanted that of its class")
+    names = [name for name in ((wanted,) if wanted else DIFFUSERS) if name in function.__code__.co_names]
     if len(names) != 1 or names[0] not in CORES:
-        known = wanted or " or ".join(CORES)
-        raise UnsupportedError(f"has the processor {kind}, whose code does not call {known}")
+        raise UnsupportedError(f"{what}, whose code does not call {wanted or ' or '.join(DIFFUSERS)}")
+    if names[0] in function.__globals__:
+        CORES[names[0]](function.__globals__[names[0]])  # its parameters are known
     return names[0]
 
 
 @functools.cache
-def _swapped_class(original: type, core: str) -> type:
-    """A subclass of ``original`` with slots ``site`` and ``original``. One per class, so that compiled blocks share their code."""
-    function: Any = original.__call__
+def _clone(function: Any, core: str) -> Any:
+    """``function`` with its core replaced. One per function, so that compiled blocks share their code."""
     names = dict(function.__globals__)
     names.pop("__name__", None)  # Dynamo would look names up in the original module
     if core in names:
@@ -160,6 +62,14 @@ def _swapped_class(original: type, core: str) -> type:
         names.update({name: functional for name, value in names.items() if value is torch.nn.functional})
     run = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     run.__kwdefaults__ = function.__kwdefaults__
+    return run
+
+
+@functools.cache
+def _swapped_class(original: type, core: str) -> type:
+    """A subclass of the processor class ``original`` with slots ``site`` and ``original``."""
+    function: Any = original.__call__
+    run = _clone(function, core)
 
     @functools.wraps(function)  # diffusers filters keyword arguments by the signature
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,16 +85,75 @@ def _swapped_class(original: type, core: str) -> type:
     return swapped
 
 
-def swap(processor: Any, core: str, site: Site) -> Any:
-    """What stands in for ``processor`` at ``site``. Attributes are shared with it, so settings made on either reach both."""
-    stand_in: Any = object.__new__(_swapped_class(type(processor), core))  # type: ignore[arg-type]
+class SwappedForward:
+    """What stands in for the forward of ``module`` at ``site``, as an attribute of the instance."""
+
+    def __init__(self, module: Any, site: Site):
+        self.__setstate__((module, site))
+
+    def __setstate__(self, state: tuple[Any, Site]) -> None:
+        self.module, self.site = state
+        self.run = _clone(type(self.module).forward, self.site.core)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (SwappedForward,), (self.module, self.site)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, CURRENT.site = CURRENT.site, self.site
+        try:
+            return self.run(self.module, *args, **kwargs)
+        finally:
+            CURRENT.site = before
+
+
+def swap(module: Any, site: Site) -> Any:
+    """Put a stand-in for the code of an attention ``module`` in its place, and return it. A processor's attributes are shared
+    with it, so settings made on either reach both."""
+    processor = _processor(module)
+    if processor is None:
+        module.forward = SwappedForward(module, site)
+        return module.forward
+    stand_in: Any = object.__new__(_swapped_class(type(processor), site.core))  # type: ignore[arg-type]
     stand_in.__setstate__((processor, site))
+    _set_processor(module, stand_in)
     return stand_in
 
 
-def is_swapped(processor: Any) -> bool:
+def installed(module: Any) -> Any:
+    """What runs in ``module`` now: its processor, or a forward of the instance (None: that of its class)."""
+    processor = _processor(module)
+    return _own_forward(module) if processor is None else processor
+
+
+def restore(module: Any) -> None:
+    """Undo :func:`swap`."""
+    processor = _processor(module)
+    if processor is not None:
+        _set_processor(module, processor.original)
+    elif "_old_forward" in vars(module):  # a hook of accelerate, which came later, calls it
+        module._old_forward = types.MethodType(type(module).forward, module)
+    else:
+        del module.forward
+
+
+def is_swapped(code: Any) -> bool:
     """Whether :func:`swap` made it."""
-    return hasattr(processor, "site") and type(processor).__reduce__ is _reduce
+    return isinstance(code, SwappedForward) or (hasattr(code, "site") and type(code).__reduce__ is _reduce)
+
+
+def _processor(module: Any) -> Any:
+    return getattr(module, "processor", None)
+
+
+def _own_forward(module: Any) -> Any:
+    return vars(module).get("_old_forward", vars(module).get("forward"))
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _set_state(self: Any, state: tuple[Any, Site]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def apply(
     linears: str | None = None,
     token_order: str | None = None,
     adapter: Adapter | None = None,
+    exact: Sequence[int] = (),
     replace: bool = False,
     on_unsupported: str = "raise",
     num_train_timesteps: int | None = None,
@@ -46,6 +47,9 @@ def apply(
         token_order: "tile": tokens go to tile order once per forward, where the blocks begin, and back where they end; "raster": they stay
             as they are. None: tile for the families that are known to allow it. Forwards with dense attention stay in raster order.
         adapter: what is known of a model of another class than those of ``integrations.adapters``.
+        exact: frames of the token grid that attend everything and are attended by everything, whatever the schedule says: (0,) for the
+            first frame of image-to-video, -1 for the last. What shares a tile with them does, too: take tiles of few frames. Text,
+            audio, history and reference images of the same sequence are so in any case: sparse are pairs of video tokens only.
         replace: take off a schedule that is applied already. Copies (EMA, a teacher) carry one that nobody has a handle of:
             it is taken off in any case.
         on_unsupported: ``"raise"``, or ``"dense"``: run the model's own attention where this library cannot, and report it.
@@ -61,6 +65,8 @@ def apply(
     """
     if on_unsupported not in ("raise", "dense"):
         raise ConfigError(f"fpsattention.apply: on_unsupported {on_unsupported!r}, wanted 'raise' or 'dense'")
+    if not all(type(frame) is int for frame in exact):
+        raise ConfigError(f"fpsattention.apply: exact {exact!r}, wanted numbers of frames")
     resolved = Schedule.resolve(schedule)
     if linears is not None:
         resolved = resolved.with_linears(linears)
@@ -97,7 +103,7 @@ def apply(
         for name, transformer in transformers.items():
             known = adapters[name]
             if name not in skipped and known is not None:
-                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order)
+                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order, tuple(exact))
                 installations.append(Installation(transformer, known, resolved, name, *arguments))
     except BaseException:
         for installation in installations:

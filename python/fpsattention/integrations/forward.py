@@ -15,7 +15,7 @@ from .selection import Step
 
 if TYPE_CHECKING:
     from ..parallel.model import ForwardShard
-    from .installation import Installation
+    from .engine import Engine
     from .linears import Mode, Shared
     from .token_order import Order
 
@@ -25,7 +25,7 @@ class Forward:
     """What the transformer's pre-hook read from the arguments of its forward.
 
     Attributes:
-        owner: the installation whose transformer runs.
+        owner: whose transformer runs.
         tokens: of the self-attention; None: the text length shows at the first attention.
         segments: of every sample, on the host or on the device.
         calls: what each group of layers does; empty until ``tokens`` is known, and where all layers are compiled.
@@ -35,7 +35,7 @@ class Forward:
         before: the forward that runs around this one, of another transformer.
     """
 
-    owner: Installation
+    owner: Engine
     tokens: Tokens | None
     segments: Tensor | Sequence[int]
     device: torch.device
@@ -46,7 +46,6 @@ class Forward:
     before: Forward | None = None
     step: Step = None
     video: Tokens | None = None  # with text_len 0, where the text length was left open
-    text_valid: tuple[tuple[int, ...], ...] | None = None  # per sample, as in Geometry
     refused: str | None = None  # why all of it is dense
     runs: list[int] = field(default_factory=list)  # of each layer, where a model calls its core sample by sample
     by_samples: dict[tuple[tuple[int, ...], int], tuple[Call, ...]] = field(default_factory=dict)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..schedule import Schedule
+from .engine import Engine
 from .installation import Installation, check_not_compiled
 from .record import Recorder
 from .report import Report
@@ -44,6 +46,28 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, each call of which is a forward of the transformer that it is given.
+
+        For code that calls the parts of a model instead of the model: DiffSynth-Studio's ``pipe.model_fn = handle.around(pipe.model_fn)``.
+        The adapter's ``geometry`` gets the arguments of ``function`` by name.
+        """
+        signature = inspect.signature(function)
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+        @wraps(function)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = {**bound.arguments, **bound.arguments.get(rest, {})}
+            given = [one for one in self.installations if any(x is one.transformer for x in arguments.values())]
+            if self._removed or len(given) != 1:
+                return function(*args, **kwargs)
+            with given[0].forward_of(arguments):
+                return function(*args, **kwargs)
+
+        return forward
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -151,7 +175,7 @@ class Handle:
         return recorder
 
 
-def report(installations: Iterable[Installation], skipped: Mapping[str, str]) -> Report:
+def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Report:
     """The report of some transformers, and of those that stay dense."""
     result = Report([], fallbacks=dict.fromkeys((f"{name}: {reason}" for name, reason in skipped.items()), 0))
     for installation in installations:
@@ -160,7 +184,9 @@ def report(installations: Iterable[Installation], skipped: Mapping[str, str]) ->
         result.forwards[installation.name] = installation.forwards()
         result.nonfinite.update(installation.nonfinite)
         result.replaced.update(installation.replaced())
-        result.fallbacks.update(dict.fromkeys((f"{name}: {why}" for name, why in installation.linears.own.items()), 0))
+        result.fallbacks.update(
+            dict.fromkeys((f"{name}: {why}" for name, why in installation.own_linears().items()), 0)
+        )
         result.fallbacks.update(installation.refused_linears)
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
@@ -170,7 +196,7 @@ def report(installations: Iterable[Installation], skipped: Mapping[str, str]) ->
             grid = "x".join(map(str, tokens.grid)) + (f" + {tokens.text_len} text" if tokens.text_len else "")
             text += f"{layout.num_slots / layout.num_tokens:.3f} slots per token"
             result.grids[grid] = text + (", tokens in tile order" if tokens.order == "tile" else "")
-        result.host_reads += installation.reader.host_reads
+        result.host_reads += installation.host_reads()
     return result
 
 

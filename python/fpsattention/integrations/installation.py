@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..layout.plain import plain_tensors
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter, Geometry, refusal
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
-from .cores import core_of, is_swapped, swap
+from .cores import core_of, installed, restore, swap
+from .engine import Engine
 from .forward import Forward
 from .levels import LevelTables, Tokens
 from .linears import Linears
-from .record import Recorder
-from .report import Row
-from .selection import Selections
 from .sigmas import SchedulerOf, SigmaReader
-from .site import Site
 from .state import CURRENT
 from .token_order import Order
 from .token_order import install as token_order_hooks
 
-#: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
-Executed = tuple[int, ...] | None
 
-
-class Installation:
+class Installation(Engine):
     """Stand-ins for the processors of a transformer, and hooks that tell them, once per forward, what to do.
 
     Args:
         adapter: what is known of the model.
         name: of the transformer in its pipeline, for messages and reports.
         scheduler: returns the pipeline's scheduler, or None.
+        exact: frames that are dense in both directions, besides those of the adapter; negative ones count from the end.
 
     Attributes:
         copied: it came along with a copied or unpickled model, and no handle owns it.
@@ -59,38 +52,34 @@ class Installation:
         on_unsupported: str,
         debug: bool,
         token_order: str | None = None,
+        exact: tuple[int, ...] = (),
     ):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
+        if exact and any(level.dynamic for level in schedule.levels.values()):
+            raise UnsupportedError(
+                f"fpsattention.apply: exact {exact} under a pattern that reads the content, wanted windows or static patterns"
+            )
+        cores = [core_of(module, adapter.core) for module in attentions.values()]
+        super().__init__(
+            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
+        )
         self.transformer = transformer
         self.adapter = adapter
-        self.name = name
         self.copied = False
-        self.paused = False
-        self.on_unsupported = on_unsupported
-        self.tables = LevelTables(schedule, len(attentions), heads)
+        self.exact = exact
         self.reader = SigmaReader(scheduler, num_train_timesteps, adapter)
-        self.recorder: Recorder | None = None
-        self.selections = Selections()
-        self.sites: list[Site] = []
-        self._stand_ins: list[Any] = []
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._warned_replaced = False
         self._blocks = _containers(transformer, attentions)
-        self._clear()
         self.modules: list[Any] = list(attentions.values())
         self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
         order_hooks = token_order_hooks(self, token_order)
-        for layer, (path, module) in enumerate(attentions.items()):
-            core = core_of(module.processor, adapter.core)
-            site = Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
-            if debug:
+        if debug:
+            for site in self.sites:
                 site.check = self._check_finite
-            stand_in = swap(module.processor, core, site)
-            _set_processor(module, stand_in)
-            self.sites.append(site)
-            self._stand_ins.append(stand_in)
+        self._stand_ins = [swap(module, site) for module, site in zip(self.modules, self.sites, strict=True)]
         self.places = len(order_hooks)
         self._hooks = [
             *order_hooks,
@@ -98,33 +87,21 @@ class Installation:
             transformer.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    def _clear(self) -> None:
-        self._lock = threading.Lock()
-        self.masks_read: dict[Any, bool] = {}  # layer, padding, shape of a mask: whether it says just that
-        self.nonfinite: Counter[str] = Counter()
-        self.refused_linears: Counter[str] = (
-            Counter()
-        )  # those that ran as the model's own, and why, to the number of times
-        self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
-        self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
-
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(
-            ("recorder", "_lock", "masks_read", "nonfinite", "refused_linears", "_host_counts", "_device_counts")
-        )
-        return {**self.__dict__, **dropped, "copied": True, "paused": False}
+        return {**super().__getstate__(), "recorder": None, "copied": True, "paused": False}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._clear()
+    def reset(self) -> None:
+        """Forget all counts."""
+        super().reset()
+        self.reader.host_reads = 0
 
     def remove(self) -> None:
         """Put the original processors back; an attention whose processor somebody else replaced since is left alone."""
         for hook in self._hooks:
             hook.remove()
         for module, stand_in in zip(self.modules, self._stand_ins, strict=True):
-            if module.processor is stand_in:
-                _set_processor(module, stand_in.original)
+            if installed(module) is stand_in:
+                restore(module)
         self.linears.remove()
         plain_checkpoints(self.transformer)
         self.selections.clear()
@@ -141,6 +118,15 @@ class Installation:
             callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
             self._begin_forward(transformer, args, kwargs, compiled=callback is not None and callback is not False)
 
+    @contextmanager
+    def forward_of(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """What runs inside is a forward of the transformer with these arguments, by name."""
+        self._begin_forward(self.transformer, (), arguments, compiled=False)
+        try:
+            yield
+        finally:
+            self._after_forward(self.transformer, (), None)
+
     def _geometry(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Geometry:
         arguments = dict(zip(self._arguments, args, strict=False))
         arguments.update(kwargs)
@@ -151,6 +137,8 @@ class Installation:
     ) -> None:
         """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
         try:
+            if getattr(transformer, "_is_parallelized", False):  # since
+                raise UnsupportedError(f"fpsattention.apply: {self.name}: {parallelized(transformer)}, wanted it whole")
             geometry = self._geometry(transformer, args, kwargs)
         except UnsupportedError as error:
             if self.on_unsupported == "raise":
@@ -161,7 +149,7 @@ class Installation:
             return
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         t, h, w = geometry.grid
-        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position)
+        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position, self._exact(geometry))
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
@@ -185,7 +173,6 @@ class Installation:
         while before is not None and before.owner is self:  # of a forward that was interrupted
             before = before.before
         forward = Forward(self, tokens, segments, device, backward, executed=[0] * len(self.sites), before=before)
-        forward.text_valid = geometry.text_valid
         forward.parallel = spread
         if tokens.order == "tile":
             forward.order = Order(*self.tables.order_on(tokens, device))
@@ -201,8 +188,6 @@ class Installation:
             if compiled or self.compiled_modules():
                 forward.refused = self._refused_compiled("the text length of this model shows at its attention only")
         elif compiled or self.compiled_modules():
-            if geometry.text_valid is not None:
-                forward.refused = self._refused_compiled("this model masks the padding of its text")
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
@@ -210,6 +195,12 @@ class Installation:
         if backward:
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
+
+    def _exact(self, geometry: Geometry) -> tuple[int, ...]:
+        if not geometry.exact and not self.exact:
+            return ()
+        frames = int(geometry.grid[0])
+        return tuple(sorted({*geometry.exact, *(frame + frames if frame < 0 else frame for frame in self.exact)}))
 
     def _refused_compiled(self, reason: str) -> str:
         """Compiled attention counts nothing, so what it refuses is counted here, per forward."""
@@ -231,7 +222,7 @@ class Installation:
                 "arguments: compile the blocks (compile_repeated_blocks), not the whole model"
             )
         t, h, w = (_constant(size) for size in geometry.grid)
-        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position)
+        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
         if (reason := self.tables.eager_only()) is not None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
@@ -257,27 +248,12 @@ class Installation:
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
         CURRENT.forward, forward.shared = forward.before, None
-        if forward.tokens is None:  # no attention ran
-            return
-        if 0 < forward.places < self.places and output is not None:
+        if 0 < forward.places < self.places and output is not None and forward.tokens is not None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
                 'model was left out or replaced: token_order="raster"'
             )
-        executed = None if forward.graph_calls else tuple(forward.executed)
-        with self._lock:
-            if isinstance(forward.segments, Tensor):
-                self._count_on_device(forward.tokens, forward.segments, executed)
-            else:
-                self._host_counts.update((forward.tokens, segment, executed) for segment in forward.segments)
-
-    def _count_on_device(self, tokens: Tokens, segments: Tensor, executed: Executed) -> None:
-        key = (tokens, segments.device, executed)
-        if key not in self._device_counts:
-            with plain_tensors():
-                zeros = torch.zeros(len(self.tables.edges) + 1, dtype=torch.int64)
-                self._device_counts[key] = zeros.to(segments.device)
-        self._device_counts[key].index_add_(0, segments, torch.ones_like(segments))
+        self.count(forward)
 
     def _paths(self) -> list[str]:
         return [site.name.removeprefix(f"{self.name}.") for site in self.sites]
@@ -292,11 +268,15 @@ class Installation:
     def replaced(self) -> dict[str, str]:
         """Attention modules whose processor somebody replaced after ``apply``: name to the class of what is there now."""
         pairs = zip(self.sites, self.modules, self._stand_ins, strict=True)
-        return {site.name: type(m.processor).__name__ for site, m, ours in pairs if m.processor is not ours}
+        return {site.name: type(installed(m)).__name__ for site, m, ours in pairs if installed(m) is not ours}
+
+    def host_reads(self) -> int:
+        """Reads of a noise level from the device."""
+        return self.reader.host_reads
 
     def _notice_replaced(self) -> None:
         if not self._warned_replaced and any(
-            module.processor is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
+            installed(module) is not ours for module, ours in zip(self.modules, self._stand_ins, strict=True)
         ):
             self._warned_replaced = True
             name, kind = next(iter(self.replaced().items()))
@@ -306,73 +286,13 @@ class Installation:
                 stacklevel=2,
             )
 
-    # Reports ---------------------------------------------------------------------------------------------------------------
+    def own_linears(self) -> Mapping[str, str]:
+        """Linear layers that stay the model's own under FP8 linears, and why."""
+        return self.linears.own
 
-    def counts(self) -> Counter[tuple[Tokens, int, Executed]]:
-        """Samples by (tokens, segment, executed). Reads the device's counters, so it waits for the device."""
-        with self._lock:
-            counts = Counter(self._host_counts)
-            for (tokens, _, executed), tensor in self._device_counts.items():
-                counts.update({(tokens, segment, executed): n for segment, n in enumerate(tensor.tolist()) if n})
-        return counts
-
-    def reset(self) -> None:
-        """Forget all counts."""
-        self._clear()
-        self.selections.clear()
-        self.reader.host_reads = 0
-        for site in self.sites:
-            site.fallbacks.clear()
-
-    def rows(self) -> list[Row]:
-        """Report rows of all layers; segments of one level are put together."""
-        counts = self.counts()
-        seen = list(dict.fromkeys(tokens for tokens, _, _ in counts))
-        rows = []
-        for layer, group in enumerate(self.tables.group_of_layer):
-            runs: Counter[tuple[Tokens, int]] = Counter()
-            for (tokens, segment, executed), n in counts.items():
-                runs[tokens, segment] += n * (1 if executed is None else executed[layer])
-            levels = self.tables.group_levels[group]
-            for level in dict.fromkeys(reversed(levels)):  # falling sigma
-                of_level = [segment for segment, other in enumerate(levels) if other == level]
-                calls, attended = 0, 0.0
-                for tokens in seen:
-                    for segment in of_level:
-                        n = runs[tokens, segment]
-                        calls += n
-                        attended += n * self.tables.tables(tokens).density(group, segment) if n else 0.0
-                windows: tuple[tuple[int, int, int], ...] = ()
-                density = 1.0 if level.precision == "bf16" else float("nan")
-                selected = None
-                if level.dynamic:
-                    measured = self.selections.densities(layer, level.name)
-                    selected, density = measured or (float("nan"), float("nan"))
-                elif seen:
-                    table = self.tables.tables(seen[-1])
-                    density = attended / calls if calls else table.density(group, of_level[-1])
-                    if level.precision != "bf16" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
-                        windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
-                granularity = level.granularity if level.precision != "bf16" else ""
-                linears = self.linears.count(layer) if level.linears == "fp8" else 0
-                pattern = None if level.pattern is None else level.pattern.to_dict()
-                what = (level.name, level.precision, granularity, windows, density, calls, linears, pattern, selected)
-                rows.append(Row(self.name, layer, *what))
-        return rows
-
-    def executions(self) -> list[int] | None:
-        """Runs of each layer's core, in samples; None where some ran compiled."""
-        counts = self.counts()
-        if any(executed is None for _, _, executed in counts):
-            return None
-        totals = [0] * len(self.sites)
-        for (_, _, executed), n in counts.items():
-            totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
-        return totals
-
-    def forwards(self) -> int:
-        """Samples of the forwards seen."""
-        return sum(self.counts().values())
+    def num_linears(self, layer: int) -> int:
+        """FP8 linear layers of the block of an attention."""
+        return self.linears.count(layer)
 
     # Debugging -------------------------------------------------------------------------------------------------------------
 
@@ -426,13 +346,6 @@ def _is_compiled(module: Any) -> bool:
     )
 
 
-def _set_processor(module: Any, processor: Any) -> None:
-    if hasattr(module, "set_processor"):
-        module.set_processor(processor)
-    else:
-        module.processor = processor
-
-
 def _constant(size: int) -> int:
     """A plain number, in a traced graph too: the tiles of a grid are planned for its sizes, so a graph serves one grid."""
     return int(size)
@@ -473,6 +386,15 @@ def _spread(transformer: Any) -> Any:
     return next((owner.new_forward() for owner in owners if hasattr(owner, "new_forward")), None)
 
 
+def parallelized(transformer: Any) -> str | None:
+    """What cuts the sequence of a model for several devices and is not known, so that its attention sees a part of the tokens, or None."""
+    if any(cls.__module__.split(".")[0] == "xfuser" for cls in type(transformer).__mro__):
+        return f"{type(transformer).__name__} is parallelized by xDiT"
+    if getattr(transformer, "_is_parallelized", False):
+        return "the transformer is parallelized by ParaAttention or cache-dit (_is_parallelized)"
+    return None
+
+
 def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     """Why a model cannot run under a schedule, or None. Changes nothing."""
     if adapter is None and (reason := refusal(transformer)) is not None:
@@ -486,15 +408,14 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     config = getattr(transformer, "_parallel_config", None)
     if config is not None and getattr(config, "context_parallel_config", config) is None:
         return "enable_parallelism() with tensor parallelism was called on the transformer, wanted whole heads: context parallelism works"
+    if (parallel := parallelized(transformer)) is not None:
+        return f"{parallel}, wanted whole sequences on one device, or fpsattention.parallel.shard"
     attentions = adapter.attentions(transformer)
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
     for path, module in attentions.items():
-        processor: Any = getattr(module, "processor", None)
-        if is_swapped(processor):
-            processor = processor.original
         try:
-            core_of(processor, adapter.core)
+            core_of(module, adapter.core)
         except UnsupportedError as error:
             return f"{path} {error}"
         head_dim = _head_dim(module)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..layout.exact import frames, with_exact
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.plain import constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
@@ -41,6 +42,7 @@ class Tokens(NamedTuple):
     grid: Grid
     text_len: int = 0
     text_position: str = "suffix"
+    exact: tuple[int, ...] = ()  # frames that are dense in both directions
     order: str = "raster"
 
     @property
@@ -112,6 +114,7 @@ class Call:
     slot_of_token: Tensor  # its length is the number of tokens
     parts: tuple[Part, ...]
     order: Tensor | None = None
+    text_first: bool = False  # the tokens beyond the grid come before it
     samples: tuple[int, ...] = ()
 
 
@@ -124,6 +127,8 @@ class TokenTables:
         position = tokens.text_position if tokens.text_len else "suffix"
         layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
         self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
+        self._raster = layout
+        self._exact = tokens.exact
         self._rules = rules
         self._num_heads = num_heads
         self._masks: dict[tuple[Grid | BoundPattern, ...], BlockMask] = {}
@@ -167,7 +172,7 @@ class TokenTables:
                     f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
                     f"{self._num_heads}, as this transformer has"
                 )
-            self._masks[rules] = mask
+            self._masks[rules] = with_exact(mask, frames(self._exact, self._raster), self._raster)
         return self._masks[rules]
 
     def stacked(self, group: int) -> BlockMask:
@@ -241,12 +246,13 @@ class LevelTables:
             grid: Grid,
             text_len: int,
             text_position: str,
+            exact: tuple[int, ...],
             order: str,
             group: int,
             segment: int | None,
             device: torch.device,
         ) -> tuple[Tensor, ...]:
-            tokens = Tokens(grid, text_len, text_position, order)
+            tokens = Tokens(grid, text_len, text_position, exact, order)
             layout = self.tables(tokens).on(device)
             if not self._listed(group):
                 return layout.slot_of_token, layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets
@@ -255,17 +261,19 @@ class LevelTables:
 
         @constant
         def order_on(
-            grid: Grid, text_len: int, text_position: str, order: str, device: torch.device
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, device: torch.device
         ) -> tuple[Tensor, ...]:
-            return self.tables(Tokens(grid, text_len, text_position, order)).order_on(device)
+            return self.tables(Tokens(grid, text_len, text_position, exact, order)).order_on(device)
 
         @constant
         def edges_on(device: torch.device) -> Tensor:
             return self._edges_on(self.edges, device)
 
         @constant  # a tuple: Dynamo keeps no second result of a function that gives a tensor
-        def sizes_on(grid: Grid, text_len: int, text_position: str, order: str, group: int) -> tuple[Tensor, ...]:
-            layout = self.tables(Tokens(grid, text_len, text_position, order)).layout
+        def sizes_on(
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, group: int
+        ) -> tuple[Tensor, ...]:
+            layout = self.tables(Tokens(grid, text_len, text_position, exact, order)).layout
             patterns = [self.group_levels[group][i].pattern for i in self._dynamic[group]]
             return tuple(sizes_of(layout, pattern.list_width(layout)) for pattern in patterns if pattern is not None)
 
@@ -428,7 +436,8 @@ class LevelTables:
                 given = (tables[0], tables[1], tables[2], of_level)
                 named = (levels[i].name, levels[i].granularity, self._texts[group][i])
                 selectors[self._classes[group][i]] = Selector(*named, 1, given, True)
-            calls.append(Call(slot_of_token, _branches(self._classes[group], lists, segments, None, selectors)))
+            parts = _branches(self._classes[group], lists, segments, None, selectors)
+            calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
     def graph_calls(
@@ -451,7 +460,8 @@ class LevelTables:
                 self._classes[group][i]: self._selector(tokens, levels[i], device, backward, in_graph=True)
                 for i in self._dynamic[group]
             }
-            calls.append(Call(slot_of_token, _branches(self._classes[group], packed, index, known, selectors)))
+            parts = _branches(self._classes[group], packed, index, known, selectors)
+            calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
     def calls(
@@ -475,7 +485,7 @@ class LevelTables:
                 mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
                 parts = (Part(mask.lists(backward), levels[0].granularity, levels[0].precision),)
-            calls.append(Call(slot_of_token, parts, order))
+            calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
         return tuple(calls)
 
     def _host_parts(

@@ -24,9 +24,9 @@ from .state import CURRENT
 from .token_order import moved
 
 if TYPE_CHECKING:
-    from .cores import CoreCall
+    from .core_calls import CoreCall
+    from .engine import Engine
     from .forward import Forward
-    from .installation import Installation
 
 #: Called with (layer name, q, k, v, output), all ``(B, S, H, D)``, q and k after RoPE, tokens in raster order.
 Observer = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
@@ -36,7 +36,7 @@ class Site:
     """The attention of one layer.
 
     Args:
-        owner: the installation.
+        owner: whose layer it is.
         name: path of the module, for messages.
         layer: its index.
         group: of layers that read the schedule alike.
@@ -44,7 +44,7 @@ class Site:
         on_unsupported: ``"raise"`` or ``"dense"``.
     """
 
-    def __init__(self, owner: Installation, name: str, layer: int, group: int, core: str, on_unsupported: str):
+    def __init__(self, owner: Engine, name: str, layer: int, group: int, core: str, on_unsupported: str):
         self.owner = owner
         self.name = name
         self.layer = layer
@@ -87,9 +87,9 @@ class Site:
         if reason is None and own is not None:
             reason = own.refused
         if reason is None and core.mask is not None:
-            reason = padding.unexplained(core, own, self.layer)
+            reason = padding.unexplained(core, self.owner.text_mask)
         if reason is not None:
-            return self._refused(core, reason, own)
+            return self.refused(reason, lambda: _dense(core, own))
         if own is None:
             raise self._no_forward()
         if torch.compiler.is_compiling():
@@ -100,7 +100,7 @@ class Site:
                     "arguments of the transformer: compiled attention cannot read it"
                 )
             call = calls[self.group]
-        elif self.owner.adapter.per_sample:
+        elif self.owner.per_sample:
             call = self._call_of_sample(core, own)
         else:
             call = own.call(self.group, core.q.shape[1], core.q.device)
@@ -110,10 +110,7 @@ class Site:
                 f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
-        if core.mask is not None and not (len(call.parts) == 1 and call.parts[0].dense):
-            out = padding.without(core, own, self.group, self.parts)
-        else:
-            out = self.parts(core, call)
+        out = self.parts(core, call)
         if self.check is not None and not torch.compiler.is_compiling():
             self.check(self.name, core.q, core.k, core.v, out)
         if self.observers and not torch.compiler.is_compiling():
@@ -139,27 +136,49 @@ class Site:
         return forward.call_of((sample,), text_len, self.group, core.q.device)
 
     def parts(self, core: CoreCall, call: Call, run: Callable[..., Tensor] | None = None) -> Tensor:
-        """The launches of a call, each by ``run(core, part, q, k, v)``, put together in the order of the batch."""
+        """The launches of a call, put together in the order of the batch: each by ``run(core, part, q, k, v)``, which sees no masks, or as
+        on whole sequences."""
+        masked = None
+        if core.mask is not None and not all(part.dense for part in call.parts):
+            forward = CURRENT.forward
+            masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
         run = run or partial(self._part, call)
         if len(call.parts) == 1:
-            return run(core, call.parts[0], core.q, core.k, core.v)
+            return run(core, call.parts[0], core.q, core.k, core.v, *([masked] if masked else []))
         if call.parts[0].chosen is not None:
-            return self._branches(core, call)
+            return self._branches(core, call, masked)
         assert call.order is not None  # several parts: there is an order, and each names its samples
         outs = []
         for part in call.parts:
             assert part.samples is not None
-            outs.append(run(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
+            q, k, v = (x.index_select(0, part.samples) for x in (core.q, core.k, core.v))
+            outs.append(run(core, part, q, k, v, *([masked.select(part.samples)] if masked else [])))
         return torch.cat(outs).index_select(0, call.order)
 
-    def _part(self, call: Call, core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One launch.
+    def _part(
+        self,
+        call: Call,
+        core: CoreCall,
+        part: Part,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masked: padding.Masked | None = None,
+    ) -> Tensor:
+        """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
 
         Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
         next, so the cast costs nothing that counts.
         """
         if part.dense:
-            return core.dense(q, k, v)
+            return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
+        hidden = None
+        if masked is not None:
+            k, v, hidden, _ = masked
+            if part.precision != "fp8":
+                raise UnsupportedError(
+                    f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
+                )
         dtype = v.dtype
         if dtype == torch.float32 and v.device.type != "cpu":
             dtype = torch.bfloat16
@@ -175,6 +194,10 @@ class Site:
             else:
                 made = self._made(call, part.select, *heads_first)
                 if isinstance(made, Clustered):
+                    if hidden is not None:
+                        raise UnsupportedError(
+                            f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
+                        )
                     out = clustered_attention(
                         *heads_first, made, granularity=part.granularity, precision=part.precision, scale=core.scale
                     )
@@ -183,36 +206,36 @@ class Site:
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
             index = index_of(core.heads, q.device)
             lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
-        out, _ = attend(q, k, v, lists, granularity=part.granularity, precision=part.precision, scale=core.scale)
-        return out
+        options = {"granularity": part.granularity, "precision": part.precision, "scale": core.scale}
+        return attend(q, k, v, lists, hidden=hidden, **options)[0]  # type: ignore[arg-type]
 
     def _made(self, call: Call, select: Selector, q: Tensor, k: Tensor, v: Tensor) -> BlockMask | Clustered:
         forward = CURRENT.forward
         assert forward is not None
         return self.owner.selections.make(self.layer, call.samples, select, forward.step, q, k, v)
 
-    def _branches(self, core: CoreCall, call: Call) -> Tensor:
+    def _branches(self, core: CoreCall, call: Call, masked: padding.Masked | None) -> Tensor:
         """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
         out: Tensor | None = None
+        operands = (core.q, core.k, core.v, *(masked or ()))
         for part in call.parts:
             assert part.chosen is not None and part.wanted is not None
 
-            def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
-                out = self._part(call, core, part, q, k, v).to(v.dtype)
+            def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
+                of_mask = padding.Masked(*masked) if masked else None
+                out = self._part(call, core, part, q, k, v, of_mask).to(v.dtype)
                 return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
 
-            def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:
                 return torch.zeros_like(v, memory_format=torch.contiguous_format)
 
-            one = torch.cond(part.wanted, run, skip, (core.q, core.k, core.v))
+            one = torch.cond(part.wanted, run, skip, operands)
             out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
         assert out is not None
         return out
 
     def refusal(self, core: CoreCall) -> str | None:
         """Why this call must be the model's own, or None."""
-        if core.mask is not None and torch.compiler.is_compiling():
-            return "got an attention mask in a compiled block, wanted None there"
         if core.causal:
             return "is causal, wanted attention in both directions"
         if core.parallel is not None:
@@ -226,7 +249,12 @@ class Site:
             return f"has dropout {core.dropout}, wanted 0"
         return None
 
-    def _refused(self, core: CoreCall, reason: str, forward: Forward | None) -> Tensor:
+    def refused(self, reason: str, dense: Callable[[], Tensor]) -> Tensor:
+        """What a call that cannot be served gives: an error, or the model's own attention and a line in the report.
+
+        Raises:
+            UnsupportedError: with ``on_unsupported="raise"``.
+        """
         if self.on_unsupported == "raise":
             raise UnsupportedError(
                 f'fpsattention.apply: {self.name} {reason}: call remove(), or apply(..., on_unsupported="dense")'
@@ -234,10 +262,7 @@ class Site:
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[reason] += 1
-        if forward is None or forward.order is None:
-            return core.dense(core.q, core.k, core.v)
-        to_tile, to_raster = forward.order  # a mask is in raster order
-        return moved(core.dense(*(moved(x, 1, to_raster) for x in (core.q, core.k, core.v))), 1, to_tile)
+        return dense()
 
     def _no_forward(self) -> ConfigError:
         return ConfigError(
@@ -245,3 +270,11 @@ class Site:
             "transformer(...), not transformer.forward(...); checkpoint blocks through "
             "transformer.enable_gradient_checkpointing(your_function) or torch's checkpoint_wrapper, not by hand"
         )
+
+
+def _dense(core: CoreCall, forward: Forward | None) -> Tensor:
+    """The model's own call; a mask is in raster order."""
+    if forward is None or forward.order is None:
+        return core.dense(core.q, core.k, core.v)
+    to_tile, to_raster = forward.order
+    return moved(core.dense(*(moved(x, 1, to_raster) for x in (core.q, core.k, core.v))), 1, to_tile)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
-from . import flex
+from . import exact, flex
 from .plain import Cache, constant, on_default_stream, plain_tensors
 from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, check_layout, core, int3, shown
 
@@ -242,6 +242,14 @@ class BlockMask:
     def q_indices(self) -> Tensor:
         """int32 ``[Bm, Hm, num_blocks, max_q]``: see :meth:`transpose`."""
         return self.transpose()[1]
+
+    def with_exact(self, ranges: Sequence[tuple[int, int]]) -> BlockMask:
+        """The same mask, in which ``(start, stop)`` ranges of tokens (numbered as in q) attend everything and are attended by everything.
+
+        Lists know tiles and blocks, so everything that shares a tile or a block with such a token does, too. Waits for the
+        device, unless the mask is on the CPU. Raises ConfigError for ranges outside of the sequence.
+        """
+        return exact.with_exact(self, exact.token_ranges(ranges, self.layout.num_tokens, "BlockMask.with_exact"))
 
     def transpose(self) -> tuple[Tensor, Tensor]:
         """``(q_num_blocks, q_indices)``: per KV block the query blocks that visit it, ascending.

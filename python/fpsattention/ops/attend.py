@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
 from . import autograd, prepare
 from .backends import reference_attention, resolve_backend
@@ -32,6 +32,7 @@ def attend(
     pow2_scales: bool = False,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    hidden: Tensor | None = None,
     deterministic: bool = False,
     norm: Norm | None = None,
     rope: Rope | None = None,
@@ -47,6 +48,7 @@ def attend(
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient.
+        hidden: bool ``[B, S]`` on the device of q: keys that no row attends; k and v are then those of :func:`hidden.fill`.
         others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
 
     Returns:
@@ -93,11 +95,17 @@ def attend(
         "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
     if prepared:
+        if hidden is not None:
+            raise ConfigError("fpsattention.attention: hidden is given with norm or rope, wanted them applied before")
         out, lse = prepare.attend(
             q, k, v, lists, norm, rope, k_mean, v_absmax, backend=backend, deterministic=deterministic, **options
         )
     elif backend == "reference":
-        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, **options)
+        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
+    elif hidden is not None:
+        out, lse, *_ = autograd.call(
+            "attention_masked", q, k, v, *lists, k_mean, v_absmax, hidden, **options, deterministic=deterministic
+        )
     else:
         out, lse, *_ = autograd.call(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic

@@ -40,17 +40,17 @@ def _below_autograd(op: str, *args: Any, **options: Any) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """``fpsattn::attention`` with its positional arguments and, last, a dict of the keyword ones."""
+    """``fpsattn::attention`` with its 12 positional arguments and, last, a dict of the keyword ones; with 13, ``attention_masked``."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         *args, options = inputs
-        return _below_autograd("attention", *args, **options)
+        return _below_autograd("attention" if len(args) == 12 else "attention_masked", *args, **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         (_q, _k, _v, token_of_slot, tile_of_block, _offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices,
-         _k_mean, _v_absmax, options) = inputs  # fmt: skip
+         *_, options) = inputs  # fmt: skip
         if any(ctx.needs_input_grad[:3]) and (q_num_blocks is None or q_indices is None):
             raise ConfigError(
                 "fpsattention.attention: q_num_blocks and q_indices are missing, but q, k or v requires grad: the backward walks "
@@ -59,6 +59,7 @@ class _Attention(torch.autograd.Function):
         out, lse, *saved = output  # q8 .. v_scale, row_max, row_sum
         ctx.mark_non_differentiable(lse, *saved)
         ctx.set_materialize_grads(False)
+        ctx.num_inputs = len(inputs)
         ctx.softmax_scale = options["softmax_scale"]
         ctx.deterministic = options.get("deterministic", False)
         lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
@@ -69,13 +70,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 13
+            return (None,) * ctx.num_inputs
         out, *saved = ctx.saved_tensors
         gradients = call(
             "backward", _like(grad_out, out), out, *saved,
             softmax_scale=ctx.softmax_scale, deterministic=ctx.deterministic,
         )  # fmt: skip
-        return (*(g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *(None,) * 10)
+        wanted = (g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True))
+        return (*wanted, *(None,) * (ctx.num_inputs - 3))
 
     @staticmethod
     def jvp(ctx: Any, q: Tensor | None, k: Tensor | None, v: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -87,7 +89,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         *args, options = inputs
-        return vmap.rule("attention", partial(call, "attention"))(info, in_dims[:-1], *args, **options)
+        op = "attention" if len(args) == 12 else "attention_masked"
+        return vmap.rule(op, partial(call, op))(info, in_dims[:-1], *args, **options)
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
@@ -127,6 +130,7 @@ def refusing(op: str, run: Callable[..., Any]) -> type[torch.autograd.Function]:
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "attention": _Attention,
+    "attention_masked": _Attention,
     **{op: refusing(op, partial(_below_autograd, op)) for op in MESSAGES},
 }
 

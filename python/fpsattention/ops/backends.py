@@ -11,7 +11,8 @@ from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import Lists
 from ..layout.plain import constant
 from . import autograd, core, reference
-from .checks import check_quantize
+from .checks import check_hidden, check_quantize
+from .hidden import hide, slots
 
 BACKENDS = ("auto", "sm90", "cpu", "reference")
 _DOCTOR = "run `fpsattn doctor` for what is missing and how to mend it"
@@ -85,7 +86,10 @@ class _Reference(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, options: dict[str, Any]
     ) -> tuple[Tensor, ...]:
+        hidden = options.pop("hidden", None)
         quantized = reference.quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
+        if hidden is not None:
+            quantized = hide(quantized, slots(hidden, lists.token_of_slot))
         result = reference.forward(
             *quantized.operands, lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices,
             quantized.q_k_mean, num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
@@ -130,9 +134,13 @@ def reference_attention(
 
     Args:
         q, k, v: ``(B, H, S, D)``.
-        options: of :func:`reference.quantize`.
+        options: of :func:`reference.quantize`; ``hidden``, as of :func:`attend`.
     """
+    hidden = options.pop("hidden", None)
     check_quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
+    if hidden is not None:
+        check_hidden(q, hidden)
+        options["hidden"] = hidden
     on_cpu = lists.to("cpu")
     options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
     out, lse, *_ = _Reference.apply(q.cpu(), k.cpu(), v.cpu(), on_cpu, softmax_scale, options)

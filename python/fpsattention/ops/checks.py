@@ -130,6 +130,12 @@ def check_quantize(
             _shape(op, name, x, (q.shape[0], q.shape[1], q.shape[3]))
 
 
+def check_hidden(q: Tensor, hidden: Tensor) -> None:
+    _dtype("attention_masked", "hidden", hidden, torch.bool)
+    _shape("attention_masked", "hidden", hidden, (q.shape[0], q.shape[2]))
+    _same_device("attention_masked", q.device, hidden=hidden)
+
+
 def check_prepare(
     q: Tensor,
     k: Tensor,

@@ -27,6 +27,8 @@ kv_indices, *, softmax_scale) -> out_tangent``
 ``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
 q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
     quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
+``attention_masked(q, k, v, ..., v_absmax, hidden, *, ...)``
+    ``attention`` of q, k, v from ``hidden.fill``, without the keys where ``hidden``, bool [B, S], is true. Every argument is given.
 ``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
     the tables of a planned grid: see ``lists.py``.
 ``select_blocks(values, ...)``, ``transpose_blocks(kv_num_blocks, ...)``
@@ -53,6 +55,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
 from . import autograd, blocks, checks, cpu, fakes, lists, selection, vmap
+from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
@@ -65,6 +68,12 @@ JVP_SCHEMA = (
 )
 
 
+MASKED_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, Tensor kv_num_blocks, "
+    "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? k_mean, Tensor? v_absmax, Tensor hidden, *, int granularity, "
+    "float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, "
+    "Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
+)
 PREPARE_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, Tensor? q_weight=None, Tensor? k_weight=None, "
     "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? cos=None, Tensor? sin=None, Tensor? k_mean=None, Tensor? v_absmax=None, *, "
@@ -143,6 +152,7 @@ def _attention(
     q_indices: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    hidden: Tensor | None = None,
     *,
     granularity: int,
     softmax_scale: float,
@@ -151,7 +161,7 @@ def _attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The composite; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    """The composite, of both ops; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
     _keep_for_stream(
         q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
     )
@@ -161,12 +171,18 @@ def _attention(
             granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
         )
     )  # fmt: skip
+    if hidden is not None:
+        checks.check_hidden(q, hidden)
+        hidden = slots(hidden, token_of_slot)
+        z = hide(z, hidden)
     f = Forward(
         *torch.ops.fpsattn.forward(
             *z.operands, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, z.q_k_mean,
             num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
         )
     )  # fmt: skip
+    if hidden is not None and q_indices is not None and (_on_host or q.device.type != "cpu"):
+        z = z._replace(k8=without_keys(z.k8, hidden))  # the sm_90a backward reads no ones
     return (f.out, f.lse, *z.operands, f.row_max, f.row_sum)
 
 
@@ -233,7 +249,9 @@ def _register() -> None:
     impl = torch.library.impl
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
     torch.library.define("fpsattn::prepare", PREPARE_SCHEMA)
-    impl("fpsattn::attention", "CompositeExplicitAutograd")(_attention)
+    torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
+    for op in ("attention", "attention_masked"):
+        impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
     if not _on_host:
         for op in KERNEL_OPS:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
@@ -250,7 +268,7 @@ def _register() -> None:
     selection.register()
     blocks.register(_on_host)
     autograd.register(_LIBRARY)
-    for op in ("attention", *KERNEL_OPS, "jvp", "prepare"):
+    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp", "prepare"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
 

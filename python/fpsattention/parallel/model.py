@@ -25,7 +25,7 @@ from .sharding import Sharding, shard_tokens
 from .ulysses import to_heads, to_tokens
 
 if TYPE_CHECKING:
-    from ..integrations.cores import CoreCall
+    from ..integrations.core_calls import CoreCall
     from ..integrations.forward import Forward
     from ..integrations.levels import Part
     from ..integrations.site import Site
@@ -292,12 +292,7 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
     heads = _heads(site, core, forward, state, sharding)
     if core.parallel is not None:  # what runs on whole sequences is the model's own attention of one process
         core = replace(core, parallel=None, dense=partial(core.dense, parallel_config=None))
-    if (
-        state.exchange == "fp8"
-        and core.mask is None
-        and site.refusal(core) is None
-        and not site.owner.adapter.per_sample
-    ):
+    if state.exchange == "fp8" and core.mask is None and site.refusal(core) is None and not site.owner.per_sample:
         call = forward.call(site.group, forward.tokens.video_tokens + forward.tokens.text_len, core.q.device)
         forward.executed[site.layer] += 1
         return site.parts(core, call, partial(_part, site, state, sharding, heads))
@@ -344,7 +339,7 @@ def _heads(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, sh
     """Heads of the ranks, by the lists of the layer's group where they are known before the exchange. Once per forward."""
     if site.group not in state.heads:
         lists = None
-        if forward.text_valid is None and not site.owner.adapter.per_sample and forward.tokens is not None:
+        if not site.owner.per_sample and forward.tokens is not None:
             call = forward.call(site.group, sharding.layout.num_tokens, core.q.device)
             lists = next((part.lists for part in call.parts if isinstance(part.lists, Lists)), None)
         state.heads[site.group] = deal(core.q.shape[2], sharding, lists)

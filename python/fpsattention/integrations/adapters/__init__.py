@@ -1,8 +1,9 @@
 """The table of model families. How to add one:
 
 1. Find out how the model's self-attention over the video calls its core. In diffusers that is ``dispatch_attention_fn`` or
-   ``F.scaled_dot_product_attention`` inside the processor; nothing needs to be written for these two. Another core is one
-   entry of ``cores.CORES``.
+   ``F.scaled_dot_product_attention`` inside the processor; nothing needs to be written for these two. Other code calls
+   ``flash_attention``, ``attention``, ... in the forward of its attention modules: ``core=`` names it, and one that is not known yet is
+   an entry of ``core_calls.CORES``.
 2. Write a row, an :class:`Adapter` of three to six lines, in the file of the family (or a new one), and name it in its ``ADAPTERS``::
 
        HUNYUAN = Adapter(
@@ -23,8 +24,12 @@ from typing import Any
 
 from . import cogvideo, hunyuan, images, ltx, others, wan
 from .adapter import Adapter, Geometry, Place, latents_grid, submodules
+from .outside import OUTSIDE, WAN_DIFFSYNTH, WAN_ORIGINAL
 
-__all__ = ["ADAPTERS", "REFUSED", "Adapter", "Geometry", "Place", "find", "latents_grid", "refusal", "submodules"]
+__all__ = [
+    "ADAPTERS", "OUTSIDE", "REFUSED", "WAN_DIFFSYNTH", "WAN_ORIGINAL", "Adapter", "Geometry", "Place", "find", "latents_grid", "refusal",
+    "submodules",
+]  # fmt: skip
 
 ADAPTERS: tuple[Adapter, ...] = (
     *wan.ADAPTERS, *hunyuan.ADAPTERS, *cogvideo.ADAPTERS, *ltx.ADAPTERS, *others.ADAPTERS, *images.ADAPTERS,
@@ -39,9 +44,14 @@ REFUSED: dict[str, str] = {
     "WanAnimate2Transformer3DModel": "its samples are lists of videos of different grids, padded to one length",
     "Cosmos3OmniTransformer": "its queries are fewer than its keys, and its key heads fewer than its query heads",
     "MiniMaxH3Transformer3DModel": "video, audio and text are packed in an order that only position ids on the device tell",
-    "Kandinsky6Transformer3DModel": "not yet examined: audio and video in streams of their own",
-    "Flux3Transformer2DModel": "not yet examined",
-    "ZImageTransformer2DModel": "its samples are lists of images of different sizes",
+    "Kandinsky6SRTransformer3DModel": "its attention is sparse already (NABLA), by FlexAttention over tokens in fractal order",
+    "ZImageTransformer2DModel": "its samples are lists of images of different sizes, each padded to a multiple of 32 tokens before its caption",
+}
+
+#: Classes outside of diffusers whose name does not say enough.
+ELSEWHERE: dict[str, str] = {
+    "WanModel": "several projects have a class of this name: pass adapter=adapters.WAN_ORIGINAL or adapters.WAN_DIFFSYNTH "
+    "(fpsattention.integrations.adapters); in ComfyUI take the node",
 }
 
 
@@ -52,9 +62,10 @@ def find(model: Any) -> Adapter | None:
 
 def refusal(model: Any) -> str | None:
     """Why a model that is known does not run under a schedule, or None."""
-    return next((REFUSED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in REFUSED), None)
+    known = REFUSED | ELSEWHERE
+    return next((known[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in known), None)
 
 
 def named(name: str) -> Adapter | None:
     """The adapter of a family, or None."""
-    return next((adapter for adapter in ADAPTERS if adapter.name == name), None)
+    return next((adapter for adapter in (*ADAPTERS, *OUTSIDE) if adapter.name == name), None)

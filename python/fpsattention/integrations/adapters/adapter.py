@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ class Geometry:
         text_len: other tokens of the same sequence (text, history, images), dense in both directions. None: whatever
             the sequence has beyond the grid, read at the attention itself.
         text_position: where these tokens are: "suffix" or "prefix".
-        text_valid: of every sample, which of these tokens are not padding, as indices below ``text_len``: what the attention mask
-            of the model says. A mask that says something else, or that comes where this is None, means dense attention.
+        exact: frames of the grid that are dense in both directions, too (reference images).
     """
 
     grid: Grid
@@ -38,7 +38,7 @@ class Geometry:
     timestep: Tensor
     text_len: int | None = 0
     text_position: str = "suffix"
-    text_valid: tuple[tuple[int, ...], ...] | None = None
+    exact: tuple[int, ...] = ()
 
 
 def flow_sigma(timestep: Any, num_train_timesteps: int) -> Any:
@@ -107,6 +107,8 @@ class Adapter:
             sigmas.
         kind: "video" or "image".
         per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
+        text_mask: the model masks the padding of its text: bool masks ``(B, 1, 1, S)``, or ``(B, 1, S, S)`` where rows of the video are alike, say
+            which keys count. Without it, a mask means dense attention.
         note: what users should know, for the table of models.
         linears: the layers of a block (what holds the attention) that may run in FP8, by their paths in it: projections of the video
             tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
@@ -123,6 +125,7 @@ class Adapter:
     scheduled: Callable[[Sequence[float]], Sequence[float]] | None = None
     kind: str = "video"
     per_sample: bool = False
+    text_mask: bool = False
     note: str = ""
     linears: tuple[str, ...] = ()
     token_order: Callable[[Any], tuple[Place, ...]] = raster_only
@@ -139,7 +142,7 @@ class Adapter:
 
     def class_name(self, model: Any) -> str:
         """The family's own name of the class of ``model``: FSDP2 and users subclass it."""
-        return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes)
+        return next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in self.classes), type(model).__name__)
 
 
 def attention_linears(attention: str) -> tuple[str, ...]:
@@ -153,11 +156,12 @@ def feed_forward_linears(feed_forward: str) -> tuple[str, ...]:
 
 
 def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:
-    """``attentions`` of models whose blocks all have one attention: ``submodules(blocks="attn1")``, block lists in this order."""
+    """``attentions`` of models whose blocks all have one attention: ``submodules(blocks="attn1")``, block lists in this order; the
+    attention is named by its path in the block."""
 
     def find(model: Any) -> dict[str, torch.nn.Module]:
         return {
-            f"{blocks}.{i}.{attention}": getattr(block, attention)
+            f"{blocks}.{i}.{attention}": attrgetter(attention)(block)
             for blocks, attention in attributes.items()
             for i, block in enumerate(getattr(model, blocks, ()))
         }
@@ -196,16 +200,6 @@ class _ReadOnce:
 
 
 read_once = _ReadOnce()
-
-
-def leading(mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """``text_valid`` of a mask ``(B, L)`` whose sum is the number of valid tokens, which come first."""
-    return tuple(tuple(range(int(count))) for count in mask.sum(dim=1).tolist())
-
-
-def chosen(mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """``text_valid`` of a mask ``(B, L)`` with any pattern."""
-    return tuple(tuple(i for i, valid in enumerate(row) if valid) for row in mask.tolist())
 
 
 def latents_grid(latents: Tensor, patch_size: Any) -> Grid:

@@ -13,55 +13,34 @@ from .adapter import (
     Move,
     Place,
     attention_linears,
-    chosen,
     feed_forward_linears,
     first_argument,
     latents_grid,
-    leading,
     patches,
-    read_once,
     submodules,
 )
 
 
 def video_then_text(model: Any, arguments: Arguments) -> Geometry:
-    """As many text tokens count as the mask has ones, from the first on."""
+    """The model masks as many text tokens as its mask has zeros, from the end on."""
     latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    grid = latents_grid(latents, patches(model))
-    valid = read_once(arguments["encoder_attention_mask"], leading)
-    return Geometry(grid, latents, arguments["timestep"], text.shape[1], text_valid=valid)
-
-
-def any_nonzero(x: Tensor) -> bool:
-    """Whether some element is not 0."""
-    return bool(x.any())
+    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], text.shape[1])
 
 
 def video_then_three_texts(model: Any, arguments: Arguments) -> Geometry:
-    """The model sorts the tokens of the image, ByT5 and the language model: those that count come first.
-
-    An image embedding of zeros means that there is none.
-    """
+    """The model sorts the tokens of the image, ByT5 and the language model: those that count come first, and the others are masked."""
     latents = arguments["hidden_states"]
-    first, second = arguments["encoder_attention_mask"], arguments["encoder_attention_mask_2"]
-    image = arguments["image_embeds"]
-    tokens = image.shape[1] if read_once(image, any_nonzero) else 0
-    pairs = zip(read_once(first, chosen), read_once(second, chosen), strict=True)
-    text_len = first.shape[1] + second.shape[1] + image.shape[1]
-    valid = tuple(tuple(range(tokens + len(a) + len(b))) for a, b in pairs)
-    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], text_len, text_valid=valid)
+    lengths = (
+        arguments[name].shape[1] for name in ("encoder_attention_mask", "encoder_attention_mask_2", "image_embeds")
+    )
+    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], sum(lengths))
 
 
 def video_then_image_and_text(model: Any, arguments: Arguments) -> Geometry:
     """Image tokens, which all count, precede the text; its mask may have any pattern."""
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    image, mask = arguments.get("image_embeds"), arguments.get("encoder_attention_mask")
-    more = 0 if image is None else image.shape[1]
-    valid = None
-    if mask is not None:
-        valid = tuple((*range(more), *(more + i for i in row)) for row in read_once(mask, chosen))
-    grid = latents_grid(latents, patches(model))
-    return Geometry(grid, latents, arguments["timestep"], more + text.shape[1], text_valid=valid)
+    latents, text, image = arguments["hidden_states"], arguments["encoder_hidden_states"], arguments.get("image_embeds")
+    text_len = text.shape[1] + (0 if image is None else image.shape[1])
+    return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"], text_len)
 
 
 def encoder_blocks(model: Any) -> dict[str, Any]:
@@ -94,16 +73,15 @@ LINEARS = (*attention_linears("attn"), *feed_forward_linears("ff"), "proj_mlp", 
 HUNYUAN = Adapter(
     "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
     submodules(transformer_blocks="attn", single_transformer_blocks="attn"), video_then_text,
-    note="padding of the text is left out, sample by sample; compiled blocks: only with on_unsupported=\"dense\"", linears=LINEARS, token_order=embedder_to_norm,
+    text_mask=True, note="padding of the text is left out, sample by sample", linears=LINEARS, token_order=embedder_to_norm,
 )  # fmt: skip
 HUNYUAN_15 = Adapter(
     "HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), submodules(transformer_blocks="attn"), video_then_three_texts,
-    note="as HunyuanVideo; the model itself builds two S x S masks per layer", linears=LINEARS,
+    text_mask=True, note="as HunyuanVideo; the model itself builds two S x S masks per layer", linears=LINEARS,
 )  # fmt: skip
 MOTIF = Adapter(
     "Motif-Video", ("MotifVideoTransformer3DModel",), encoder_blocks, video_then_image_and_text,
-    note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense",
-    linears=LINEARS,
+    text_mask=True, note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense", linears=LINEARS,
 )  # fmt: skip
 
 ADAPTERS = (HUNYUAN, HUNYUAN_15, MOTIF)

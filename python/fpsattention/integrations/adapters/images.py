@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .adapter import Adapter, Arguments, Geometry, Grid, chosen, own_sigma, read_once, submodules, thousandths
+from .adapter import Adapter, Arguments, Geometry, Grid, own_sigma, read_once, submodules, thousandths
 
 
 def _one_size(images: list[Grid]) -> Grid:
@@ -34,14 +34,20 @@ def _images(ids: Tensor) -> list[Grid]:
 
 
 def image_ids(model: Any, arguments: Arguments) -> Geometry:
-    """Rows of ``img_ids`` are (image, row, column, ...) of each token; a tensor of them is read once."""
-    return Geometry(
-        _one_size(read_once(arguments["img_ids"], _images)),
-        arguments["hidden_states"],
-        arguments["timestep"],
-        arguments["encoder_hidden_states"].shape[1],
-        "prefix",
-    )
+    """Rows of ``img_ids`` are (image, row, column, ...) of each token; a tensor of them is read once. Images after the first are references."""
+    grid = _one_size(read_once(arguments["img_ids"], _images))
+    text_len = arguments["encoder_hidden_states"].shape[1]
+    exact = tuple(range(1, grid[0]))
+    return Geometry(grid, arguments["hidden_states"], arguments["timestep"], text_len, "prefix", exact=exact)
+
+
+def image_and_reference_ids(model: Any, arguments: Arguments) -> Geometry:
+    """Text, the image, then references with ids of their own: in one order with the image, as if they were its."""
+    ids, references = arguments["img_ids"], arguments.get("image_cond_ids")
+    images = read_once(ids, _images) + ([] if references is None else read_once(references, _images))
+    grid, text_len = _one_size(images), arguments["encoder_hidden_states"].shape[1]
+    exact = tuple(range(len(read_once(ids, _images)), grid[0]))
+    return Geometry(grid, arguments["hidden_states"], arguments["timestep"], text_len, "prefix", exact=exact)
 
 
 def image_shapes(model: Any, arguments: Arguments) -> Geometry:
@@ -50,14 +56,13 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     grid = _one_size([tuple(image) for image in samples[0]])  # type: ignore[misc]
     if any(sample != samples[0] for sample in samples):
         raise UnsupportedError(f"fpsattention.apply: samples of sizes {samples} in one batch, wanted one size")
-    mask = arguments.get("encoder_hidden_states_mask")
     return Geometry(
         grid,
         arguments["hidden_states"],
         arguments["timestep"],
         arguments["encoder_hidden_states"].shape[1],
         "prefix",
-        None if mask is None else read_once(mask, chosen),
+        tuple(range(samples[0][0][0], grid[0])),  # type: ignore[index]
     )
 
 
@@ -67,11 +72,17 @@ FLUX = Adapter(
 )  # fmt: skip
 FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only, dense in both directions",
+)  # fmt: skip
+FLUX3 = Adapter(
+    "Flux.3", ("Flux3Transformer2DModel",), submodules(single_transformer_blocks="attn"), image_and_reference_ids, own_sigma,
+    scheduled=thousandths, kind="image",
+    note="joint blocks; blocks of the image alone stay dense; reference images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
-    note="input images: of the size of the image only",
+    text_mask=True,
+    note="input images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 
-ADAPTERS = (FLUX, FLUX2, QWEN)
+ADAPTERS = (FLUX, FLUX2, FLUX3, QWEN)

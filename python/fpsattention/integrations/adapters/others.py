@@ -1,4 +1,4 @@
-"""Families with one model each: Mochi, Cosmos, Kandinsky 5, Helios."""
+"""Families with one model each: Mochi, Cosmos, Kandinsky 5 and 6, Helios."""
 
 from __future__ import annotations
 
@@ -82,9 +82,13 @@ KANDINSKY = Adapter(
     "Kandinsky 5", ("Kandinsky5Transformer3DModel",), submodules(visual_transformer_blocks="self_attention"),
     frames_last_channels, note="dense where the model uses its own sparse attention (NABLA)",
 )  # fmt: skip
+KANDINSKY6 = Adapter(
+    "Kandinsky 6", ("Kandinsky6Transformer3DModel",), submodules(visual_transformer_blocks="video_dec_block.self_attention"),
+    frames_last_channels, note="video self-attention; audio, and attention between audio and video, stay the model's own",
+)  # fmt: skip
 HELIOS = Adapter(
     "Helios", ("HeliosTransformer3DModel",), submodules(blocks="attn1"), history_then_video,
     note="history tokens are dense in both directions",
 )  # fmt: skip
 
-ADAPTERS = (MOCHI, COSMOS, KANDINSKY, HELIOS)
+ADAPTERS = (MOCHI, COSMOS, KANDINSKY, KANDINSKY6, HELIOS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,11 @@ def frames_first(model: Any, arguments: Arguments) -> Geometry:
     latents = arguments["hidden_states"]
     grid = latents_grid(latents.transpose(1, 2), model.config.patch_size)
     return Geometry(grid, latents, arguments["timestep"])
+
+
+def reference_first(model: Any, arguments: Arguments) -> Geometry:
+    """The first frame is a reference image."""
+    return replace(video_latents(model, arguments), exact=(0,))
 
 
 def _patches(x: Tensor, move: Move) -> Tensor:
@@ -75,8 +81,9 @@ VACE = Adapter(
     linears=LINEARS,
 )  # fmt: skip
 ANIMATE = Adapter(
-    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS
-)
+    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), reference_first, linears=LINEARS,
+    note="the reference frame is dense in both directions",
+)  # fmt: skip
 SKYREELS = Adapter(
     "SkyReels-V2", ("SkyReelsV2Transformer3DModel",), submodules(blocks="attn1"), video_latents,
     note="dense under the mask of diffusion forcing (num_frame_per_block > 1)", linears=LINEARS,

@@ -1,0 +1,76 @@
+"""Ranges of tokens that attend everything and are attended by everything, whatever the pattern: first frames, references, audio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError
+from .plain import plain_tensors
+from .tiles import BLOCK, TileLayout, shown
+
+if TYPE_CHECKING:
+    from .masks import BlockMask
+
+Range = tuple[int, int]
+
+
+def token_ranges(value: Any, num_tokens: int, what: str) -> tuple[Range, ...]:
+    """``(start, stop)`` pairs of tokens, as in slices but none negative, checked.
+
+    Raises:
+        ConfigError: not such pairs, or outside of the sequence.
+    """
+    pairs = value if isinstance(value, (list, tuple)) else None
+    if pairs is None or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(end) is int for end in pair) for pair in pairs
+    ):
+        raise ConfigError(f"fpsattention.{what}: exact {shown(value)}, expected pairs (start, stop) of tokens")
+    for start, stop in pairs:
+        if not 0 <= start < stop <= num_tokens:
+            raise ConfigError(
+                f"fpsattention.{what}: exact holds ({start}, {stop}), expected 0 <= start < stop <= {num_tokens} tokens"
+            )
+    return tuple((start, stop) for start, stop in pairs)
+
+
+def frames(exact: Sequence[int], layout: TileLayout) -> tuple[Range, ...]:
+    """The tokens of frames of the grid; negative frames count from the end."""
+    t, h, w = layout.grid
+    if any(not -t <= frame < t for frame in exact):
+        raise ConfigError(f"fpsattention.apply: exact {tuple(exact)}, wanted frames of the {t} of grid {layout.grid}")
+    first = layout.text_len if layout.text_position == "prefix" else 0
+    return tuple((first + frame % t * h * w, first + (frame % t + 1) * h * w) for frame in exact)
+
+
+def with_exact(mask: BlockMask, ranges: Sequence[Range], numbering: TileLayout | None = None) -> BlockMask:
+    """``mask`` and, for the tiles and blocks that hold a token of ``ranges``, every block and every tile. On the device of the mask,
+    which waits for it unless that is the CPU. ``numbering``: the same tiles with the tokens in the order that ranges number; None: the
+    mask's own."""
+    from .masks import BlockMask
+
+    layout = mask.layout
+    if not ranges:
+        return mask
+    with plain_tensors():
+        chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
+        for start, stop in ranges:
+            chosen[start:stop] = True
+        held = ((numbering or layout).cpu().slot_of_token.long()[chosen] // BLOCK).unique()
+        blocks = torch.zeros(layout.num_blocks, dtype=torch.bool)
+        blocks[held] = True
+        tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)
+        tiles[layout.cpu().tile_of_block.long()[held]] = True
+        keep = mask.to_blocks() | blocks.to(mask.device) | tiles.to(mask.device)[:, None]
+        return BlockMask.from_keep(layout, keep, int(keep.sum(-1).max())).with_transpose()
+
+
+@lru_cache(maxsize=64)
+def cached_exact(layout: TileLayout, window: tuple[int, int, int], ranges: tuple[Range, ...]) -> BlockMask:
+    """:func:`with_exact` of a sliding window."""
+    from .masks import cached_mask
+
+    return with_exact(cached_mask(layout, window), ranges)
