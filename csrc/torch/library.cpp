@@ -6,6 +6,7 @@
 
 STABLE_TORCH_LIBRARY(fpsattn, m) {
   m.def(fpsattn::kQuantizeSchema);
+  m.def(fpsattn::kPrepareSchema);
   m.def(fpsattn::kForwardSchema);
   m.def(fpsattn::kBackwardSchema);
   m.def(fpsattn::kAttentionSchema);

@@ -8,10 +8,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/check_params.h"
 #include "fpsattn/launch.h"
+#include "fpsattn/prepare.h"
 #include "torch/check.h"
 #include "torch/launch.h"
 #include "torch/pattern_ops.h"
@@ -72,10 +74,12 @@ void check_entries(const char* op, const char* name, const Tensor& x, int64_t en
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
-                      OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
-                      bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
-  const char* op = "quantize";
+// What quantize and prepare share: checks, outputs, and all parameters but the workspace. `run(params, stream)` launches.
+template <class Run>
+Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& token_of_slot,
+                    const Tensor& tile_block_offsets, const OptionalTensor& k_mean, const OptionalTensor& v_absmax,
+                    int64_t granularity, bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool block_sums,
+                    const Run& run) {
   const Launch launch(op, q);
   FPSATTN_CHECK(q.dim() == 4, op, ": q has shape ", shape_text(q), ", expected (B, H, S, D)");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
@@ -137,11 +141,90 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
   params.q_k_mean = data<float>(q_k_mean);
   params.q_block_sum = block_sums ? data<float>(q_block_sum) : nullptr;
   params.k_block_sum = block_sums ? data<float>(k_block_sum) : nullptr;
-  params.workspace_bytes = quantize_workspace_bytes(params);
-  Tensor workspace = empty(q, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
-  params.workspace = workspace.data_ptr();
-  quantize(params, launch.stream());
+  run(params, launch.stream());
   return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean, q_block_sum, k_block_sum};
+}
+
+Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
+                      OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
+                      bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
+  const auto run = [&](QuantizeParams& params, cudaStream_t stream) {
+    params.workspace_bytes = quantize_workspace_bytes(params);
+    Tensor workspace = empty(q, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
+    params.workspace = workspace.data_ptr();
+    quantize(params, stream);
+  };
+  return quantized("quantize", q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k,
+                   pow2_scales, k_mean_stride, block_sums, run);
+}
+
+// A weight or bias [1 or 2, channels], FP32 and aligned: `kept` holds what had to be copied.
+ChannelVector channel_vector(const char* op, const char* name, const OptionalTensor& x, const Tensor& like,
+                             int64_t channels, bool has_rope, std::vector<Tensor>& kept) {
+  if (!x.has_value()) return {};
+  check_same_device(op, name, *x, like);
+  FPSATTN_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == 2) && x->size(1) == channels, op, ": ", name,
+                " has shape ", shape_text(*x), ", expected (1, ", channels,
+                "), or 2 rows: of rotated tokens and of the others");
+  FPSATTN_CHECK(x->size(0) == 1 || has_rope, op, ": ", name,
+                " has 2 rows but there is no rope: which tokens are rotated says which row is theirs");
+  kept.push_back(empty(like, {x->size(0), channels}, ScalarType::Float));
+  torch::stable::copy_(kept.back(), *x);
+  return {data<const float>(kept.back()), x->size(0) == 2 ? channels : 0};
+}
+
+Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
+                     OptionalTensor q_weight, OptionalTensor k_weight, OptionalTensor q_bias, OptionalTensor k_bias,
+                     OptionalTensor cos, OptionalTensor sin, OptionalTensor k_mean, OptionalTensor v_absmax,
+                     int64_t norm, double eps, bool rope_halves, int64_t first_rotated, int64_t granularity,
+                     bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
+  const char* op = "prepare";
+  const auto run = [&](const QuantizeParams& quantize_params, cudaStream_t stream) {
+    const ProblemSize& size = quantize_params.size;
+    PrepareParams params;
+    params.quantize = quantize_params;
+    FPSATTN_CHECK(norm >= 0 && norm <= 3, op, ": norm is ", norm,
+                  ", expected 0 (none), 1 (rms), 2 (rms_across_heads), 3 (layer)");
+    params.norm = static_cast<Norm>(norm);
+    params.eps = static_cast<float>(eps);
+    params.rope_halves = rope_halves;
+    FPSATTN_CHECK(cos.has_value() == sin.has_value(), op, ": ", cos.has_value() ? "sin" : "cos",
+                  " is missing: both or none of cos and sin");
+    if (cos.has_value()) {
+      FPSATTN_CHECK(cos->dim() == 4 && (cos->size(0) == 1 || cos->size(0) == size.batch) &&
+                        (cos->size(1) == 1 || cos->size(1) == size.heads),
+                    op, ": cos has shape ", shape_text(*cos), ", expected (1 or ", size.batch, ", 1 or ", size.heads,
+                    ", n, ", size.head_dim / 2, ")");
+      const int64_t rows = cos->size(2), width = size.head_dim / 2;
+      for (const auto& [name, x] : {std::pair{"cos", &*cos}, std::pair{"sin", &*sin}}) {
+        check_buffer(op, name, *x, q, ScalarType::Float, {cos->size(0), cos->size(1), rows, width});
+      }
+      FPSATTN_CHECK(first_rotated >= 0 && first_rotated + rows <= size.num_tokens, op, ": cos has ", rows,
+                    " tokens from first_rotated=", first_rotated, " on, expected at most the ", size.num_tokens,
+                    " of q");
+      params.cos = data<const float>(*cos);
+      params.sin = data<const float>(*sin);
+      params.table_stride_head = cos->size(1) == 1 ? 0 : rows * width;
+      params.table_stride_batch = cos->size(0) == 1 ? 0 : cos->size(1) * rows * width;
+      params.first_rotated = static_cast<int>(first_rotated);
+      params.num_rotated = static_cast<int>(rows);
+    }
+    std::vector<Tensor> kept;
+    const int64_t channels = params.norm == Norm::kRmsAcrossHeads ? int64_t{size.heads} * size.head_dim : size.head_dim;
+    const auto vector = [&](const char* name, const OptionalTensor& x) {
+      return channel_vector(op, name, x, q, channels, cos.has_value(), kept);
+    };
+    params.q_weight = vector("q_weight", q_weight);
+    params.k_weight = vector("k_weight", k_weight);
+    params.q_bias = vector("q_bias", q_bias);
+    params.k_bias = vector("k_bias", k_bias);
+    params.quantize.workspace_bytes = prepare_workspace_bytes(params);
+    Tensor workspace = empty(q, {static_cast<int64_t>(params.quantize.workspace_bytes)}, ScalarType::Byte);
+    params.quantize.workspace = workspace.data_ptr();
+    prepare(params, stream);
+  };
+  return quantized(op, q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales,
+                   k_mean_stride, block_sums, run);
 }
 
 // What forward and backward share of their arguments.
@@ -271,6 +354,7 @@ bool device_code_runs_on_host() {
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
+  m.impl("prepare", TORCH_BOX(&prepare_op));
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
   register_pattern_ops(m);

@@ -82,7 +82,7 @@ def attention(
         v_absmax: f32 ``(B, H, D)``, taken for V's scales instead of the computed maximum; values beyond it saturate.
         deterministic: same bits on repeat in the backward too.
         norm, rope: q and k are raw projections, which are normalized and rotated first, in FP32 without rounding in between:
-            ``fpsattention.Norm``, ``fpsattention.Rope``. On the CPU. Gradients are those of the raw tensors and of the norm's weights.
+            ``fpsattention.Norm``, ``fpsattention.Rope``. D is 64, 96 or 128. Gradients are those of the raw tensors and of the norm's weights.
         hadamard: rotate q and k by a Hadamard matrix before they are quantized: exact in the scores, and a smaller error where single
             values are outliers (``docs/numerics.md``). Costs a product with a constant matrix. Not together with norm or rope.
 

@@ -12,6 +12,9 @@ if(FPSATTN_HAS_CUDA)
   fpsattn_add_gtest(test_quantize_guard test_quantize_guard.cpp quantize_case.cpp LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_cases(test_quantize_guard token tile_end tile_begin)
 
+  fpsattn_add_gtest(test_prepare test_prepare.cpp quantize_case.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_device_run(test_prepare test_prepare --racecheck --async=lazy)
+
   fpsattn_add_gtest(test_quantize_errors test_quantize_errors.cpp LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_run(test_quantize_errors test_quantize_errors)
 endif()

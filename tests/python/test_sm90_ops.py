@@ -14,6 +14,7 @@ import fpsattention as fps
 from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.ops import core as ops
 from fpsattention.ops import reference
+from fpsattention.ops.norm_rope import NORMS
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if ops.sm90_missing():
@@ -65,6 +66,65 @@ def test_quantize_is_bit_exact(case, granularity, dtype, pow2):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
         else:
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], NARROW], ids=["d128", "d64_text", "d96_text"])
+@pytest.mark.parametrize("halves", [False, True], ids=["pairs", "halves"])
+def test_prepare_is_bit_exact(case, kind, halves):
+    """Of views of one projection, with all that a norm can have, against the reference."""
+    layout = case.layout()
+    generator = torch.Generator().manual_seed(7)
+    dtype, granularity = ((torch.float16, 2), (torch.bfloat16, 0), (torch.bfloat16, 1))[kind % 3]
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    fused = (3 * randn(case.batch, layout.num_tokens, 3, case.heads, case.dim) + 0.5).to(dtype)
+    channels = case.dim * (case.heads if kind == NORMS["rms_across_heads"] else 1)
+    rows = 1 + halves
+    parameters = [1 + 0.3 * randn(rows, channels) if kind else None for _ in range(2)]
+    parameters += [0.3 * randn(rows, channels) if kind == NORMS["layer"] else None for _ in range(2)]
+    angles = 4 * randn(case.batch, case.heads if halves else 1, layout.num_tokens - case.text_len, case.dim // 2)
+    args = (layout.token_of_slot, layout.tile_block_offsets, *parameters, angles.cos(), angles.sin())
+    options = {"norm": kind, "eps": 1e-5, "rope_halves": halves, "first_rotated": case.text_len // 2}
+    options |= {"granularity": granularity, "smooth_k": True, "pow2_scales": False, "k_mean_stride": 2}
+    options["block_sums"] = True
+    qkv = [x.transpose(1, 2) for x in fused.to(DEVICE).unbind(2)]
+    got = [x.cpu() for x in SM90.prepare(*qkv, *on_device(*args), **options)]
+    qkv = [x.cpu() for x in qkv]
+    computed = reference.prepare(*qkv, *args, **options)
+    torch.testing.assert_close(got[6], computed.k_mean, rtol=1e-5, atol=1e-5)
+    want = reference.prepare(*qkv, *args, k_mean=got[6], **options)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        if a.dtype == torch.float8_e4m3fn:
+            assert same_bytes(a, b), name
+        elif name == "q_k_mean":
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(a, b), name
+
+
+def test_prepare_across_many_heads_is_bit_exact():
+    """Full steps of the kernel that sums the squares of a token over its heads, and the rest of 3 heads."""
+    test_prepare_is_bit_exact(Case("many_heads", (1, 3, 7), heads=11, dim=96), NORMS["rms_across_heads"], False)
+
+
+def test_attention_of_raw_projections_and_its_gradients():
+    case = Case("raw", (3, 5, 7), (3, 4, 4), (1, 1, 2), text_len=3, dim=128)
+    host = [x.requires_grad_() for x in case.inputs(torch.bfloat16)]
+    device = [x.detach().to(DEVICE).requires_grad_() for x in host]
+    angles = torch.randn(105, 64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for tensors, backend in ((host, "reference"), (device, "sm90")):
+        weight = torch.linspace(0.5, 1.5, 256, device=tensors[0].device, requires_grad=True)
+        norm = fps.Norm("rms_across_heads", weight, weight)
+        rope = fps.Rope(angles.cos().to(weight.device), angles.sin().to(weight.device))
+        out = fps.attention(*tensors, norm=norm, rope=rope, backend=backend, **case.kwargs())
+        grads = torch.autograd.grad(out.float().square().sum(), [*tensors, weight])
+        results.append([x.float().cpu() for x in (out, *grads)])
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dw"), *results, strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm(), name
 
 
 def test_quantize_takes_views_of_a_fused_projection_and_odd_strides():
@@ -316,10 +376,6 @@ def test_forward_mode_and_other_backends_are_refused():
     q, k, v = on_device(*case.inputs(torch.bfloat16))
     with pytest.raises(UnsupportedError, match="a forward-mode derivative .* was asked on the sm_90a kernels"):
         torch.func.jvp(lambda x: fps.attention(q, k, x, **case.kwargs()), (v,), (v,))
-    with pytest.raises(
-        UnsupportedError, match="norm and RoPE inside of the quantizer were asked on the sm_90a kernels"
-    ):
-        fps.attention(q, k, v, norm=fps.Norm("rms"), **case.kwargs())
     with pytest.raises(
         (ConfigError, UnsupportedError), match="backend 'cpu' but|backend 'cpu', but FPSATTN_SM90_ON_HOST=1"
     ):

@@ -15,6 +15,9 @@ import pytest
 EXPECTED = {
     r"quantize_kernel<.*GroupScope\)0>": (16, 8),
     r"quantize_kernel<.*GroupScope\)1>": (16, 4),
+    r"prepare_kernel<.*GroupScope\)0>": (16, 8),
+    r"prepare_kernel<.*GroupScope\)1>": (16, 4),
+    r"prepared_mean_kernel<": (4, 1),
     r"statistics_kernel<": (8, 4),
 }
 

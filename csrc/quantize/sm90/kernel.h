@@ -44,9 +44,10 @@
 
 namespace fpsattn::sm90::quantize {
 
-template <class Config, bool kIsQuery>
-__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work) {
-  RowQuantizer<Config, kIsQuery> rows(params, work);
+template <class Config, bool kIsQuery, class Source, class... MoreOfSource>
+__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work,
+                                              MoreOfSource... more) {
+  RowQuantizer<Config, kIsQuery, Source> rows(params, work, more...);
   __shared__ float sums[kPatchRowsPerBlock * Config::kCodeDim];
   if constexpr (Config::kScope == GroupScope::kToken) {
     rows.load(work.first_block);
@@ -91,6 +92,15 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& params, cons
 }
 
 template <class Config>
+__device__ __forceinline__ void quantize_columns_of(const QuantizeParams& params, const WorkItem& work) {
+  if (params.given_v_absmax != nullptr) {
+    quantize_columns<Config, true>(params, work);
+  } else {
+    quantize_columns<Config, false>(params, work);
+  }
+}
+
+template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
     quantize_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ Plan plan) {
   const WorkItem work = work_item(params, plan);
@@ -99,17 +109,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
   }
   switch (static_cast<Role>(blockIdx.y)) {
     case Role::kV:
-      if (params.given_v_absmax != nullptr) {
-        quantize_columns<Config, true>(params, work);
-      } else {
-        quantize_columns<Config, false>(params, work);
-      }
+      quantize_columns_of<Config>(params, work);
       break;
     case Role::kK:
-      quantize_rows<Config, false>(params, work);
+      quantize_rows<Config, false, RawRows<Config>>(params, work);
       break;
     case Role::kQ:
-      quantize_rows<Config, true>(params, work);
+      quantize_rows<Config, true, RawRows<Config>>(params, work);
       break;
   }
 }

@@ -5,6 +5,7 @@
 
 #include "common/element.h"
 #include "fpsattn/status.h"
+#include "quantize/sm90/instances.h"
 #include "quantize/sm90/kernel.h"
 #include "quantize/sm90/launch.h"
 #include "quantize/sm90/statistics.h"
@@ -12,59 +13,31 @@
 namespace fpsattn::sm90::quantize {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class Config>
+void launch_statistics_of(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
+  const dim3 grid(params.size.heads, plan.k_parts + plan.v_parts, params.size.batch);
+  statistics_kernel<Config><<<grid, kStatisticsThreads, 0, stream>>>(params, plan);
+  FPSATTN_CUDA_CHECK("quantize: statistics kernel", cudaGetLastError());
+}
 
 template <class Config>
-void launch_statistics(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
-  const ProblemSize& size = params.size;
-  if (plan.k_parts + plan.v_parts > 0) {
-    const dim3 grid(size.heads, plan.k_parts + plan.v_parts, size.batch);
-    statistics_kernel<Config><<<grid, kStatisticsThreads, 0, stream>>>(params, plan);
-    FPSATTN_CUDA_CHECK("quantize: statistics kernel", cudaGetLastError());
-  }
-  finish_kernel<Config><<<dim3(size.heads, size.batch), Config::kHeadDim * kFinishGroups, 0, stream>>>(params, plan);
+void launch_finish_of(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
+  const dim3 grid(params.size.heads, params.size.batch);
+  finish_kernel<Config><<<grid, Config::kHeadDim * kFinishGroups, 0, stream>>>(params, plan);
   FPSATTN_CUDA_CHECK("quantize: finish kernel", cudaGetLastError());
 }
 
 template <class Config>
 void launch_quantize(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
-  const ProblemSize& size = params.size;
-  const int64_t groups = params.granularity == Granularity::kTile ? size.num_tiles : size.num_blocks;
-  const int64_t ctas = groups * size.heads * plan.cluster_size;
-  FPSATTN_CHECK(ctas <= INT32_MAX, "quantize: ", groups, " tiles or blocks x ", size.heads,
-                " heads are too many for one launch");
-  cudaLaunchConfig_t launch_config = {};
-  launch_config.gridDim = dim3(static_cast<unsigned>(ctas), kRoles, size.batch);
-  launch_config.blockDim = dim3(Config::kThreads);
-  launch_config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.cluster_size;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  launch_config.attrs = &cluster;
-  launch_config.numAttrs = 1;
-  FPSATTN_CUDA_CHECK("quantize: kernel", cudaLaunchKernelEx(&launch_config, quantize_kernel<Config>, params, plan));
+  launch_blocks<Config>("quantize: kernel", params, plan, 0, stream, quantize_kernel<Config>, params, plan);
 }
 
 template <int kHeadDim, class Element>
-void launch_instances(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
-  launch_statistics<RowConfig<kHeadDim, Element>>(params, plan, stream);
+void launch_quantize_of(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
   if (params.granularity == Granularity::kToken) {
     launch_quantize<Config<kHeadDim, Element, GroupScope::kToken>>(params, plan, stream);
   } else {
     launch_quantize<Config<kHeadDim, Element, GroupScope::kTile>>(params, plan, stream);
-  }
-}
-
-template <class Element>
-void launch_instances(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
-  switch (params.size.head_dim) {
-    case 64:
-      return launch_instances<64, Element>(params, plan, stream);
-    case 96:
-      return launch_instances<96, Element>(params, plan, stream);
-    default:
-      return launch_instances<128, Element>(params, plan, stream);
   }
 }
 
@@ -90,15 +63,29 @@ Plan Plan::of(const QuantizeParams& params, void* workspace) {
   return plan;
 }
 
+void launch_statistics(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
+  if (plan.k_parts + plan.v_parts == 0) {
+    return;
+  }
+  for_instance(params, [&](auto dim, auto element) {
+    launch_statistics_of<RowConfig<dim(), decltype(element)>>(params, plan, stream);
+  });
+}
+
+void launch_finish(const QuantizeParams& params, const Plan& plan, cudaStream_t stream) {
+  for_instance(params, [&](auto dim, auto element) {
+    launch_finish_of<RowConfig<dim(), decltype(element)>>(params, plan, stream);
+  });
+}
+
 size_t workspace_bytes(const QuantizeParams& params) { return Plan::of(params, nullptr).workspace_bytes; }
 
 void launch(const QuantizeParams& params, cudaStream_t stream) {
   const Plan plan = Plan::of(params, params.workspace);
-  if (params.dtype == DType::kBFloat16) {
-    launch_instances<BFloat16>(params, plan, stream);
-  } else {
-    launch_instances<Float16>(params, plan, stream);
-  }
+  launch_statistics(params, plan, stream);
+  launch_finish(params, plan, stream);
+  for_instance(params,
+               [&](auto dim, auto element) { launch_quantize_of<dim(), decltype(element)>(params, plan, stream); });
 }
 
 }  // namespace fpsattn::sm90::quantize

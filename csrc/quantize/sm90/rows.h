@@ -13,15 +13,45 @@
 
 namespace fpsattn::sm90::quantize {
 
-template <class Config, bool kIsQuery>
+// The values of a patch as they were read. Another source: PreparedRows (norm_rope.h).
+template <class Config>
+class RawRows {
+ public:
+  __device__ __forceinline__ RawRows(const QuantizeParams& params, const WorkItem&, const TokenRows& rows, int lane,
+                                     int first_row)
+      : params_(params), rows_(rows), lane_(lane), first_row_(first_row) {}
+
+  // `slots`: the tokens of the block.
+  __device__ __forceinline__ void load(const int32_t* slots) {
+    int tokens[kPatchSlots];
+    load_tokens(tokens, slots + first_row_);
+    load_patch<Config>(patch_, rows_, lane_, tokens, __ldg(slots), params_.size.num_tokens);
+  }
+
+  __device__ __forceinline__ float value(int row, int channel) const {
+    return patch_.template value<typename Config::Element>(row, channel);
+  }
+
+  __device__ __forceinline__ void forget() { patch_.forget_conversions(); }
+
+ private:
+  const QuantizeParams& params_;
+  const TokenRows rows_;
+  const int lane_, first_row_;
+  Patch patch_;
+};
+
+template <class Config, bool kIsQuery, class Source>
 class RowQuantizer {
  public:
-  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const WorkItem& work)
+  template <class... MoreOfSource>
+  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const WorkItem& work, MoreOfSource... more)
       : params_(params),
         batch_head_(work.batch_head(params)),
         lane_(threadIdx.x % Config::kChunks),
         first_row_(threadIdx.x / Config::kChunks * kPatchSlots),
-        rows_(token_rows(kIsQuery ? params.q : params.k, work.batch, work.head, lane_)) {
+        source_(params, work, token_rows(kIsQuery ? params.q : params.k, work.batch, work.head, lane_), lane_,
+                first_row_, more...) {
     float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
     if (Config::has_chunk(lane_)) {
       const float4* mean =
@@ -33,10 +63,7 @@ class RowQuantizer {
   }
 
   __device__ __forceinline__ void load(int block) {
-    const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
-    int tokens[kPatchSlots];
-    load_tokens(tokens, slots + first_row_);
-    load_patch<Config>(patch_, rows_, lane_, tokens, __ldg(slots), params_.size.num_tokens);
+    source_.load(params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots);
   }
 
   // Where wanted, the sum of the block's tokens per channel: 16 slots in order, then the 8 partial sums in order.
@@ -53,10 +80,10 @@ class RowQuantizer {
     for (int i = 0; i < kPatchSlots; ++i) {
 #pragma unroll
       for (int c = 0; c < kPatchChannels; ++c) {
-        sum[c] += tokens[i] >= 0 ? patch_.template value<typename Config::Element>(i, c) : 0.0f;
+        sum[c] += tokens[i] >= 0 ? source_.value(i, c) : 0.0f;
       }
     }
-    patch_.forget_conversions();
+    source_.forget();
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
       scratch[first_row_ / kPatchSlots * Config::kCodeDim + lane_ * kPatchChannels + c] = sum[c];
@@ -86,7 +113,7 @@ class RowQuantizer {
 
   // One scale for the whole block (it may belong to a tile of several).
   __device__ __forceinline__ void store(int block, float scale) {
-    patch_.forget_conversions();
+    source_.forget();
     const Divisor divisor = Divisor::of(scale);
     store_rows(block, [&](int) { return divisor; });
     if (threadIdx.x == 0) {
@@ -108,7 +135,7 @@ class RowQuantizer {
       row_scale[j] = scale_of_absmax(row_scale[j], params_.pow2_scales);
       out[lane_ * Config::kRowsPerLane + j] = row_scale[j];
     }
-    patch_.forget_conversions();
+    source_.forget();
     store_rows(block, [&](int i) {
       const float scale =
           __shfl_sync(0xffffffffu, row_scale[i % Config::kRowsPerLane], i / Config::kRowsPerLane, Config::kChunks);
@@ -126,7 +153,7 @@ class RowQuantizer {
   }
 
   __device__ __forceinline__ float x(int row, int channel) const {
-    const float value = patch_.template value<typename Config::Element>(row, channel);
+    const float value = source_.value(row, channel);
     return kIsQuery ? value : __fsub_rn(value, mean_[channel]);
   }
 
@@ -186,9 +213,8 @@ class RowQuantizer {
   const int64_t batch_head_;
   const int lane_;       // chunk of 8 channels
   const int first_row_;  // of the patch, in the block
-  const TokenRows rows_;
   float mean_[kPatchChannels];
-  Patch patch_;
+  Source source_;
 };
 
 }  // namespace fpsattn::sm90::quantize

@@ -185,7 +185,11 @@ def check_prepare(
         if x is not None:
             _dtype(op, name, x, torch.float32)
             _shape(op, name, x, ("1 or B", "1 or H", "n", dim // 2))
-            if x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads) or x.shape != cos.shape:
+            if (
+                x.shape[0] not in (1, batch)
+                or x.shape[1] not in (1, heads)
+                or (cos is not None and x.shape != cos.shape)
+            ):
                 _fail(
                     op,
                     name,

@@ -13,7 +13,7 @@ k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k
 ``prepare(q, k, v, token_of_slot, tile_block_offsets, q_weight=None, k_weight=None, q_bias=None, k_bias=None, cos=None, sin=None,
 k_mean=None, v_absmax=None, *, norm, eps, rope_halves=False, first_rotated=0, ...) -> as quantize``
     quantize of raw projections: norm and RoPE of q and k first, in FP32. weights and biases [1 or 2, D], across heads
-    [1 or 2, H * D]; cos, sin f32 (1 or B, 1 or H, n, D/2); norm, rope_halves, first_rotated: ``norm_rope.py``. CPU only.
+    [1 or 2, H * D]; cos, sin f32 (1 or B, 1 or H, n, D/2); norm, rope_halves, first_rotated: ``norm_rope.py``.
 ``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
 softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
@@ -59,7 +59,7 @@ from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
-KERNEL_OPS = ("quantize", "forward", "backward")  # those with sm_90a kernels
+KERNEL_OPS = ("quantize", "prepare", "forward", "backward")  # those with sm_90a kernels
 LIST_OPS = ("select_blocks", "transpose_blocks")  # likewise: lists of a mask
 JVP_SCHEMA = (
     "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
@@ -73,13 +73,6 @@ MASKED_SCHEMA = (
     "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? k_mean, Tensor? v_absmax, Tensor hidden, *, int granularity, "
     "float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, "
     "Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
-)
-PREPARE_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, Tensor? q_weight=None, Tensor? k_weight=None, "
-    "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? cos=None, Tensor? sin=None, Tensor? k_mean=None, Tensor? v_absmax=None, *, "
-    "int norm, float eps, bool rope_halves=False, SymInt first_rotated=0, int granularity, bool smooth_k, bool pow2_scales, "
-    "SymInt k_mean_stride=1, bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, "
-    "Tensor v_scale, Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, Tensor k_block_sum)"
 )
 
 
@@ -219,13 +212,6 @@ def _no_jvp_kernel(*args: Any, **options: Any) -> Any:
     )
 
 
-def _no_prepare_kernel(*args: Any, **options: Any) -> Any:
-    raise UnsupportedError(
-        "fpsattention.prepare: norm and RoPE inside of the quantizer were asked on the sm_90a kernels, which have none yet: use CPU "
-        "tensors, or apply norm and RoPE first and leave norm and rope out"
-    )
-
-
 def _translated(op: str) -> Callable[..., Any]:
     """The kernel of whatever device, its C++ errors as ours."""
     overload = getattr(torch.ops.fpsattn, op).default
@@ -248,7 +234,6 @@ _BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKe
 def _register() -> None:
     impl = torch.library.impl
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
-    torch.library.define("fpsattn::prepare", PREPARE_SCHEMA)
     torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
     for op in ("attention", "attention_masked"):
         impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
@@ -257,9 +242,7 @@ def _register() -> None:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
     impl("fpsattn::jvp", "CPU")(_no_jvp_kernel if _on_host else _checked("jvp", cpu.jvp))
     impl("fpsattn::jvp", "CUDA")(_no_jvp_kernel)
-    impl("fpsattn::prepare", "CPU")(_no_prepare_kernel if _on_host else _checked("prepare", cpu.prepare))
-    impl("fpsattn::prepare", "CUDA")(_no_prepare_kernel)
-    for op in (*KERNEL_OPS, "jvp", "prepare"):
+    for op in (*KERNEL_OPS, "jvp"):
         torch.library.register_fake(f"fpsattn::{op}")(fakes.of(op))
     if _kernels_missing is None:
         for op in (*KERNEL_OPS, *LIST_OPS):  # BackendSelect comes before the kernels of all devices
@@ -268,7 +251,7 @@ def _register() -> None:
     selection.register()
     blocks.register(_on_host)
     autograd.register(_LIBRARY)
-    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp", "prepare"):
+    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
 

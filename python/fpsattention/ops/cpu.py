@@ -173,7 +173,7 @@ def prepare(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """See ``reference.prepare``: same bits, given the same ``k_mean``."""
-    position = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    position: dict[str, Any] = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
     q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
     k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
     return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)

@@ -45,7 +45,9 @@ def norm_statistics(
         for head in range(1, heads):
             across = across + squares[:, head : head + 1]
         squares, dim = across, heads * dim
-    return x, 1.0 / (squares / dim + eps).sqrt().unsqueeze(-1)
+    # Two operations, each correctly rounded: through FP64, as torch's FP32 sqrt is not (and rounding twice does no harm to these two).
+    root = (squares / dim + eps).double().sqrt().float()
+    return x, (1.0 / root.double()).float().unsqueeze(-1)
 
 
 def per_token(weight: Tensor, shape: torch.Size, rotated: slice) -> Tensor:

@@ -96,7 +96,7 @@ def attend(
     weights = () if norm is None else norm.tensors
     q_weight, k_weight, q_bias, k_bias = (_rows(x) for x in weights or (None,) * 4)
     cos, sin = (None, None) if rope is None else (rope.table(rope.cos), rope.table(rope.sin))
-    position = {
+    position: dict[str, Any] = {
         "norm": NORMS["none" if norm is None else norm.kind],
         "eps": 0.0 if norm is None else float(norm.eps),
         "rope_halves": rope is not None and rope.style == "halves",

@@ -1,0 +1,47 @@
+// Checks that quantize and prepare share.
+#pragma once
+
+#include <cstdlib>
+
+#include "common/check_params.h"
+
+namespace fpsattn {
+
+// What the workspace size hangs on, and what is divided by.
+inline void check_quantize_sizes(const char* op, const QuantizeParams& params) {
+  check_size(op, params.size);
+  FPSATTN_CHECK(params.k_mean_stride >= 1, op, ": k_mean_stride is ", params.k_mean_stride, ", expected at least 1");
+}
+
+inline void check_rows(const char* op, const char* name, const TokenTensor& tensor) {
+  check_tensor(op, name, tensor, true);
+  FPSATTN_CHECK(std::abs(tensor.stride_token) <= kMaxTokenStride, op, ": ", name, " has a token stride of ",
+                tensor.stride_token, " elements, expected at most ", kMaxTokenStride, ": make it contiguous");
+}
+
+inline void check_quantize(const char* op, const QuantizeParams& params, size_t workspace_bytes) {
+  check_quantize_sizes(op, params);
+  check_dtype(op, "dtype", params.dtype);
+  FPSATTN_CHECK(params.granularity == Granularity::kTile || params.granularity == Granularity::kBlock ||
+                    params.granularity == Granularity::kToken,
+                op, ": granularity is ", static_cast<int>(params.granularity),
+                ", expected 0 (tile), 1 (block) or 2 (token)");
+  check_rows(op, "q", params.q);
+  check_rows(op, "k", params.k);
+  check_rows(op, "v", params.v);
+  check_pointer(op, "token_of_slot", params.token_of_slot);
+  check_pointer(op, "tile_block_offsets", params.tile_block_offsets, 4);
+  check_pointer(op, "q8", params.q8);
+  check_pointer(op, "k8", params.k8);
+  check_pointer(op, "v8t", params.v8t);
+  check_pointer(op, "q_scale", params.q_scale, 4);
+  check_pointer(op, "k_scale", params.k_scale, 4);
+  check_pointer(op, "v_scale", params.v_scale, 4);
+  check_pointer(op, "k_mean", params.k_mean);
+  check_pointer(op, "q_k_mean", params.q_k_mean, 4);
+  if (params.q_block_sum != nullptr) check_pointer(op, "q_block_sum", params.q_block_sum, 4);
+  if (params.k_block_sum != nullptr) check_pointer(op, "k_block_sum", params.k_block_sum, 4);
+  check_workspace(op, params.workspace, params.workspace_bytes, workspace_bytes);
+}
+
+}  // namespace fpsattn
