@@ -38,6 +38,7 @@ class ForwardShard:
     Attributes:
         streams: how ranges are cut: "apart" or "joint", as :func:`shard_tokens` has it.
         modulated: modulation per token was cut, so the output is put together after the last block.
+        tile_order: one process would have the video's tokens in tile order (``apply(token_order=...)``).
         replicated: text tokens that every rank holds beside its own video; the ranks whose tiles they are attend for them.
     """
 
@@ -50,6 +51,7 @@ class ForwardShard:
     modulated: bool = False
     replicated: int = 0
     agreed: bool = False
+    tile_order: bool = False
     heads: dict[int, Heads] = field(default_factory=dict)  # by group of layers
 
     def of(self, forward: Forward) -> Sharding:
@@ -289,6 +291,7 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
             sharding.group, core.q.device,
         )  # fmt: skip
         state.agreed = True
+        state.tile_order = bool(forward.owner.places) and forward.owner.tables.all_fp8(forward.segments)
     heads = _heads(site, core, forward, state, sharding)
     if core.parallel is not None:  # what runs on whole sequences is the model's own attention of one process
         core = replace(core, parallel=None, dense=partial(core.dense, parallel_config=None))
@@ -336,6 +339,7 @@ def _part(
     out, _ = quantized(
         q.to(dtype), k.to(dtype), v.to(dtype), sharding, heads, part.lists, scheme=state.scheme, output=state.output,
         granularity=part.granularity, scale=core.scale, smooth_k=True, pow2_scales=False, deterministic=False, backend="auto",
+        tile_order=state.tile_order,
     )  # fmt: skip
     return out
 
