@@ -76,6 +76,23 @@ def levels_and_heads_of_a_schedule():
                     assert [row.calls for row in handle.report().rows] == [row.calls for row in alone.rows]
 
 
+def patterns_of_a_schedule():
+    """Lists that are made from q and k, and INT8: on whole sequences, after the exchange, whatever the scheme."""
+    from fpsattention import patterns
+
+    model = tiny_wan.transformer(num_attention_heads=3)
+    scored = fps.Level("scored", "fp8", "tile", pattern=patterns.get("topk_mean", ratio=0.4))
+    with torch.no_grad():
+        for level in (scored, fps.Level("int8", "int8", "block", (1, 1, 2))):
+            made = fps.Schedule({level.name: level}, (fps.Phase(1.0, 0.0, level.name),), tile=tuple(tiny_wan.TILE))
+            with fps.apply(model, made):
+                one = tiny_wan.run(model, [300.0, 600.0])
+                for how in SCHEMES[:3]:
+                    (spread,) = parallel.shard(model, **how)
+                    assert torch.equal(tiny_wan.run(model, [300.0, 600.0]), one), (level.name, how)
+                    spread.remove()
+
+
 def long_sequences_of_a_model():
     """2112 tokens: the mean of K is over every second one, in tile order where one process has them so."""
     model, one = tiny_wan.transformer(num_layers=1), {}

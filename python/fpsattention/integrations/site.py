@@ -140,7 +140,7 @@ class Site:
 
     def parts(self, core: CoreCall, call: Call, run: Callable[..., Tensor] | None = None) -> Tensor:
         """The launches of a call, each by ``run(core, part, q, k, v)``, put together in the order of the batch."""
-        run = run or partial(self._part, call)
+        run = run or partial(self.launch, call)
         if len(call.parts) == 1:
             return run(core, call.parts[0], core.q, core.k, core.v)
         if call.parts[0].chosen is not None:
@@ -152,7 +152,7 @@ class Site:
             outs.append(run(core, part, *(x.index_select(0, part.samples) for x in (core.q, core.k, core.v))))
         return torch.cat(outs).index_select(0, call.order)
 
-    def _part(self, call: Call, core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def launch(self, call: Call, core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One launch.
 
         Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
@@ -198,7 +198,7 @@ class Site:
             assert part.chosen is not None and part.wanted is not None
 
             def run(q: Tensor, k: Tensor, v: Tensor, part: Part = part) -> Tensor:
-                out = self._part(call, core, part, q, k, v).to(v.dtype)
+                out = self.launch(call, core, part, q, k, v).to(v.dtype)
                 return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
 
             def skip(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

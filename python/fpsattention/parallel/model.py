@@ -27,7 +27,7 @@ from .ulysses import to_heads, to_tokens
 if TYPE_CHECKING:
     from ..integrations.cores import CoreCall
     from ..integrations.forward import Forward
-    from ..integrations.levels import Part
+    from ..integrations.levels import Call, Part
     from ..integrations.site import Site
 
 
@@ -303,7 +303,7 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
     ):
         call = forward.call(site.group, forward.tokens.video_tokens + forward.tokens.text_len, core.q.device)
         forward.executed[site.layer] += 1
-        return site.parts(core, call, partial(_part, site, state, sharding, heads))
+        return site.parts(core, call, partial(_part, site, state, sharding, heads, call))
     return _whole(core, sharding, heads, site.attend_whole)
 
 
@@ -318,16 +318,23 @@ def _whole(core: CoreCall, sharding: Sharding, heads: Heads, run: Any) -> Tensor
 
 
 def _part(
-    site: Site, state: ForwardShard, sharding: Sharding, heads: Heads, core: CoreCall, part: Part, *qkv: Tensor
+    site: Site,
+    state: ForwardShard,
+    sharding: Sharding,
+    heads: Heads,
+    call: Call,
+    core: CoreCall,
+    part: Part,
+    *qkv: Tensor,
 ) -> Tensor:
-    """One launch, as ``site._part`` makes it on whole sequences."""
+    """One launch, as ``site.launch`` makes it on whole sequences."""
     q, k, v = qkv
     if part.select is not None or part.precision == "int8":
-        what = "a pattern that reads q and k" if part.select is not None else "INT8"
-        raise UnsupportedError(
-            f"fpsattention.parallel.shard: {site.name} is at a level with {what}, which no rank has whole: use a window, or a pattern that "
-            "depends on the layout only, in FP8"
-        )
+        # Patterns read all of q and k, unquantized, and INT8 has other operands: whole sequences of this rank's heads.
+        return _whole(
+            replace(core, q=q, k=k, v=v), sharding, heads,
+            lambda whole: site.launch(call, whole, part, whole.q, whole.k, whole.v),
+        )  # fmt: skip
     if part.lists is None:
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v)
