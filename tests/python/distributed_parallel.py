@@ -93,7 +93,7 @@ def equal_to_one_process():
 
 
 def options_of_the_call():
-    work = problem(*PROBLEMS["window, text, batch"])
+    work = problem((4, 6, 7), (2, 6, 4), (1, 1, 2), 5, "prefix", batch=2)
     batch, _, heads, dim = work[2][0].shape
     generator = torch.Generator().manual_seed(1)
     for options in (

@@ -76,6 +76,37 @@ def levels_and_heads_of_a_schedule():
                     assert [row.calls for row in handle.report().rows] == [row.calls for row in alone.rows]
 
 
+def patterns_of_a_schedule():
+    """Lists that are made from q and k, and INT8: on whole sequences, after the exchange, whatever the scheme."""
+    from fpsattention import patterns
+
+    model = tiny_wan.transformer(num_attention_heads=3)
+    scored = fps.Level("scored", "fp8", "tile", pattern=patterns.get("topk_mean", ratio=0.4))
+    with torch.no_grad():
+        for level in (scored, fps.Level("int8", "int8", "block", (1, 1, 2))):
+            made = fps.Schedule({level.name: level}, (fps.Phase(1.0, 0.0, level.name),), tile=tuple(tiny_wan.TILE))
+            with fps.apply(model, made):
+                one = tiny_wan.run(model, [300.0, 600.0])
+                for how in SCHEMES[:3]:
+                    (spread,) = parallel.shard(model, **how)
+                    assert torch.equal(tiny_wan.run(model, [300.0, 600.0]), one), (level.name, how)
+                    spread.remove()
+
+
+def long_sequences_of_a_model():
+    """2112 tokens: the mean of K is over every second one, in tile order where one process has them so."""
+    model, one = tiny_wan.transformer(num_layers=1), {}
+    with torch.no_grad():
+        for order, schemes in (("tile", SCHEMES[1:3]), ("raster", SCHEMES[:2])):
+            with fps.apply(model, schedule((4, 6, 4)), token_order=order):
+                one[order] = tiny_wan.run(model, [300.0], grid=(16, 12, 11))
+                for how in schemes:
+                    (spread,) = parallel.shard(model, **how)
+                    assert torch.equal(tiny_wan.run(model, [300.0], grid=(16, 12, 11)), one[order]), (order, how)
+                    spread.remove()
+    assert not torch.equal(one["tile"], one["raster"])
+
+
 def diffusers_parallelism(model, anything):
     """``model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))``, which wants an accelerator, on the CPU."""
     from diffusers import ContextParallelConfig

@@ -36,6 +36,8 @@ TWO = (
 MODELS = (
     "models_are_whole_again",
     "levels_and_heads_of_a_schedule",
+    "patterns_of_a_schedule",
+    "long_sequences_of_a_model",
     "context_parallelism_of_diffusers",
     "gradients_are_those_of_one_process",
     "what_cannot_be_spread",

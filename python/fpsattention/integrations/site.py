@@ -142,7 +142,7 @@ class Site:
         if core.mask is not None and not all(part.dense for part in call.parts):
             forward = CURRENT.forward
             masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
-        run = run or partial(self._part, call)
+        run = run or partial(self.launch, call)
         if len(call.parts) == 1:
             return run(core, call.parts[0], core.q, core.k, core.v, *([masked] if masked else []))
         if call.parts[0].chosen is not None:
@@ -155,7 +155,7 @@ class Site:
             outs.append(run(core, part, q, k, v, *([masked.select(part.samples)] if masked else [])))
         return torch.cat(outs).index_select(0, call.order)
 
-    def _part(
+    def launch(
         self,
         call: Call,
         core: CoreCall,
@@ -223,7 +223,7 @@ class Site:
 
             def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
                 of_mask = padding.Masked(*masked) if masked else None
-                out = self._part(call, core, part, q, k, v, of_mask).to(v.dtype)
+                out = self.launch(call, core, part, q, k, v, of_mask).to(v.dtype)
                 return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
 
             def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .ulysses import to_heads, to_tokens
 if TYPE_CHECKING:
     from ..integrations.core_calls import CoreCall
     from ..integrations.forward import Forward
-    from ..integrations.levels import Part
+    from ..integrations.levels import Call, Part
     from ..integrations.site import Site
 
 
@@ -38,6 +38,7 @@ class ForwardShard:
     Attributes:
         streams: how ranges are cut: "apart" or "joint", as :func:`shard_tokens` has it.
         modulated: modulation per token was cut, so the output is put together after the last block.
+        tile_order: one process would have the video's tokens in tile order (``apply(token_order=...)``).
         replicated: text tokens that every rank holds beside its own video; the ranks whose tiles they are attend for them.
     """
 
@@ -50,6 +51,7 @@ class ForwardShard:
     modulated: bool = False
     replicated: int = 0
     agreed: bool = False
+    tile_order: bool = False
     heads: dict[int, Heads] = field(default_factory=dict)  # by group of layers
 
     def of(self, forward: Forward) -> Sharding:
@@ -289,13 +291,14 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
             sharding.group, core.q.device,
         )  # fmt: skip
         state.agreed = True
+        state.tile_order = bool(forward.owner.places) and forward.owner.tables.all_fp8(forward.segments)
     heads = _heads(site, core, forward, state, sharding)
     if core.parallel is not None:  # what runs on whole sequences is the model's own attention of one process
         core = replace(core, parallel=None, dense=partial(core.dense, parallel_config=None))
     if state.exchange == "fp8" and core.mask is None and site.refusal(core) is None and not site.owner.per_sample:
         call = forward.call(site.group, forward.tokens.video_tokens + forward.tokens.text_len, core.q.device)
         forward.executed[site.layer] += 1
-        return site.parts(core, call, partial(_part, site, state, sharding, heads))
+        return site.parts(core, call, partial(_part, site, state, sharding, heads, call))
     return _whole(core, sharding, heads, site.attend_whole)
 
 
@@ -310,16 +313,23 @@ def _whole(core: CoreCall, sharding: Sharding, heads: Heads, run: Any) -> Tensor
 
 
 def _part(
-    site: Site, state: ForwardShard, sharding: Sharding, heads: Heads, core: CoreCall, part: Part, *qkv: Tensor
+    site: Site,
+    state: ForwardShard,
+    sharding: Sharding,
+    heads: Heads,
+    call: Call,
+    core: CoreCall,
+    part: Part,
+    *qkv: Tensor,
 ) -> Tensor:
-    """One launch, as ``site._part`` makes it on whole sequences."""
+    """One launch, as ``site.launch`` makes it on whole sequences."""
     q, k, v = qkv
     if part.select is not None or part.precision == "int8":
-        what = "a pattern that reads q and k" if part.select is not None else "INT8"
-        raise UnsupportedError(
-            f"fpsattention.parallel.shard: {site.name} is at a level with {what}, which no rank has whole: use a window, or a pattern that "
-            "depends on the layout only, in FP8"
-        )
+        # Patterns read all of q and k, unquantized, and INT8 has other operands: whole sequences of this rank's heads.
+        return _whole(
+            replace(core, q=q, k=k, v=v), sharding, heads,
+            lambda whole: site.launch(call, whole, part, whole.q, whole.k, whole.v),
+        )  # fmt: skip
     if part.lists is None:
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads, lambda whole: whole.dense(whole.q, whole.k, whole.v)
@@ -331,6 +341,7 @@ def _part(
     out, _ = quantized(
         q.to(dtype), k.to(dtype), v.to(dtype), sharding, heads, part.lists, scheme=state.scheme, output=state.output,
         granularity=part.granularity, scale=core.scale, smooth_k=True, pow2_scales=False, deterministic=False, backend="auto",
+        tile_order=state.tile_order,
     )  # fmt: skip
     return out
 

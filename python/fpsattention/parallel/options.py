@@ -29,6 +29,9 @@ class Options:
     deterministic: bool
     out_dtype: torch.dtype
     fp8_output: bool = False  # the output travels as e4m3 with a scale per token and head
+    tile_order: bool = (
+        False  # of the video tokens of one process, which counts where the mean of K is over every n-th one
+    )
 
 
 def resolved(
@@ -42,6 +45,7 @@ def resolved(
     deterministic: bool,
     backend: str,
     fp8_output: bool,
+    tile_order: bool = False,
 ) -> Options:
     """Options for q ``(B, S_local, H, D)`` of a sequence of ``num_tokens``."""
     if resolve_backend(backend, q) == "reference":
@@ -58,6 +62,7 @@ def resolved(
         deterministic,
         q.dtype,
         fp8_output,
+        tile_order,
     )
 
 
@@ -82,7 +87,7 @@ def global_statistics(
     if not options.smooth_k:
         k_mean = k.new_zeros(k.shape[0], k.shape[1], k.shape[3], dtype=torch.float32)
     if k_mean is None or v_absmax is None:
-        index, count = sharding.k_mean_sample(options.k_mean_stride, k.device)
+        index, count = sharding.k_mean_sample(options.k_mean_stride, options.tile_order, k.device)
         sums = k.index_select(2, index).double().sum(2)
         low, high = torch.aminmax(v, dim=2)
         parts = all_gather(

@@ -201,13 +201,21 @@ class Sharding:
 
         return self._on("extra rows", device, make)
 
-    def k_mean_sample(self, stride: int, device: torch.device) -> tuple[Tensor, int]:
-        """Which of this rank's tokens the mean of K is taken over (every ``stride``-th of the sequence), and how many there are in all."""
+    def k_mean_sample(self, stride: int, tile_order: bool, device: torch.device) -> tuple[Tensor, int]:
+        """Which of this rank's tokens the mean of K is taken over, and how many there are in all: every ``stride``-th of the sequence, as one process
+        has it, whose video tokens are in raster or in tile order."""
 
         def make() -> Tensor:
-            return torch.nonzero(self.tokens(self.rank) % stride == 0).squeeze(1)
+            place = torch.arange(self.layout.num_tokens)
+            if tile_order:
+                slots = self.layout.cpu().token_of_slot.long()
+                video = slots[slots >= 0][
+                    : self.layout.num_video_tokens
+                ]  # tiles of the video come before those of the text
+                place[video] = torch.arange(video.numel()) + video.min()
+            return torch.nonzero(place[self.tokens(self.rank)] % stride == 0).squeeze(1)
 
-        return self._on(f"sample {stride}", device, make), -(-self.layout.num_tokens // stride)
+        return self._on(f"sample {stride} {tile_order}", device, make), -(-self.layout.num_tokens // stride)
 
 
 def _check_stream(stream: str) -> None:
