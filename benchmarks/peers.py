@@ -151,7 +151,7 @@ def fpsattn(workload: Workload, device: str, granularity: str = "tile") -> Prepa
     quantized = PerSet(quantize)
 
     def forward(x: Inputs) -> Any:
-        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean = quantized(x)
+        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = quantized(x)
         return torch.ops.fpsattn.forward(
             q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks,
             mask.kv_indices, num_tokens=workload.shape.tokens, softmax_scale=workload.softmax_scale,
