@@ -14,9 +14,11 @@ from fpsattention.ops.core import library_dir
 from .plugin import REPOSITORY
 
 SASSTIME = REPOSITORY / "tools/sasstime"
-# (head dim, granularity) of the rows of bench_kernels and bench_peers that stand beside each.
+# (head dim, granularity) of the rows of bench_kernels and bench_peers that stand beside each. Every tile there has two blocks or
+# more, so that clusters run at D = 128.
 KERNELS = {
-    "fpsattn_forward_d128": (128, "tile"), "fpsattn_forward_d64": (64, "tile"),
+    "fpsattn_forward_d128_clusters": (128, "tile"), "fpsattn_forward_d128": (128, "tile, no clusters"),
+    "fpsattn_forward_d64": (64, "tile"),
     "fpsattn_forward_d128_k_per_token": (128, "token"), "fpsattn_forward_d64_k_per_token": (64, "token"),
 }  # fmt: skip
 

@@ -47,6 +47,8 @@ class Engine:
         text_mask: masks that layers get say which keys count.
     """
 
+    places = 0  # where the transformer moves its tokens to tile order and back
+
     def __init__(
         self,
         name: str,
