@@ -284,6 +284,7 @@ def test_the_wan_family(name):
     dense = run()
     narrow = {
         **SWITCHED,
+        "tile": [1, 4, 4],  # of one frame: Animate's reference frame, dense both ways, leaves the others sparse
         "levels": {"narrow": {"precision": "fp8", "window": [1, 1, 1]}},
         "phases": [{"sigma": [1, 0], "level": "narrow"}],
     }

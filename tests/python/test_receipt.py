@@ -27,7 +27,9 @@ SCHEDULE = fps.Schedule.from_dict({**fps.Schedule.preset("paper", flow_shift=3.0
 @pytest.fixture(scope="module")
 def handle():
     model = tiny_wan.transformer()
-    with pytest.warns(UserWarning, match="paper"), fps.apply(model, SCHEDULE) as handle, torch.no_grad():
+    with pytest.warns(UserWarning, match="paper"):
+        handle = fps.apply(model, SCHEDULE)
+    with handle, torch.no_grad():
         tiny_wan.run(model, [990.0])
         tiny_wan.run(model, [400.0])
         yield handle
