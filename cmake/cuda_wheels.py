@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# 13.0: the minor release that torch 2.13's default wheels run with. Its disassemblers appeared as wheels with 13.2 only.
+# 13.0: the minor release that torch 2.13's default wheels run with. Its disassemblers appeared as wheels with 13.2 only; 13.2's nvdisasm refuses kernels of 255 registers.
 COMPILER = [
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
@@ -23,7 +23,7 @@ COMPILER = [
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 ]
-DISASSEMBLERS = ["nvidia-cuda-cuobjdump==13.2.51", "nvidia-cuda-nvdisasm==13.2.51"]
+DISASSEMBLERS = ["nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37"]
 ROOT = "nvidia/cu13"  # of the toolkit, in every one of these wheels
 
 
