@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# 13.0: the minor release that torch 2.13's default wheels run with. Its disassemblers appeared as wheels with 13.2 only; 13.2's nvdisasm refuses kernels of 255 registers.
+# 13.0: the minor release that torch 2.13's default wheels run with. There are no disassemblers of it as wheels, and 13.2's nvdisasm
+# cannot count the live registers of a kernel that has 255.
 COMPILER = [
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
