@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..layout.exact import frames, with_exact
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
-from ..layout.plain import constant, plain_tensors
+from ..layout.plain import Cache, constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
 from ..ops.selection import sizes_of
 from ..patterns import BoundPattern
@@ -119,7 +119,7 @@ class Call:
 
 
 class TokenTables:
-    """Everything that depends on the tokens: the layout, and the masks of each group and segment. Built when first wanted."""
+    """Everything that depends on the tokens: the layout, and the masks of each group and segment. Built when first wanted, once."""
 
     def __init__(
         self, tokens: Tokens, schedule: Schedule, rules: Sequence[Sequence[Rules | None]], num_heads: int | None
@@ -131,21 +131,16 @@ class TokenTables:
         self._exact = tokens.exact
         self._rules = rules
         self._num_heads = num_heads
-        self._masks: dict[tuple[Grid | BoundPattern, ...], BlockMask] = {}
-        self._stacked: dict[int, BlockMask] = {}
-        self._densities: dict[tuple[Grid | BoundPattern, ...], float] = {}
-        self.selectors: dict[tuple[Level, torch.device, bool, bool], Selector] = {}
-        self.on_device: dict[tuple[int, int | None, torch.device, bool], BlockMask] = {}
-        self.packed: dict[tuple[int, int | None, torch.device, bool], Packed] = {}
-        self._orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._to_tile = layout.to_tile_order()
+        self.made = Cache()  # by what was asked
 
     def order_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Indices that take the video tokens from raster to tile order, and back."""
-        if device not in self._orders:
-            with plain_tensors():
-                self._orders[device] = (self._to_tile.to(device), self._to_tile.argsort().to(device))
-        return self._orders[device]
+
+        def make() -> tuple[Tensor, Tensor]:
+            to_tile = self._raster.to_tile_order()
+            return to_tile.to(device), to_tile.argsort().to(device)
+
+        return self.made.get(("order", device), make)
 
     def on(self, device: torch.device) -> TileLayout:
         """The layout on a device."""
@@ -165,32 +160,44 @@ class TokenTables:
     def mask(self, group: int, segment: int) -> BlockMask:
         """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H."""
         rules = self._concrete(group, segment)
-        if rules not in self._masks:
+
+        def make() -> BlockMask:
             mask = head_masks(self.layout, rules)
             if self._num_heads is not None and mask.shape[1] not in (1, self._num_heads):
                 raise ConfigError(
                     f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
                     f"{self._num_heads}, as this transformer has"
                 )
-            self._masks[rules] = with_exact(mask, frames(self._exact, self._raster), self._raster)
-        return self._masks[rules]
+            return with_exact(mask, frames(self._exact, self._raster), self._raster)
+
+        return self.made.get(("mask", rules), make)
 
     def stacked(self, group: int) -> BlockMask:
         """The masks of all segments as one batch, on the CPU; a segment without lists is filled with any other, and never selected."""
-        if group not in self._stacked:
+
+        def make() -> BlockMask:
             listed = [s for s, rules in enumerate(self._rules[group]) if rules is not None]
             segments = [s if s in listed else listed[0] for s in range(len(self._rules[group]))]
-            self._stacked[group] = BlockMask.stack([self.mask(group, s) for s in segments])
-        return self._stacked[group]
+            return BlockMask.stack([self.mask(group, s) for s in segments])
+
+        return self.made.get(("stacked", group), make)
+
+    def mask_on(self, device: torch.device, group: int, segment: int | None, backward: bool) -> BlockMask:
+        """A mask on the device, of one segment, or (None) of all, stacked; for a ``backward`` with its transpose."""
+
+        def make() -> BlockMask:
+            mask = self.stacked(group) if segment is None else self.mask(group, segment)
+            if backward:
+                mask.transpose()  # on the CPU, where it is compact; it travels with the mask
+            return mask.to(device)
+
+        return self.made.get(("mask on", device, group, segment, backward), make)
 
     def density(self, group: int, segment: int) -> float:
         """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
         if self._rules[group][segment] is None:
             return 1.0
-        rules = self._concrete(group, segment)
-        if rules not in self._densities:
-            self._densities[rules] = self.mask(group, segment).density
-        return self._densities[rules]
+        return self.made.get(("density", self._concrete(group, segment)), lambda: self.mask(group, segment).density)
 
 
 def head_masks(layout: TileLayout, rules: Sequence[Grid | BoundPattern]) -> BlockMask:
@@ -256,7 +263,7 @@ class LevelTables:
             layout = self.tables(tokens).on(device)
             if not self._listed(group):
                 return layout.slot_of_token, layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets
-            lists = self._mask(tokens, group, segment, device, backward=True).lists(transposed=True)
+            lists = self.tables(tokens).mask_on(device, group, segment, backward=True).lists(transposed=True)
             return (layout.slot_of_token, *lists)  # type: ignore[return-value]  # with the transpose
 
         @constant
@@ -366,28 +373,13 @@ class LevelTables:
             self._tables.move_to_end(tokens)
             return self._tables[tokens]
 
-    def _mask(self, tokens: Tokens, group: int, segment: int | None, device: torch.device, backward: bool) -> BlockMask:
-        """A mask on the device: of one segment, or (None) of all, stacked."""
-        tables = self.tables(tokens)
-        key = (group, segment, device, backward)
-        mask = tables.on_device.get(key)
-        if mask is None:
-            with self._lock, plain_tensors():
-                mask = tables.stacked(group) if segment is None else tables.mask(group, segment)
-                if backward:
-                    mask.transpose()  # on the CPU, where it is compact; it travels with the mask
-                mask = tables.on_device[key] = mask.to(device)
-        return mask
-
     def _packed(
         self, tokens: Tokens, group: int, segment: int | None, device: torch.device, backward: bool
     ) -> tuple[BlockMask, Packed]:
-        mask, tables = self._mask(tokens, group, segment, device, backward), self.tables(tokens)
-        key = (group, segment, device, backward)
-        if key not in tables.packed:
-            with self._lock, plain_tensors():
-                tables.packed[key] = pack(mask, backward, per_sample=False)
-        return mask, tables.packed[key]
+        tables = self.tables(tokens)
+        mask = tables.mask_on(device, group, segment, backward)
+        key = ("packed", device, group, segment, backward)
+        return mask, tables.made.get(key, lambda: pack(mask, backward, per_sample=False))
 
     def order_on(self, tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
         """:meth:`TokenTables.order_on` of a grid; in a traced graph, constants of it."""
@@ -408,18 +400,17 @@ class LevelTables:
         )
 
     def _selector(self, tokens: Tokens, level: Level, device: torch.device, backward: bool, in_graph: bool) -> Selector:
-        tables, key = self.tables(tokens), (level, device, backward, in_graph)
-        if key not in tables.selectors:
+        tables = self.tables(tokens)
+
+        def make() -> Selector:
             layout = tables.on(device)
-            with self._lock, plain_tensors():
-                named = (level.name, level.granularity, text_of(level), level.refresh)
-                if in_graph:
-                    assert level.pattern is not None
-                    sizes = sizes_of(layout, level.pattern.list_width(layout))
-                    tables.selectors[key] = Selector(*named, pack_layout(layout, sizes), backward)
-                else:
-                    tables.selectors[key] = Selector(*named, pattern=level.pattern, layout=layout)
-        return tables.selectors[key]
+            named = (level.name, level.granularity, text_of(level), level.refresh)
+            if not in_graph:
+                return Selector(*named, pattern=level.pattern, layout=layout)
+            assert level.pattern is not None
+            return Selector(*named, pack_layout(layout, sizes_of(layout, level.pattern.list_width(layout))), backward)
+
+        return tables.made.get(("selector", level, device, backward, in_graph), make)
 
     def traced_calls(self, tokens: Tokens, device: torch.device, segments: Tensor) -> tuple[Call, ...]:
         """:meth:`calls` while the transformer's hooks are being traced: tables are constants of the graph, nothing is read."""
@@ -482,7 +473,7 @@ class LevelTables:
             elif not self._listed(group):  # all are of one class: only such groups are switched on the device
                 parts = (self._part(tokens, levels[0], device, backward),)
             else:
-                mask = self._mask(tokens, group, None if len(levels) > 1 else 0, device, backward)
+                mask = self.tables(tokens).mask_on(device, group, None if len(levels) > 1 else 0, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
                 parts = (Part(mask.lists(backward), levels[0].granularity, levels[0].precision),)
             calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
@@ -503,12 +494,14 @@ class LevelTables:
                 part = self._part(tokens, level, device, backward)
             elif len(set(wanted)) == 1:
                 part = Part(
-                    self._mask(tokens, group, wanted[0], device, backward).lists(backward),
+                    self.tables(tokens).mask_on(device, group, wanted[0], backward).lists(backward),
                     level.granularity,
                     level.precision,
                 )
             else:
-                mask = self._mask(tokens, group, None, device, backward).select(index_of(tuple(wanted), device))
+                mask = (
+                    self.tables(tokens).mask_on(device, group, None, backward).select(index_of(tuple(wanted), device))
+                )
                 part = Part(mask.lists(backward), level.granularity, level.precision)
             parts.append(part if len(by_class) == 1 else replace(part, samples=index_of(tuple(samples), device)))
         if len(parts) == 1:
