@@ -73,10 +73,10 @@ class Engine:
             Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)
             for layer, (path, core) in enumerate(zip(paths, cores, strict=True))
         ]
+        self._lock = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
-        self._lock = threading.Lock()
         self.nonfinite: Counter[str] = Counter()
         self.refused_linears: Counter[str] = Counter()  # that ran as the model's own, and why, to the number of times
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
@@ -87,7 +87,7 @@ class Engine:
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _lock=threading.Lock())
         self._clear()
 
     def count(self, forward: Forward) -> None:
@@ -119,7 +119,8 @@ class Engine:
 
     def reset(self) -> None:
         """Forget all counts."""
-        self._clear()
+        with self._lock:
+            self._clear()
         self.selections.clear()
         for site in self.sites:
             site.fallbacks.clear()
