@@ -2,7 +2,7 @@
 # Runs every test: Python, the sm_90a kernels through the torch ops and from C++, what is asserted of their machine code, the tools.
 #
 #   ./run_tests.sh                  everything
-#   ./run_tests.sh --quick          no slow test, kernels in one mode of the emulator: minutes
+#   ./run_tests.sh --quick          no slow test, no machine code, kernels in one mode of the emulator: minutes
 #   ./run_tests.sh --no-kernels     builds and tests no kernel, fetches no compiler
 #
 # Needs the package installed in the current Python environment (README's first command), a C++ compiler and make or ninja; no GPU
@@ -59,11 +59,21 @@ PY
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"  # cmake and ninja, just installed
 python=$(command -v "$python")
 
+# What `pip install .` compiled here is taken over, once, so that only what changed since, and the tests, are compiled.
+installed=$(ls -d build/package-*-"$("$python" -c 'import sys; print(sys.implementation.cache_tag)')" 2>/dev/null | head -n 1)
+if [ -n "$installed" ] && ! [ -f "$build/.ninja_log" ]; then
+  cp -a "$installed/." "$build/" && rm -rf "$build/CMakeCache.txt" "$build/CMakeFiles"
+fi
+# --quick compiles kernels to PTX, which is what the emulator runs: no ptxas. Not where there is a GPU, or machine code already.
+ptx_only=OFF
+[ $quick = yes ] && ! command -v nvidia-smi >/dev/null && ! ls "$build"/csrc/forward/*/*/sm90 >/dev/null 2>&1 && ptx_only=ON
+[ $quick = yes ] && grep -q "^FPSATTN_PTX_ONLY:BOOL=ON" "$build/CMakeCache.txt" 2>/dev/null && ptx_only=ON
+
 build_all() {
   local cuda=ON torch log=$build/configure.log
   [ $kernels = no ] && cuda=OFF
   torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
-  if ! cmake -S . -B "$build" -G Ninja -DFPSATTN_BUILD_CUDA=$cuda -DFPSATTN_CUDA_WHEELS_DIR="$PWD/build/cuda_wheels" \
+  if ! cmake -S . -B "$build" -G Ninja -DFPSATTN_BUILD_CUDA=$cuda -DFPSATTN_PTX_ONLY=$ptx_only -DFPSATTN_FETCH_DIR="$PWD/build" \
     -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DFPSATTN_TORCH_DIR="$torch" \
     ${CMAKE_ARGS:-} >"$log" 2>&1; then
     cat "$log"
@@ -102,14 +112,16 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
   [ -n "$launcher" ] && [ $quick = no ] &&
     sm90 "kernels, torch ops, truncated sums" sm90_truncated.xml --async=random --seed=5 --fp8-acc=truncated
 
-  tools=$(dirname "$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")")
-  if ! [ -x "$tools/cuobjdump" ] || ! [ -x "$tools/nvdisasm" ]; then
-    tools=$("$python" cmake/cuda_wheels.py build/disassemblers --disassemblers)/bin:$tools
+  if [ $quick = no ]; then
+    tools=$(dirname "$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")")
+    if ! [ -x "$tools/cuobjdump" ] || ! [ -x "$tools/nvdisasm" ]; then
+      tools=$("$python" cmake/cuda_wheels.py build/disassemblers --disassemblers)/bin:$tools
+    fi
+    export FPSATTN_BUILD_DIR="$build/package" FPSATTN_PTXAS_CACHE="${FPSATTN_PTXAS_CACHE:-$PWD/build/ptxas}"
+    PATH="$tools:$PATH" PYTHONPATH="$build/package" suite "kernels, machine code; tools" static.xml \
+      "${tests[@]}" -n "$jobs" tests/static tools \
+      --junit-xml="$results/static.xml"
   fi
-  export FPSATTN_BUILD_DIR="$build/package" FPSATTN_PTXAS_CACHE="${FPSATTN_PTXAS_CACHE:-$PWD/build/ptxas}"
-  PATH="$tools:$PATH" PYTHONPATH="$build/package" suite "kernels, machine code; tools" static.xml \
-    "${tests[@]}" -n "$jobs" tests/static tools \
-    --junit-xml="$results/static.xml"
 fi
 
 if [ $built = 0 ]; then
@@ -119,4 +131,5 @@ if [ $built = 0 ]; then
 fi
 
 step "summary"
+[ $quick = yes ] && echo "not run, because of --quick: tests marked slow, machine code and the tools' own tests, all modes of the emulator but lazy"
 "$python" tests/summary.py "$results"

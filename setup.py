@@ -53,6 +53,7 @@ def installed_torch() -> Path | None:
 
 def cmake_options() -> list[str]:
     options = {
+        "FPSATTN_FETCH_DIR": ROOT / "build",
         "FPSATTN_TORCH_DIR": os.environ.get("FPSATTN_TORCH_DIR") or installed_torch(),
         **{name: os.environ.get(name) for name in ("FPSATTN_BUILD_CUDA", "FPSATTN_CUTLASS_DIR", "FPSATTN_PTX_ONLY")},
     }

@@ -45,7 +45,9 @@ function(fpsattn_add_kernel name)
   target_include_directories(${name} SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}" ${CUDAToolkit_INCLUDE_DIRS})
   target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${FPSATTN_NVCC_FLAGS}>)
   # Fails the build where ptxas serializes WGMMAs. In front of the user's own launcher (ccache), if there is one.
-  set(launcher "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/nvcc_checked.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
+  # The interpreter itself, not a name of it: objects stay good whatever name it is called by next time.
+  file(REAL_PATH "${Python_EXECUTABLE}" interpreter)
+  set(launcher "${interpreter}" "${PROJECT_SOURCE_DIR}/cmake/nvcc_checked.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
   set_target_properties(${name} PROPERTIES CUDA_COMPILER_LAUNCHER "${launcher}")
   set_property(GLOBAL APPEND PROPERTY FPSATTN_KERNEL_OBJECTS ${name})
 endfunction()

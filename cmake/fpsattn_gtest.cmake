@@ -6,7 +6,7 @@ if(TARGET GTest::gtest)
   return()
 endif()
 
-set(folder "${CMAKE_BINARY_DIR}/googletest")
+set(folder "${FPSATTN_FETCH_DIR}/googletest")
 file(WRITE "${folder}/requirements.txt" "ros-gtest-vendor==1.15.1 --hash=sha256:6a578c55eca01c7d215e54bf1dd3172ada677b591dd2f5d3c8260b882364ee6e\n")
 file(GLOB sources "${folder}/*/data/src/gtest_vendor/src/gtest-all.cc")
 if(NOT sources)

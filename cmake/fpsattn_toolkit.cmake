@@ -2,7 +2,6 @@
 # a Hopper GPU is present), the pinned wheels of cuda_wheels.py, fetched once. Sets CMAKE_CUDA_COMPILER, or FPSATTN_CUDA_REASON.
 set(FPSATTN_CUDA_WHEELS "$ENV{FPSATTN_CUDA_WHEELS}" CACHE STRING
   "nvcc from the package index. Empty or AUTO: where the machine has none; ON: always; OFF: never")
-set(FPSATTN_CUDA_WHEELS_DIR "${CMAKE_BINARY_DIR}/cuda_wheels" CACHE PATH "Where those wheels are kept")
 
 # Whether an sm_90 GPU is present: fpsattn_find_hopper(variable).
 function(fpsattn_find_hopper variable)
@@ -19,7 +18,7 @@ function(fpsattn_find_hopper variable)
 endfunction()
 
 function(fpsattn_fetch_toolkit)
-  execute_process(COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/cuda_wheels.py" "${FPSATTN_CUDA_WHEELS_DIR}"
+  execute_process(COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/cuda_wheels.py" "${FPSATTN_FETCH_DIR}/cuda_wheels"
                   RESULT_VARIABLE status OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE)
   if(status EQUAL 0)
     set(CMAKE_CUDA_COMPILER "${root}/bin/nvcc" CACHE FILEPATH "nvcc from the package index" FORCE)

@@ -44,10 +44,10 @@
 
 namespace fpsattn::sm90::quantize {
 
-template <class Config, bool kIsQuery, class Source, class... MoreOfSource>
-__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work,
+template <class Config, class Source, class... MoreOfSource>
+__device__ __forceinline__ void quantize_rows(const QuantizeParams& params, const WorkItem& work, bool is_query,
                                               MoreOfSource... more) {
-  RowQuantizer<Config, kIsQuery, Source> rows(params, work, more...);
+  RowQuantizer<Config, Source> rows(params, work, is_query, more...);
   __shared__ float sums[kPatchRowsPerBlock * Config::kCodeDim];
   if constexpr (Config::kScope == GroupScope::kToken) {
     rows.load(work.first_block);
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
       quantize_columns_of<Config>(params, work);
       break;
     case Role::kK:
-      quantize_rows<Config, false, RawRows<Config>>(params, work);
+      quantize_rows<Config, RawRows<Config>>(params, work, false);
       break;
     case Role::kQ:
-      quantize_rows<Config, true, RawRows<Config>>(params, work);
+      quantize_rows<Config, RawRows<Config>>(params, work, true);
       break;
   }
 }

@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, 3)
   }
 }
 
+// Q and K share their code, which is long: norm and RoPE of 16 rows, unrolled.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 384 / Config::kThreads)
     prepare_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ Plan plan,
@@ -167,16 +168,11 @@ __global__ void __launch_bounds__(Config::kThreads, 384 / Config::kThreads)
   if (work.first_block >= work.end_block) {
     return;
   }
-  switch (static_cast<Role>(blockIdx.y)) {
-    case Role::kV:
-      quantize_columns_of<Config>(params, work);
-      break;
-    case Role::kK:
-      quantize_rows<Config, false, PreparedRows<Config>>(params, work, &k, memory);
-      break;
-    case Role::kQ:
-      quantize_rows<Config, true, PreparedRows<Config>>(params, work, &q, memory);
-      break;
+  const Role role = static_cast<Role>(blockIdx.y);
+  if (role == Role::kV) {
+    quantize_columns_of<Config>(params, work);
+  } else {
+    quantize_rows<Config, PreparedRows<Config>>(params, work, role == Role::kQ, role == Role::kQ ? &q : &k, memory);
   }
 }
 

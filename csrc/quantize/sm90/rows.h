@@ -41,16 +41,19 @@ class RawRows {
   Patch patch_;
 };
 
-template <class Config, bool kIsQuery, class Source>
+// `is_query`: a constant where the values stay in registers, so that each role has its own code.
+template <class Config, class Source>
 class RowQuantizer {
  public:
   template <class... MoreOfSource>
-  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const WorkItem& work, MoreOfSource... more)
+  __device__ __forceinline__ RowQuantizer(const QuantizeParams& params, const WorkItem& work, bool is_query,
+                                          MoreOfSource... more)
       : params_(params),
+        is_query_(is_query),
         batch_head_(work.batch_head(params)),
         lane_(threadIdx.x % Config::kChunks),
         first_row_(threadIdx.x / Config::kChunks * kPatchSlots),
-        source_(params, work, token_rows(kIsQuery ? params.q : params.k, work.batch, work.head, lane_), lane_,
+        source_(params, work, token_rows(is_query ? params.q : params.k, work.batch, work.head, lane_), lane_,
                 first_row_, more...) {
     float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
     if (Config::has_chunk(lane_)) {
@@ -60,6 +63,10 @@ class RowQuantizer {
     }
     mean_[0] = low.x, mean_[1] = low.y, mean_[2] = low.z, mean_[3] = low.w;
     mean_[4] = high.x, mean_[5] = high.y, mean_[6] = high.z, mean_[7] = high.w;
+#pragma unroll
+    for (int c = 0; c < kPatchChannels; ++c) {
+      subtracted_[c] = is_query ? 0.0f : mean_[c];
+    }
   }
 
   __device__ __forceinline__ void load(int block) {
@@ -69,7 +76,7 @@ class RowQuantizer {
   // Where wanted, the sum of the block's tokens per channel: 16 slots in order, then the 8 partial sums in order.
   // `scratch` holds kPatchRowsPerBlock * kCodeDim floats.
   __device__ __forceinline__ void store_block_sum(int block, float* scratch) {
-    float* out = kIsQuery ? params_.q_block_sum : params_.k_block_sum;
+    float* out = is_query_ ? params_.q_block_sum : params_.k_block_sum;
     if (out == nullptr) {
       return;
     }
@@ -153,8 +160,7 @@ class RowQuantizer {
   }
 
   __device__ __forceinline__ float x(int row, int channel) const {
-    const float value = source_.value(row, channel);
-    return kIsQuery ? value : __fsub_rn(value, mean_[channel]);
+    return source_.value(row, channel) - subtracted_[channel];  // not __fsub_rn, which keeps a constant 0
   }
 
   // The 8 bytes of a row, and its part of q . k_mean while the values are there.
@@ -165,7 +171,7 @@ class RowQuantizer {
     for (int c = 0; c < kPatchChannels; ++c) {
       const float value = x(row, c);
       quotient[c] = by.divide(value);
-      dot = kIsQuery ? __fmaf_rn(value, mean_[c], dot) : 0.0f;
+      dot = __fmaf_rn(value, mean_[c], dot);  // of a key: not used
     }
     return make_uint2(to_e4m3x4(quotient[0], quotient[1], quotient[2], quotient[3]),
                       to_e4m3x4(quotient[4], quotient[5], quotient[6], quotient[7]));
@@ -175,7 +181,7 @@ class RowQuantizer {
   __device__ __forceinline__ void store_rows(int block, DivisorOfRow divisor_of_row) const {
     const bool odd = lane_ & 1;
     const int64_t first_slot = (batch_head_ * params_.size.num_blocks + block) * kBlockSlots + first_row_;
-    uint8_t* out = (kIsQuery ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kCodeDim + lane_ / 2 * 16;
+    uint8_t* out = (is_query_ ? params_.q8 : params_.k8) + (first_slot + odd) * Config::kCodeDim + lane_ / 2 * 16;
     float dot[kPatchSlots];
 #pragma unroll
     for (int i = 0; i < kPatchSlots; i += 2) {
@@ -189,7 +195,7 @@ class RowQuantizer {
           odd ? make_uint4(received.x, received.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, received.x, received.y);
       *reinterpret_cast<uint4*>(out + i * Config::kCodeDim) = stored;
     }
-    if constexpr (kIsQuery) {
+    if (is_query_) {
       store_dots(block, dot);
     }
   }
@@ -207,13 +213,14 @@ class RowQuantizer {
     }
   }
 
-  __device__ __forceinline__ float* scales() const { return kIsQuery ? params_.q_scale : params_.k_scale; }
+  __device__ __forceinline__ float* scales() const { return is_query_ ? params_.q_scale : params_.k_scale; }
 
   const QuantizeParams& params_;
+  const bool is_query_;
   const int64_t batch_head_;
   const int lane_;       // chunk of 8 channels
   const int first_row_;  // of the patch, in the block
-  float mean_[kPatchChannels];
+  float mean_[kPatchChannels], subtracted_[kPatchChannels];
   Source source_;
 };
 
