@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.memory import memory
 from fpsattention.ops.reference import probabilities
 
 STEP, FRACTION_BITS, PROMOTE, BLOCK = 32, 13, 256, 128
@@ -118,24 +119,6 @@ def errors(
     if cliff:
         found["one accumulator"] = error(attention_rows(q, k, v, None, True))
     return found
-
-
-def memory(tokens: int, heads: int, dim: int, density: float, itemsize: int = 2, tile: int = 252) -> dict[str, int]:
-    """Bytes of one self-attention, forward, beside q, k, v themselves, computed: dense SDPA (flash: output and log-sum-exp; math: scores as well)
-    and this library's (8-bit q, k, v in blocks of 128 slots, scales, output, log-sum-exp, row maximum and sum, lists shared by heads)."""
-    slots = -(-tokens // tile) * (-(-tile // BLOCK) * BLOCK)
-    elements, blocks = tokens * heads * dim, slots // BLOCK
-    flash = elements * itemsize + tokens * heads * 4
-    lists = int(-(-tokens // tile) * blocks * density) * 4
-    ours = (
-        slots * heads * (3 * dim + 8)
-        + 8 * heads * blocks
-        + elements * itemsize
-        + tokens * heads * 4
-        + 2 * slots * heads * 4
-        + lists
-    )
-    return {"SDPA, flash": flash, "SDPA, math": flash + 2 * itemsize * tokens * tokens * heads, "fpsattention": ours}
 
 
 def main() -> None:

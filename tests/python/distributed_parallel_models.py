@@ -19,7 +19,7 @@ SCHEMES = ({"exchange": "bf16"}, {}, {"scheme": "halo"}, {"scheme": "ring"})
 def schedule(tile, *phases, **settings):
     levels = {
         "sparse": fps.Level("sparse", "fp8", "tile", (1, 1, 2)),
-        "full": fps.Level("full", "fp8", "block"),
+        "full": fps.Level("full", "fp8", "block", hadamard=True),
         "own": fps.Level("own", "bf16"),
     }
     return fps.Schedule(levels, phases or (fps.Phase(1.0, 0.0, "sparse"),), tile=tuple(tile), **settings)

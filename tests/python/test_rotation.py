@@ -82,6 +82,45 @@ def test_k_mean_is_rotated_with_k():
     torch.testing.assert_close(shifted, given, rtol=0, atol=0.05)  # 50 would be coarse if it were not subtracted
 
 
+@torch.no_grad()
+def test_a_level_of_a_schedule(monkeypatch):
+    """Rotated by hand before a level that does not rotate: the same bits; beside a level that does not, a launch of its own."""
+    pytest.importorskip("diffusers")
+    import tiny_wan
+
+    from fpsattention.integrations import site
+
+    model, times = tiny_wan.transformer(), [900.0, 100.0]
+    window = {"precision": "fp8", "granularity": "block", "window": [1, 1, 2]}
+    topk = {"precision": "fp8", "granularity": "block", "pattern": {"name": "topk_mean", "ratio": 0.5}}
+
+    def run(*levels):
+        names = [f"level{i}" for i in range(len(levels))]
+        phases = [{"sigma": [1.0, 0.5], "level": names[0]}, {"sigma": [0.5, 0.0], "level": names[-1]}]
+        made = fps.Schedule.from_dict({
+            "format": "fpsattn-schedule/3", "tile": tiny_wan.TILE, "levels": dict(zip(names, levels, strict=True)), "phases": phases,
+        })  # fmt: skip
+        assert fps.Schedule.from_dict(made.to_dict()) == made
+        with fps.apply(model, made):
+            return tiny_wan.run(model, times)
+
+    plain, rotated = {}, {}
+    for name, level in (("window", window), ("topk", topk)):
+        plain[name], rotated[name] = run(level), run({**level, "hadamard": True})
+        assert not torch.equal(plain[name], rotated[name])
+    both = run({**window, "hadamard": True}, window)
+    assert torch.equal(both, torch.cat([rotated["window"][:1], plain["window"][1:]]))
+    attend = site.attend
+
+    def by_hand(q, k, v, lists, **options):
+        assert not options.pop("hadamard")
+        return attend(rotate(q), rotate(k), v, lists, **options)
+
+    monkeypatch.setattr(site, "attend", by_hand)
+    for name, level in (("window", window), ("topk", topk)):
+        assert torch.equal(run(level), rotated[name])
+
+
 def test_errors():
     q = torch.randn(1, 286, 1, 64)
     with pytest.raises(ConfigError, match="hadamard 1, expected True or False"):

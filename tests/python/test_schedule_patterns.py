@@ -67,6 +67,8 @@ def test_older_files_load_and_know_no_patterns(version):
     assert fps.Schedule.from_dict(old).to_dict()["format"] == "fpsattn-schedule/3"
     with pytest.raises(ConfigError, match=r'levels\["l0"\].pattern is an unknown key'):
         fps.Schedule.from_dict({**old, "levels": {"l0": fp8(TOPK)}})
+    with pytest.raises(ConfigError, match=r'levels\["l0"\].hadamard is an unknown key'):
+        fps.Schedule.from_dict({**old, "levels": {"l0": {"precision": "fp8", "hadamard": True}}})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,8 @@ def test_older_files_load_and_know_no_patterns(version):
         (fp8(TOPK, refresh=0), r'levels\["l0"\].refresh is 0'),
         (fp8({"name": "radial"}, refresh=2), "depends on the layout only"),
         ({"precision": "fp8", "refresh": 2}, "a pattern beside it"),
+        ({"precision": "fp8", "hadamard": 1}, r'levels\["l0"\].hadamard is 1, wanted true or false'),
+        ({"precision": "bf16", "hadamard": True}, "own dense attention"),
     ],
 )
 def test_errors_name_the_path(level, message):
@@ -313,7 +317,9 @@ def dynamo():
     torch._dynamo.reset()
 
 
-MIXED = schedule(fp8(TOPK), {"precision": "fp8", "window": [1, 1, 1]}, fp8({"name": "cdf_mean", "mass": 0.4}))
+MIXED = schedule(
+    fp8(TOPK), {"precision": "fp8", "window": [1, 1, 1], "hadamard": True}, fp8({"name": "cdf_mean", "mass": 0.4})
+)
 
 
 @torch.no_grad()

@@ -13,26 +13,30 @@ pytest.importorskip("diffusers")
 import tiny_wan
 
 import fpsattention as fps
+from fpsattention import patterns
 from fpsattention.errors import ConfigError
 from fpsattention.layout.masks import sliding_tile_mask
 from fpsattention.ops.attend import attend
 from fpsattention.schedule import Level, Phase, Schedule
 from fpsattention.tuning import Target, TuneSettings
 from fpsattention.tuning.allocate import Cell, Choice, at_price, frontier, within_cost, within_error
-from fpsattention.tuning.candidates import windows
+from fpsattention.tuning.build import build
+from fpsattention.tuning.candidates import RATIOS, windows
 from fpsattention.tuning.measure import Inputs, Rows, cell_errors, phase_starts, sensitivities
 from fpsattention.tuning.runs import Item, dense
-from fpsattention.tuning.settings import COST, seconds
-from fpsattention.tuning.tuner import run_tune
+from fpsattention.tuning.settings import COST, cost_of, seconds
+from fpsattention.tuning.tuner import Tuner, run_tune
 
 DENSITIES = [0.1, 0.25, 0.5, 1.0]
+SHARES = {"block": DENSITIES, "token": DENSITIES, "topk_mean": [0.1, 0.2, 0.4]}
 
 
 def random_cells(seed, count=3, heads=2, granularities=("block", "token")):
     """Errors that fall with density, as they do."""
     rng = np.random.default_rng(seed)
-    make = lambda: np.sort(rng.lognormal(0.0, 2.0, (heads, len(DENSITIES))), axis=1)[:, ::-1].copy()  # noqa: E731
-    return [Cell({g: make() for g in granularities}, 1 / count) for _ in range(count)]
+    make = lambda heads, n: np.sort(rng.lognormal(0.0, 2.0, (heads, n)), axis=1)[:, ::-1].copy()  # noqa: E731
+    kinds = {**dict.fromkeys(granularities, heads), "topk_mean": 1}  # a pattern is of all heads
+    return [Cell({g: make(n, len(SHARES[g])) for g, n in kinds.items()}, 1 / count) for _ in range(count)]
 
 
 def everything(cells):
@@ -41,8 +45,8 @@ def everything(cells):
     for cell in cells:
         own = [(0.0, cell.weight * COST["bf16"])]
         for g, errors in cell.errors.items():
-            for picked in itertools.product(range(len(DENSITIES)), repeat=errors.shape[0]):
-                cost = sum(DENSITIES[w] for w in picked) / errors.shape[0] * cell.weight * COST[g]
+            for picked in itertools.product(range(len(SHARES[g])), repeat=errors.shape[0]):
+                cost = sum(SHARES[g][w] for w in picked) / errors.shape[0] * cell.weight * cost_of(g)
                 own.append((sum(errors[h, w] for h, w in enumerate(picked)), cost))
         options.append(own)
     return [tuple(map(sum, zip(*chosen, strict=True))) for chosen in itertools.product(*options)]
@@ -53,7 +57,7 @@ def test_allocations_are_on_the_hull_of_all_there_are(seed):
     cells = random_cells(seed, count=2)
     points = everything(cells)
     for lam in (1e-3, 0.1, 10.0, 1e3):
-        found = at_price(cells, DENSITIES, lam)
+        found = at_price(cells, SHARES, lam)
         assert found.error + lam * found.cost == pytest.approx(min(e + lam * c for e, c in points), rel=1e-12)
         # Its own account of itself.
         assert any(math.isclose(e, found.error) and math.isclose(c, found.cost) for e, c in points)
@@ -61,22 +65,22 @@ def test_allocations_are_on_the_hull_of_all_there_are(seed):
 
 def test_bounds_are_kept_and_nothing_on_the_hull_is_cheaper():
     cells = random_cells(7)
-    hull = frontier(cells, DENSITIES, points=200)
+    hull = frontier(cells, SHARES, points=200)
     for bound in (0.0, 0.5, 3.0, 1e6):
-        found = within_error(cells, DENSITIES, bound)
+        found = within_error(cells, SHARES, bound)
         assert found.error <= bound
         assert found.cost <= min(a.cost for a in hull if a.error <= bound) + 1e-12
     for bound in (0.2, 0.5, 1.3):
-        found = within_cost(cells, DENSITIES, bound)
+        found = within_cost(cells, SHARES, bound)
         assert found.cost <= bound
         assert found.error <= min(a.error for a in hull if a.cost <= bound) + 1e-12
-    assert within_error(cells, DENSITIES, 0.0).choices == (Choice(None),) * 3  # only BF16 loses nothing
-    assert within_cost(cells, DENSITIES, 0.0).cost == pytest.approx(0.1)  # less than there is: the cheapest
+    assert within_error(cells, SHARES, 0.0).choices == (Choice(None),) * 3  # only BF16 loses nothing
+    assert within_cost(cells, SHARES, 0.0).cost == pytest.approx(0.1)  # less than there is: the cheapest
 
 
 def test_what_was_not_measured_stays_dense_and_ties_are_cheap():
     flat = Cell({"block": np.ones((2, 4)), "token": np.ones((2, 4))}, 0.5)
-    found = at_price([flat, Cell({}, 0.5)], DENSITIES, 10.0)
+    found = at_price([flat, Cell({}, 0.5)], SHARES, 10.0)
     assert found.choices == (Choice("block", (0, 0)), Choice(None))
     assert found.density == pytest.approx(0.5 * 0.1 + 0.5)
 
@@ -120,10 +124,16 @@ def test_cell_errors_are_those_of_the_engine():
     for limit in (10_000, 60):
         rows = Rows(layout, limit, seed=3)
         weight = torch.rand(2, len(rows.tokens), 2, 64, generator=generator)
-        found, own = cell_errors(q, k, v, rows, candidates, ("block", "token"), 0.1, weight)
+        found, own = cell_errors(q, k, v, rows, candidates, ("block", "token"), 0.1, weight, ["topk_mean"])
         exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.1)
         exact = exact.transpose(1, 2)[:, rows.tokens]
         assert own == pytest.approx(float(exact.square().sum()) * layout.num_tokens / len(rows.tokens), rel=1e-4)
+        patterned = found.pop("topk_mean")
+        assert patterned.shape == (1, len(RATIOS))
+        for i in (0, 4):
+            mask = patterns.get("topk_mean", ratio=RATIOS[i])(q.transpose(1, 2), k.transpose(1, 2), layout)
+            out = attend(q, k, v, mask, granularity="block", scale=0.1)[0][:, rows.tokens]
+            torch.testing.assert_close(patterned[0, i], ((out - exact).square() * weight).sum(), rtol=1e-4, atol=1e-6)
         for granularity, errors in found.items():
             for i, window in enumerate(candidates):
                 mask = sliding_tile_mask(layout, window)
@@ -188,7 +198,9 @@ def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     pipe, counted = pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: counted.append(1))
-    settings = TuneSettings(out=folder, budget=None, phases=2, rows=10_000, tile=(3, 2, 3), tries=5)
+    settings = TuneSettings(
+        out=folder, budget=None, phases=2, rows=10_000, tile=(3, 2, 3), tries=5, patterns=("topk_mean",)
+    )
     return pipe, counted, settings, run_tune(pipe, Target("rel_l1", 0.004), settings, items())
 
 
@@ -250,6 +262,26 @@ def test_interruption_leaves_a_schedule_and_goes_on_to_the_same_end(tuned, tmp_p
     assert run_tune(pipe, Target("rel_l1", 0.004), settings, items()).schedule == result.schedule
 
 
+def test_patterns_are_chosen_where_they_are_better(tuned):
+    """Their errors are measured beside those of windows; once windows lose more, the schedule names the pattern, and it runs."""
+    pipe, _, settings, _ = tuned
+    tuner = Tuner(pipe, Target("rel_l1", 0.004), settings, items(), lambda *_: None, lambda _: None)
+    tuner.run()
+    cells = tuner.cells
+    assert all(cell.errors["topk_mean"].shape == (1, len(RATIOS)) for cell in cells)
+    # What a ratio attends here is what it attends when it runs.
+    worse = [
+        Cell({**c.errors, "block": 1e3 * c.errors["block"], "token": 1e3 * c.errors["token"]}, c.weight) for c in cells
+    ]
+    found = within_cost(worse, tuner.shares, 0.6)
+    assert {choice.kind for choice in found.choices} == {"topk_mean"}
+    schedule = build(tuner.space, found, {})
+    assert all(level.pattern.name == "topk_mean" for name, level in schedule.levels.items() if name != "dense")
+    value, ran = tuner.runner.distance(Schedule.from_dict(schedule.to_dict()), items()[0])
+    assert value > 0 and ran["density"] == pytest.approx(found.density, rel=1e-6)
+    assert ran["cost"] == pytest.approx(found.cost, rel=1e-6)
+
+
 def test_what_cannot_be_reached_is_said(tuned, tmp_path):
     pipe, _, settings, _ = tuned
     # Nothing that skips or rounds is as near as this: BF16 stays, which loses nothing.
@@ -270,7 +302,14 @@ def test_arguments():
     for target in ("psnr", "psnr=x", "ssim=1", "rel_l1=0", {"psnr": 1, "rel_l1": 1}, "density=1.5"):
         with pytest.raises(ConfigError, match=r"fpsattention\.tune: target"):
             Target.of(target)
-    for changes in ({"phases": 0}, {"rows": 0}, {"granularities": ("row",)}, {"sensitivity": "x"}, {"budget": 0.0}):
+    for changes in (
+        {"phases": 0},
+        {"rows": 0},
+        {"granularities": ("row",)},
+        {"patterns": ("radial",)},
+        {"sensitivity": "x"},
+        {"budget": 0.0},
+    ):
         with pytest.raises(ConfigError, match=rf"fpsattention\.tune: {next(iter(changes))}"):
             TuneSettings(**changes)
     with pytest.raises(ConfigError, match="budget 'soon'"):

@@ -36,6 +36,9 @@ def command(
         str, typer.Option(help="gradient, or none: no backward pass, all layers count alike.")
     ] = "gradient",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="One window for all heads of a layer.")] = False,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="A pattern with a ratio (topk_mean), tried beside windows; repeat.")
+    ] = None,
     pareto: Annotated[
         str, typer.Option(help="Comma-separated costs: also run presets, patterns and this tuning there.")
     ] = "",
@@ -59,6 +62,7 @@ def command(
     demo = DemoConfig(out=out, model=model, device=device, seed=seed, guidance_scale=guidance_scale, **sizes)  # type: ignore[arg-type]
     settings = TuneSettings(
         out=out, budget=seconds(budget), phases=phases or (2 if small else 4), rows=rows, sensitivity=sensitivity, per_head=not per_layer,
+        patterns=tuple(pattern or ()),
         tile=None if model else ((2, 3, 5) if small else (3, 4, 5)), seed=seed,
     )  # fmt: skip
     make_folder(out)
@@ -126,6 +130,8 @@ def _show(result: Any, out: Path) -> None:
 
 
 def _windows(cell: dict[str, Any]) -> str:
+    if cell["pattern"]:
+        return f"{cell['pattern']['name']} {cell['pattern']['ratio']:g}"
     shown = ["x".join(map(str, window)) for window in cell["windows"]]
     return (
         "all"

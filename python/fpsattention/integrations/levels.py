@@ -88,6 +88,7 @@ class Part:
         samples: int64 indices into the batch; None: all samples.
         chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then ...
         wanted: ... if any of them wants it: a bool scalar, on the CPU where the host knows.
+        hadamard: rotate q and k.
     """
 
     lists: Lists | Packed | None
@@ -97,6 +98,7 @@ class Part:
     chosen: Tensor | None = None
     wanted: Tensor | None = None
     select: Selector | None = None
+    hadamard: bool = False
 
     @property
     def dense(self) -> bool:
@@ -397,6 +399,7 @@ class LevelTables:
             level.granularity,
             level.precision,
             select=self._selector(tokens, level, device, backward, in_graph=False),
+            hadamard=level.hadamard,
         )
 
     def _selector(self, tokens: Tokens, level: Level, device: torch.device, backward: bool, in_graph: bool) -> Selector:
@@ -475,14 +478,14 @@ class LevelTables:
             else:
                 mask = self.tables(tokens).mask_on(device, group, None if len(levels) > 1 else 0, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
-                parts = (Part(mask.lists(backward), levels[0].granularity, levels[0].precision),)
+                parts = (_listed(mask.lists(backward), levels[0]),)
             calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
         return tuple(calls)
 
     def _host_parts(
         self, tokens: Tokens, group: int, segments: Sequence[int], device: torch.device, backward: bool
     ) -> tuple[tuple[Part, ...], Tensor | None]:
-        levels = self.group_levels[group]
+        levels, tables = self.group_levels[group], self.tables(tokens)
         by_class: dict[tuple[str, ...], list[int]] = {}
         for sample, segment in enumerate(segments):
             by_class.setdefault(levels[segment].kernel_class, []).append(sample)
@@ -493,16 +496,10 @@ class LevelTables:
             if self._rules[group][wanted[0]] is None:
                 part = self._part(tokens, level, device, backward)
             elif len(set(wanted)) == 1:
-                part = Part(
-                    self.tables(tokens).mask_on(device, group, wanted[0], backward).lists(backward),
-                    level.granularity,
-                    level.precision,
-                )
+                part = _listed(tables.mask_on(device, group, wanted[0], backward).lists(backward), level)
             else:
-                mask = (
-                    self.tables(tokens).mask_on(device, group, None, backward).select(index_of(tuple(wanted), device))
-                )
-                part = Part(mask.lists(backward), level.granularity, level.precision)
+                mask = tables.mask_on(device, group, None, backward).select(index_of(tuple(wanted), device))
+                part = _listed(mask.lists(backward), level)
             parts.append(part if len(by_class) == 1 else replace(part, samples=index_of(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
@@ -522,6 +519,10 @@ def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
     """A bool mask, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
+
+
+def _listed(lists: Lists, level: Level) -> Part:
+    return Part(lists, level.granularity, level.precision, hadamard=level.hadamard)
 
 
 def _rules(schedule: Schedule, level: Level, layer: int, num_heads: int | None) -> Rules | None:
@@ -550,5 +551,6 @@ def _branches(
             for segment in members[1:]:
                 chosen = chosen | (segments == segment)
             wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
-        parts.append(Part(own, kernel_class[1], kernel_class[0], None, chosen, wanted, select))
+        precision, granularity, rotated = kernel_class[:3]
+        parts.append(Part(own, granularity, precision, None, chosen, wanted, select, bool(rotated)))
     return tuple(parts)

@@ -183,6 +183,9 @@ class Site:
         if dtype == torch.float32 and v.device.type != "cpu":
             dtype = torch.bfloat16
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        options: dict[str, Any] = {
+            "granularity": part.granularity, "precision": part.precision, "scale": core.scale, "hadamard": part.hadamard,
+        }  # fmt: skip
         lists = part.lists
         if isinstance(lists, Packed):
             lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
@@ -198,15 +201,11 @@ class Site:
                         raise UnsupportedError(
                             f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
                         )
-                    out = clustered_attention(
-                        *heads_first, made, granularity=part.granularity, precision=part.precision, scale=core.scale
-                    )
-                    return out.transpose(1, 2)
+                    return clustered_attention(*heads_first, made, **options).transpose(1, 2)
                 lists = made.lists(torch.is_grad_enabled())
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
             index = index_of(core.heads, q.device)
             lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
-        options = {"granularity": part.granularity, "precision": part.precision, "scale": core.scale}
         return attend(q, k, v, lists, hidden=hidden, **options)[0]  # type: ignore[arg-type]
 
     def _made(self, call: Call, select: Selector, q: Tensor, k: Tensor, v: Tensor) -> BlockMask | Clustered:

@@ -14,6 +14,7 @@ from ..layout.masks import BlockMask, Lists, cached_mask
 from ..layout.tiles import int3
 from ..ops.attend import attend
 from ..ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
+from ..ops.rotation import rotate
 from .collectives import agree
 from .heads import Heads, cut_lists, deal_heads, head_costs
 from .options import cut_dim, kernel_inputs, resolved
@@ -133,17 +134,21 @@ def quantized(
     output: str = "bf16",
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    hadamard: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The schemes that send FP8, arguments as in :func:`attention` and checked there: output ``(B, S_local, H, D)`` and lse."""
     dim = q.shape[3]
     prepared = resolved(q, sharding.layout.num_tokens, fp8_output=output == "fp8", **options)
     inputs = kernel_inputs(q, k, v)
+    if hadamard:
+        inputs = [rotate(inputs[0]), rotate(inputs[1]), inputs[2]]
     prepared = type(prepared)(**{**vars(prepared), "out_dtype": inputs[0].dtype})
     zeros = inputs[0].shape[3] - dim
     k_mean, v_absmax = (
         x if x is None or not zeros else torch.nn.functional.pad(x, (0, zeros)) for x in (k_mean, v_absmax)
     )
+    k_mean = rotate(k_mean) if hadamard and k_mean is not None else k_mean
     if scheme == "ulysses":
         out, lse = QuantizedUlysses.apply(*inputs, lists, sharding, heads, prepared, k_mean, v_absmax)
     else:

@@ -341,7 +341,7 @@ def _part(
     out, _ = quantized(
         q.to(dtype), k.to(dtype), v.to(dtype), sharding, heads, part.lists, scheme=state.scheme, output=state.output,
         granularity=part.granularity, scale=core.scale, smooth_k=True, pow2_scales=False, deterministic=False, backend="auto",
-        tile_order=state.tile_order,
+        tile_order=state.tile_order, hadamard=part.hadamard,
     )  # fmt: skip
     return out
 

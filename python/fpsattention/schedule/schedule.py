@@ -46,6 +46,7 @@ class Level:
         window: the tiles that a tile attends. ``pattern`` is the other way to say so: a rule of :mod:`fpsattention.patterns`
             (``patterns.get("topk_mean", ratio=0.1)``, or its dict), scored on the layer's q and k where it reads them.
         refresh: steps of a sampling run that a scored mask stays, >= 1.
+        hadamard: q and k are rotated before they are quantized (``fpsattention.attention``); patterns score them as they are.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Level:
     linears: str = "bf16"
     pattern: BoundPattern | None = None
     refresh: int = 1
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, Mapping):
@@ -72,6 +74,9 @@ class Level:
         if self.precision == "int8" and self.granularity != "block":
             path = f'levels["{self.name}"].granularity'
             raise _error(path, f"is {self.granularity!r}", "'block': that is what INT8 scales are shared by")
+        if not isinstance(self.hadamard, bool) or (self.hadamard and self.precision == "bf16"):
+            wanted = "true or false" if self.precision != "bf16" else "false: bf16 is the model's own attention"
+            raise _error(f'levels["{self.name}"].hadamard', f"is {self.hadamard!r}", wanted)
         self._check_pattern()
 
     def _check_pattern(self) -> None:
@@ -101,15 +106,11 @@ class Level:
     def kernel_class(self) -> tuple[str, ...]:
         """What the host must know to launch a kernel. Levels that share it are switched by data on the device."""
         if self.precision == "bf16":
-            return (self.precision, "")
+            return (self.precision, "", "")
+        launch = (self.precision, self.granularity, "hadamard" if self.hadamard else "")
         if self.pattern is not None and self.dynamic:
-            return (
-                self.precision,
-                self.granularity,
-                json.dumps(self.pattern.to_dict(), sort_keys=True),
-                str(self.refresh),
-            )
-        return (self.precision, self.granularity)
+            return (*launch, json.dumps(self.pattern.to_dict(), sort_keys=True), str(self.refresh))
+        return launch
 
     def of_layer(self, layer: int) -> Level:
         """The level as layer ``layer`` has it: a pattern whose rule changes from layer to layer is told which one it is."""
@@ -123,6 +124,7 @@ class Level:
         if self.precision == "bf16":
             return {"precision": "bf16", **linears}
         data: dict[str, Any] = {"precision": self.precision, "granularity": self.granularity}
+        data |= {"hadamard": True} if self.hadamard else {}
         if self.pattern is None:
             return {**data, "window": window_to_json(self.window), **linears}
         data["pattern"] = self.pattern.to_dict()

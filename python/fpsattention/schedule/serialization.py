@@ -93,7 +93,8 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         path = f'levels["{name}"]'
         if name == "density":
             raise _error(path, name, 'another name: "density" is a window')
-        known = ("precision", "granularity", "window", "linears", *(("pattern", "refresh") if latest else ()))
+        known = ("precision", "granularity", "window", "linears")
+        known += ("pattern", "refresh", "hadamard") if latest else ()
         _keys(_object(entry, path), path, known, required=("precision",))
         precisions = PRECISIONS if latest else tuple(p for p in PRECISIONS if p != "int8")
         precision = _choice(entry["precision"], precisions, f"{path}.precision")
@@ -102,13 +103,15 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         window = parse_window(entry.get("window", "dense"), f"{path}.window")
         pattern = _pattern(entry["pattern"], f"{path}.pattern") if "pattern" in entry else None
         linears = _choice(entry.get("linears", "bf16"), LINEARS, f"{path}.linears")
-        if precision == "bf16" and ("granularity" in entry or window is not None or pattern is not None):
+        fp8_only = {"granularity", "hadamard"} & entry.keys()
+        if precision == "bf16" and (fp8_only or window is not None or pattern is not None):
             raise _error(
                 path, entry, 'only "precision" and "linears": a bf16 level is the model\'s own dense attention'
             )
         if pattern is not None and "window" in entry:
             raise _error(path, entry, '"pattern" or "window", not both')
-        levels[name] = Level(name, precision, granularity, window, linears, pattern, entry.get("refresh", 1))
+        refresh, hadamard = entry.get("refresh", 1), entry.get("hadamard", False)
+        levels[name] = Level(name, precision, granularity, window, linears, pattern, refresh, hadamard)
     return levels
 
 

@@ -53,6 +53,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = _setting(1, "Micro-batches per step.", minimum=1)
     learning_rate: float = _setting(1e-4, "Peak learning rate.", positive=True)
     warmup_steps: int = _setting(20, "Steps of linear learning-rate warm-up.", minimum=0)
+    learning_rate_decay: str = _setting(
+        "plateau",
+        "plateau: halved when the smoothed loss stops falling; linear: falls to 0 at the last step.",
+        choices=("plateau", "linear"),
+    )
     plateau_patience: int = _setting(200, "Steps without progress before the learning rate is halved.", minimum=1)
     weight_decay: float = _setting(0.01, "Of AdamW.", minimum=0)
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.", positive=True)
@@ -112,6 +117,10 @@ class TrainConfig:
                 raise _wrong(setting.name, value, f"at most {rules['maximum']}")
             if rules["below"] is not None and value >= rules["below"]:
                 raise _wrong(setting.name, value, f"less than {rules['below']}")
+        if self.learning_rate_decay == "linear" and self.warmup_steps >= self.steps:
+            raise _wrong(
+                "warmup_steps", self.warmup_steps, f"less than steps {self.steps} with learning_rate_decay 'linear'"
+            )
         if self.schedule is None and self.sparsity_warmup_steps:
             raise _wrong("sparsity_warmup_steps", self.sparsity_warmup_steps, "0 without a schedule")
         if self.schedule is None and self.sequence_parallel > 1:

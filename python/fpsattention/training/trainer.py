@@ -251,6 +251,7 @@ def train(
         warmup_steps=config.warmup_steps,
         patience=config.plateau_patience,
         minimum=config.learning_rate * 1e-2,
+        decay_steps=config.steps if config.learning_rate_decay == "linear" else None,
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
     progress = _Progress()

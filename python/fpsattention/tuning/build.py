@@ -9,12 +9,13 @@ from typing import Any
 from ..analysis.metrics import jsonable
 from ..schedule import Level, Phase, Schedule, Window
 from .allocate import Allocation
+from .candidates import RATIOS
 from .settings import TuneSettings
 
 
 @dataclass(frozen=True)
 class Space:
-    """What allocations speak of: candidate windows, the tile that they count, layers, phases."""
+    """What allocations speak of: candidate windows, the tile that they count, layers, phases; ratios of patterns, and the scales beside them."""
 
     windows: list[tuple[int, int, int]]
     tile: tuple[int, int, int]
@@ -22,12 +23,17 @@ class Space:
     phases: int
     class_name: str
     per_head: bool
+    patterns: tuple[str, ...]
+    granularity: str
 
     @classmethod
     def of(cls, measured: Mapping[str, Any], settings: TuneSettings, num_layers: int, class_name: str) -> Space:
         """From what the state keeps."""
         found = [tuple(window) for window in measured["windows"]]
-        return cls(found, tuple(measured["tile"]), num_layers, settings.phases, class_name, settings.per_head)  # type: ignore[arg-type]
+        return cls(
+            found, tuple(measured["tile"]), num_layers, settings.phases, class_name, settings.per_head, settings.patterns,
+            settings.granularities[0],
+        )  # type: ignore[arg-type]  # fmt: skip
 
 
 def build(space: Space, allocation: Allocation, provenance: Mapping[str, Any]) -> Schedule:
@@ -41,13 +47,18 @@ def build(space: Space, allocation: Allocation, provenance: Mapping[str, Any]) -
         for phase in range(space.phases):
             choice = allocation.choices[phase * space.num_layers + layer]
             name = "dense"
-            if choice.granularity is not None:
-                chosen: list[Window] = [None if space.windows[w] == every else space.windows[w] for w in choice.windows]
+            if choice.kind in space.patterns:
+                ratio = RATIOS[choice.options[0]]
+                name = f"phase{phase}-{choice.kind}-{ratio:g}"
+                pattern = {"name": choice.kind, "ratio": ratio}
+                levels[name] = Level(name, granularity=space.granularity, pattern=pattern)  # type: ignore[arg-type]
+            elif choice.kind is not None:
+                chosen: list[Window] = [None if space.windows[w] == every else space.windows[w] for w in choice.options]
                 # Heads that differ are named one by one; otherwise the level is of the layer.
                 alike = len(set(chosen)) == 1
                 suffix = _windows_name(chosen[0]) if alike else "heads"
-                name = f"phase{phase}-{choice.granularity}-{suffix}"
-                levels[name] = Level(name, granularity=choice.granularity, window=chosen[0] if alike else None)
+                name = f"phase{phase}-{choice.kind}-{suffix}"
+                levels[name] = Level(name, granularity=choice.kind, window=chosen[0] if alike else None)
                 for head, window in enumerate(chosen if not alike else ()):
                     heads.setdefault((layer, head), {})[name] = window
             # Whole numbers of phases, so that the borders of all layers are the same numbers.

@@ -9,6 +9,7 @@ from ..integrations.levels import Grid, resolve_window
 from ..layout.tiles import TileLayout
 
 DENSITIES = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.33, 0.42, 0.55, 0.7, 0.85)
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75)  # of patterns
 FEW = 40  # grids with at most so many windows: all of them
 
 

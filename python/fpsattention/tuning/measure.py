@@ -25,9 +25,11 @@ from ..errors import ConfigError, UnsupportedError
 from ..integrations.installation import Installation
 from ..integrations.levels import Grid, Tokens
 from ..integrations.state import CURRENT
-from ..layout.masks import sliding_tile_mask
+from ..layout.masks import BlockMask, sliding_tile_mask
 from ..layout.tiles import TileLayout, plan
 from ..ops.checks import GRANULARITIES, kernel_dim
+from ..patterns import get
+from .candidates import RATIOS
 
 #: Called with q, k, v, output ``(B, S, H, D)`` and the softmax scale of one layer.
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]
@@ -208,6 +210,7 @@ def measure_phase(
     seed: int,
     windows_of: Callable[[TileLayout], list[Grid]],
     granularities: Sequence[str],
+    patterns: Sequence[str],
     weights: tuple[dict[int, Tensor], float] | None,
     wanted: Callable[[int], bool],
     found: Callable[[int, dict[str, list[list[float]]]], None],
@@ -216,7 +219,7 @@ def measure_phase(
 
     Args:
         weights: of ``sensitivities``; None: errors are relative to the layer's own output.
-        found: called with the layer and granularity -> ``[heads][windows]`` relative squared errors.
+        found: called with the layer and kind -> ``[heads][options]`` relative squared errors.
     """
     chosen: list[Rows] = []
 
@@ -226,7 +229,7 @@ def measure_phase(
         if wanted(layer):
             at = chosen[0]
             weight, total = (None, None) if weights is None else (weights[0].get(layer), weights[1])
-            squares, own = cell_errors(q, k, v, at, windows_of(at.layout), granularities, scale, weight)
+            squares, own = cell_errors(q, k, v, at, windows_of(at.layout), granularities, scale, weight, patterns)
             if weights is not None and weight is None:  # the output does not depend on this layer
                 squares = {name: torch.zeros_like(x) for name, x in squares.items()}
             norm = own if total is None else total
@@ -245,9 +248,10 @@ def cell_errors(
     granularities: Sequence[str],
     scale: float,
     weight: Tensor | None,
+    patterns: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], float]:
-    """Squared errors ``[heads, windows]`` of the FP8 op against FP32 attention, by granularity, summed over the rows; and, scaled up to
-    all rows, the sum of the output's squares.
+    """Squared errors ``[heads, windows]`` of the FP8 op against FP32 attention, by granularity, summed over the rows; those of a pattern's ratios, with
+    the first granularity, summed over the heads as well: ``[1, ratios]``; and, scaled up to all rows, the sum of the output's squares.
 
     Args:
         q, k, v: ``(B, S, H, D)``.
@@ -269,23 +273,32 @@ def cell_errors(
     token_of_slot, tile_of_block, offsets = (
         table.to(device) for table in (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
     )
-    factor = None if weight is None else weight.transpose(1, 2).to(device)
     visible = torch.zeros(layout.num_tiles, dtype=torch.int32)
     visible[rows.tiles] = 1
+    visible = visible.to(device)
+    factor = None if weight is None else weight.transpose(1, 2).to(device)
+
+    def squares(quantized: Sequence[Tensor], mask: BlockMask) -> Tensor:
+        """Per head."""
+        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = quantized
+        out = torch.ops.fpsattn.forward(
+            q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, mask.kv_num_blocks.to(device) * visible,
+            mask.kv_indices.to(device), num_tokens=layout.num_tokens, softmax_scale=scale,
+            out_dtype=torch.float32 if device.type == "cpu" else q.dtype, q_k_mean=q_k_mean,
+        )[0]  # fmt: skip
+        square = (out[:, :, tokens, :dim].float() - exact).square()
+        return (square if factor is None else square * factor).sum((0, 2, 3)).cpu()
+
     found = {}
-    for granularity in granularities:
-        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
+    for granularity in reversed(granularities):  # the first one's stay for the patterns
+        quantized = torch.ops.fpsattn.quantize(
             q, k, v, token_of_slot, offsets, granularity=GRANULARITIES[granularity], smooth_k=True, pow2_scales=False
         )
-        columns = []
-        for window in windows:
-            mask = sliding_tile_mask(layout, window)
-            out = torch.ops.fpsattn.forward(
-                q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, (mask.kv_num_blocks * visible).to(device),
-                mask.kv_indices.to(device), num_tokens=layout.num_tokens, softmax_scale=scale,
-                out_dtype=torch.float32 if device.type == "cpu" else q.dtype, q_k_mean=q_k_mean,
-            )[0]  # fmt: skip
-            square = (out[:, :, tokens, :dim].float() - exact).square()
-            columns.append((square if factor is None else square * factor).sum((0, 2, 3)))
-        found[granularity] = torch.stack(columns, 1).cpu()
+        found[granularity] = torch.stack(
+            [squares(quantized, sliding_tile_mask(layout, window)) for window in windows], 1
+        )
+    on_device = layout.to(device)
+    for name in patterns:
+        masks = (get(name, ratio=ratio)(q[..., :dim], k[..., :dim], on_device) for ratio in RATIOS)
+        found[name] = torch.stack([squares(quantized, mask).sum() for mask in masks]).unsqueeze(0)
     return found, float(exact.square().sum()) * rows.scale_up

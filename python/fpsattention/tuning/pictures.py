@@ -58,15 +58,15 @@ def plot_schedule(report: Mapping[str, Any], path: str | Path) -> Path:
 def plot_heads(report: Mapping[str, Any], path: str | Path) -> Path:
     """Density of every head (rows: layers and heads) in every phase, with the window written into it where it fits."""
     cells = report["cells"]
-    heads = max((len(c["windows"]) for c in cells), default=1) or 1
+    heads = max((len(c["densities"]) for c in cells), default=1) or 1
     layers, phases = 1 + max(c["layer"] for c in cells), 1 + max(c["phase"] for c in cells)
     table, text = np.ones((layers * heads, phases)), {}
     for cell in cells:
         for head in range(heads):
             row = cell["layer"] * heads + head
-            if cell["windows"]:
-                table[row, cell["phase"]] = cell["densities"][head]
-            text[row, cell["phase"]] = "x".join(map(str, cell["windows"][head])) if cell["windows"] else "BF16"
+            if cell["densities"]:
+                table[row, cell["phase"]] = cell["densities"][head if cell["windows"] else 0]
+            text[row, cell["phase"]] = _rule(cell, head)
     figure = new_figure(max(5.5, 1.1 * phases + 2.5), min(max(0.32 * layers * heads + 1.8, 3.2), 14.0))
     axis = figure.add_subplot()
     image = axis.imshow(table, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
@@ -85,6 +85,12 @@ def plot_heads(report: Mapping[str, Any], path: str | Path) -> Path:
     axis.set_ylabel("layer.head")
     axis.set_title("windows per head, in tiles (time x height x width)", fontsize=11)
     return save_figure(figure, path)
+
+
+def _rule(cell: Mapping[str, Any], head: int) -> str:
+    if cell["pattern"]:
+        return f"{cell['pattern']['name']} {cell['pattern']['ratio']:g}"
+    return "x".join(map(str, cell["windows"][head])) if cell["windows"] else "BF16"
 
 
 def plot_pareto(report: Mapping[str, Any], path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..integrations.report import Report
 from ..schedule import Level, Phase, Schedule
-from .settings import COST, Target
+from .settings import Target, cost_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Runner:
 
 
 def _cost(ran: Report) -> float:
-    """Mean over calls, in the units of :data:`COST`."""
+    """Mean over calls, in the units of :data:`~.settings.COST`."""
     calls = sum(row.calls for row in ran.rows)
-    return sum(row.calls * row.density * COST[row.granularity or "bf16"] for row in ran.rows) / max(calls, 1)
+    kinds = [row.pattern["name"] if row.pattern else row.granularity or "bf16" for row in ran.rows]
+    return sum(row.calls * row.density * cost_of(kind) for row, kind in zip(ran.rows, kinds, strict=True)) / max(
+        calls, 1
+    )

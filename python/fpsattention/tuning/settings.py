@@ -13,8 +13,14 @@ from ..errors import ConfigError
 from ..schedule.schedule import GRANULARITIES
 
 #: What a block pair costs, against one of FP8 with scales per block: BF16 tensor cores run at half the rate; scales per token are more
-#: loads per block, taken as 2 % (assumed, not measured).
+#: loads per block, taken as 2 %, as is the making of lists from q and k (both assumed, not measured).
 COST = {"block": 1.0, "tile": 1.0, "token": 1.02, "bf16": 2.0}
+SCORED_COST = 1.02
+
+
+def cost_of(kind: str) -> float:
+    """Per block pair: of FP8 with scales of a granularity, of BF16, or of the pattern of that name."""
+    return COST.get(kind, SCORED_COST)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class TuneSettings:
         budget: seconds; None: no limit. What is begun is finished, so it may be passed by one run of the pipeline.
         phases: equal shares of the denoising steps, each with windows of its own.
         granularities: FP8 scales that are tried; coarser ones win where they are as good.
+        patterns: names of patterns with a ``ratio`` ("topk_mean") that are tried beside windows, for all heads of a layer, with the first of
+            ``granularities``.
         tile: tokens ``(t, h, w)``; None: the planner's.
         rows: query tokens per head at which errors are measured (whole tiles, chosen by seed).
         per_head: windows per head; False: one per layer and phase.
@@ -96,6 +104,7 @@ class TuneSettings:
     budget: float | None = 1200.0
     phases: int = 4
     granularities: tuple[str, ...] = ("block", "token")
+    patterns: tuple[str, ...] = ()
     tile: tuple[int, int, int] | None = None
     rows: int = 512
     per_head: bool = True
@@ -113,12 +122,19 @@ class TuneSettings:
                 raise _wrong(name, getattr(self, name), "a whole number >= 1")
         if not self.granularities or set(self.granularities) - set(GRANULARITIES):
             raise _wrong("granularities", self.granularities, f"some of {', '.join(GRANULARITIES)}")
+        from ..patterns import get
+
+        for name in self.patterns:
+            try:
+                get(name, ratio=0.5)
+            except ConfigError as error:
+                raise _wrong("patterns", self.patterns, f"names of patterns that have a ratio ({error})") from error
         if self.sensitivity not in ("gradient", "none"):
             raise _wrong("sensitivity", self.sensitivity, "'gradient' or 'none'")
 
     def describe(self) -> dict[str, Any]:
         """What decides what is measured."""
-        names = ("phases", "granularities", "tile", "rows", "sensitivity", "probes", "seed")
+        names = ("phases", "granularities", "patterns", "tile", "rows", "sensitivity", "probes", "seed")
         return {name: getattr(self, name) for name in names}
 
 

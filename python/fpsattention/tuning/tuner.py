@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import ConfigError
-from ..layout.tiles import TileLayout
+from ..layout.tiles import TileLayout, plan
+from ..patterns import get
 from ..schedule import Schedule
 from .allocate import Allocation, Cell, Choice, frontier, within_cost, within_error
 from .build import Space, build
-from .candidates import windows
+from .candidates import RATIOS, windows
 from .measure import Inputs, measure_phase, phase_starts, sensitivities
 from .runs import Item, Runner, dense
 from .settings import Target, TuneSettings, seconds
@@ -253,7 +255,7 @@ class Tuner:
 
                 measure_phase(
                     installation, arguments, tile=settings.tile, rows=settings.rows, seed=seed, windows_of=self._windows,
-                    granularities=settings.granularities, weights=weights,
+                    granularities=settings.granularities, patterns=settings.patterns, weights=weights,
                     wanted=partial(self._wanted, frozenset(known)), found=found,
                 )  # fmt: skip
         self.progress("errors of attention", total, total)
@@ -264,12 +266,23 @@ class Tuner:
     def _windows(self, layout: TileLayout) -> list[tuple[int, int, int]]:
         found = windows(layout)
         space = {"windows": found, "tile": list(layout.tile), "grid": list(layout.grid)}
+        space |= {"text_len": layout.text_len, "text_position": layout.text_position if layout.text_len else "suffix"}
         space["densities"] = [_density(layout, window) for window in found]
         if (known := self.state.get("space")) is None:
             self.state.put(space, "space")
         elif known["windows"] != [list(window) for window in found] or known["grid"] != list(layout.grid):
             raise ConfigError("fpsattention.tune: the items have different token grids, wanted one size for all")
         return found
+
+    def _shares(self, space: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Kind -> densities of its options. How much a ``ratio`` attends is a matter of the layout alone, so any q and k will do."""
+        shares = dict.fromkeys(self.settings.granularities, space["densities"])
+        if self.settings.patterns:
+            layout = plan(space["grid"], space["tile"], space["text_len"], space["text_position"])
+            q, k = torch.randn(2, 1, 1, layout.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+            for name in self.settings.patterns:
+                shares[name] = [float(get(name, ratio=ratio)(q, k, layout).density) for ratio in RATIOS]
+        return shares
 
     def _weights(self) -> None:
         """Cells with errors in units of the result: squared errors of a phase times what such an error does to the result."""
@@ -279,7 +292,7 @@ class Tuner:
                 f"fpsattention.tune: budget {self.settings.budget:g} s, wanted more: nothing was measured yet (what was begun is kept)"
             )
         self.space = Space.of(space, self.settings, self.num_layers, self.class_name)
-        self.shares: list[float] = space["densities"]
+        self.shares = self._shares(space)
         raw = [
             self._cell_errors(layer, phase) for phase in range(self.settings.phases) for layer in range(self.num_layers)
         ]
@@ -311,11 +324,18 @@ class Tuner:
         self.cells = self._cells(raw, shares, self.factors, *self.ratios)
 
     def _cell_errors(self, layer: int, phase: int) -> dict[str, np.ndarray]:
-        """Mean over the items that were measured, of one (layer, phase): granularity to ``[heads, windows]``."""
+        """Mean over the items that were measured, of one (layer, phase): kind to ``[heads, options]``."""
         found = [(self.state.get("errors", f"{item.name}/{phase}") or {}).get(str(layer)) for item in self.items]
         tables = [table for table in found if table is not None]
-        errors = {g: np.mean([table[g] for table in tables], axis=0) for g in self.settings.granularities if tables}
-        return errors if self.settings.per_head else {g: e.sum(0, keepdims=True) for g, e in errors.items()}
+        kinds = (*self.settings.granularities, *self.settings.patterns) if tables else ()
+        errors = {kind: np.mean([table[kind] for table in tables], axis=0) for kind in kinds}
+        return errors if self.settings.per_head else {kind: e.sum(0, keepdims=True) for kind, e in errors.items()}
+
+    def _rounding(self, errors: Mapping[str, np.ndarray], kind: str) -> np.ndarray:
+        """What a kind's errors ``[heads, 1]`` are where nothing is skipped."""
+        if kind in self.settings.granularities:
+            return errors[kind][:, -1:]
+        return errors[self.settings.granularities[0]][:, -1:].sum(0, keepdims=True)
 
     def _cells(
         self,
@@ -330,9 +350,9 @@ class Tuner:
         for i, errors in enumerate(raw):
             phase = i // self.num_layers
             scaled = {}
-            for granularity, e in errors.items():
-                rounded = e[:, -1:]
-                scaled[granularity] = factors[phase] * (rounding * rounded + skipping * np.maximum(e - rounded, 0.0))
+            for kind, e in errors.items():
+                rounded = self._rounding(errors, kind)
+                scaled[kind] = factors[phase] * (rounding * rounded + skipping * np.maximum(e - rounded, 0.0))
             cells.append(Cell(scaled, shares[phase] / self.num_layers))
         return cells
 
@@ -365,7 +385,7 @@ class Tuner:
 
         Rounding errors are independent of one another; those of skipped keys are not, and add up to more from layer to layer and phase to phase.
         """
-        granularity, last = self.settings.granularities[0], len(self.shares) - 1
+        granularity, last = self.settings.granularities[0], len(self.space.windows) - 1
         full = tuple(Choice(granularity, (last,) * len(cell.errors[granularity])) for cell in cells)
         sparse = within_cost(cells, self.shares, REFERENCE_COST).choices
         for i, (name, choices) in enumerate((("rounding", full), ("skipping", sparse))):
@@ -373,11 +393,11 @@ class Tuner:
             if known is None and not self.late:
                 rounded = skipped = 0.0
                 for cell, choice in zip(cells, choices, strict=True):
-                    if choice.granularity is not None:
-                        errors = cell.errors[choice.granularity]
-                        rounded += float(errors[:, last].sum())
-                        at = errors[np.arange(len(choice.windows)), list(choice.windows)]
-                        skipped += float(np.maximum(at - errors[:, last], 0.0).sum())
+                    if choice.kind is not None:
+                        full_window = self._rounding(cell.errors, choice.kind)[:, 0]
+                        at = cell.errors[choice.kind][np.arange(len(choice.options)), list(choice.options)]
+                        rounded += float(full_window.sum())
+                        skipped += float(np.maximum(at - full_window, 0.0).sum())
                 schedule = build(self.space, Allocation(choices, 0.0, 0.0, 0.0), {})
                 left = self.runner.distance(schedule, self.items[0])[0] ** 2 - (self.ratios[0] * rounded if i else 0.0)
                 part = skipped if i else rounded
@@ -509,7 +529,7 @@ class Tuner:
             "seeds": [item.seed for item in (*self.items, self.held_out)], "settings": self.settings.describe(),
             "sigmas": [self.sigmas[start] for start in self.starts[:-1]], "phase_factors": self.factors, "rounding_skipping_factors": self.ratios,
             "errors": errors if len(text) < 200_000 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "file": "state.json"},
-            "windows": self.space.windows,
+            "windows": self.space.windows, "ratios": RATIOS if self.space.patterns else [],
         }  # fmt: skip
 
     def _save(self, allocation: Allocation, value: float, verified: bool) -> None:
@@ -538,13 +558,15 @@ class Tuner:
         rows = []
         for i, (cell, choice) in enumerate(zip(self.cells, self.final.choices, strict=True)):
             phase, layer = divmod(i, self.num_layers)
-            fp8 = choice.granularity is not None
-            errors = cell.errors[choice.granularity] if choice.granularity is not None else None
+            kind, scored = choice.kind, choice.kind in self.settings.patterns
+            densities = [] if kind is None else [self.shares[kind][option] for option in choice.options]
             rows.append({
-                "layer": layer, "phase": phase, "precision": "fp8" if fp8 else "bf16", "granularity": choice.granularity,
-                "windows": [self.space.windows[w] for w in choice.windows], "densities": [self.shares[w] for w in choice.windows],
-                "density": float(np.mean([self.shares[w] for w in choice.windows])) if fp8 else 1.0,
-                "error": 0.0 if errors is None else float(sum(errors[h, w] for h, w in enumerate(choice.windows))),
+                "layer": layer, "phase": phase, "precision": "bf16" if kind is None else "fp8",
+                "granularity": self.space.granularity if scored else kind,
+                "pattern": {"name": kind, "ratio": RATIOS[choice.options[0]]} if scored else None,
+                "windows": [] if scored else [self.space.windows[w] for w in choice.options], "densities": densities,
+                "density": float(np.mean(densities)) if densities else 1.0,
+                "error": 0.0 if kind is None else float(sum(cell.errors[kind][h, w] for h, w in enumerate(choice.options))),
                 "measured": bool(cell.errors),
             })  # fmt: skip
         return rows
