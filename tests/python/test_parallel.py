@@ -1,13 +1,12 @@
-"""fpsattention.parallel in 2 and 4 processes (gloo, CPU). Processes are dear to start, so each group runs all of its checks."""
+"""fpsattention.parallel in 2 and 4 processes (gloo, CPU). Each group runs all of its checks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import distributed_parallel
 import pytest
 import torch.distributed
+from distributed_ranks import Ranks
 
 import fpsattention as fps
 from fpsattention.errors import ConfigError
@@ -19,7 +18,6 @@ from fpsattention.parallel.sharding import cut_evenly
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-SCRIPT = Path(__file__).with_name("distributed_parallel.py")
 TWO = (
     "equal_to_one_process",
     "options_of_the_call",
@@ -50,58 +48,20 @@ FOUR = (
 )
 
 
-def run(folder, size, names):
-    """What every rank wrote: name to error ("" where all is well)."""
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), *names], env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=500)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(size)]
-    results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-    return {
-        name: [r.get(name, f"did not run: {o[-2000:]}") for r, o in zip(results, outputs, strict=True)]
-        for name in names
-    }
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def test_ranks(tmp_path, subtests):
+    """Both groups at a time, and in one test, so that one worker of pytest imports for them."""
     pytest.importorskip("diffusers")
-    return run(tmp_path_factory.mktemp("two"), 2, (*TWO, *MODELS))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    pytest.importorskip("diffusers")
-    return run(tmp_path_factory.mktemp("four"), 4, (*FOUR, "lost_ranks"))
-
-
-@pytest.mark.parametrize("name", (*TWO, *MODELS))
-def test_two_ranks(name, two):
-    assert two[name] == ["", ""]
-
-
-@pytest.mark.parametrize("name", FOUR)
-def test_four_ranks(name, four):
-    assert four[name] == [""] * 4
-
-
-def test_a_lost_rank_is_an_error_on_the_others(four):
-    assert four["lost_ranks"][0] == four["lost_ranks"][3] == ""  # the two others are lost
+    groups = {2: (*TWO, *MODELS), 4: (*FOUR, "lost_ranks")}
+    running = {size: Ranks(tmp_path / str(size), size, distributed_parallel.run, tmp_path / str(size), names) for size, names in groups.items()}  # fmt: skip
+    for size, names in groups.items():
+        texts = running[size].wait()
+        files = [tmp_path / str(size) / f"{rank}.json" for rank in range(size)]
+        results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        for name in names:
+            with subtests.test(f"{name}, {size} ranks"):
+                survivors = [0, 3] if name == "lost_ranks" else range(size)
+                errors = {rank: results[rank].get(name, f"did not run: {texts[rank][-2000:]}") for rank in survivors}
+                assert errors == dict.fromkeys(survivors, "")
 
 
 def test_heads_are_dealt_evenly_or_by_cost():

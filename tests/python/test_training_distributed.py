@@ -1,10 +1,8 @@
 """The trainer in two processes (gloo, CPU): replicated (DDP) and sharded (FSDP2) weights, saved and resumed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,14 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
+import distributed_training
+from distributed_ranks import Ranks
 from safetensors.torch import load_file
 
 import fpsattention as fps
 from fpsattention.training import write_synthetic
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("distributed_training.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +28,10 @@ def latents(tmp_path_factory):
 
 
 def run(mode, latents, output, lora_rank, processes=2, **settings):
-    """What train() returned in distributed_training.py: losses, validation losses."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run(
-        [*torchrun, str(SCRIPT), mode, str(latents), str(output), str(lora_rank), json.dumps(settings)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    """What train() returned: losses, validation losses."""
+    settings |= {"data": str(latents), "output": str(output), "lora_rank": lora_rank}
+    with tempfile.TemporaryDirectory() as folder:
+        Ranks(Path(folder) / "ranks", processes, distributed_training.run, mode, settings).finish()
     return json.loads((output / "run.json").read_text())
 
 
