@@ -72,6 +72,21 @@ def test_a_clone_runs_sparse_and_the_model_itself_does_not(schedule_file):
     assert model.model_options == {"transformer_options": {}} and not model.wrappers
 
 
+def test_blocks_are_known_where_the_model_does_not_tell(schedule_file):
+    """LTX-Video. Hooks are on the blocks while a forward runs, and gone after it."""
+    model = comfy.ModelPatcher(comfy.LTXVModel())
+    (clone,) = node().apply(model, schedule_file=schedule_file)
+    seen, override = observed(clone)
+    clone.sample(video(), text(), FLOW[[0, 4]])
+    assert [name for name, *_ in seen] == [
+        "diffusion_model.transformer_blocks.0",
+        "diffusion_model.transformer_blocks.1",
+    ]
+    close_to_masked_and_far_from_dense(seen)
+    assert not override.report().fallbacks
+    assert not any(block._forward_pre_hooks for block in model.diffusion_model.transformer_blocks)
+
+
 def test_an_override_that_was_there_stays_the_dense_path(schedule_file):
     def other(func, *args, **kwargs):
         assert kwargs["_inside_attn_wrapper"]

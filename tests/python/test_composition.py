@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from diffusers.hooks import (
 )
 
 import fpsattention as fps
+from fpsattention.errors import UnsupportedError
 
 LAYERS, STEPS = 4, 6
 FP8 = "fp8"
@@ -171,17 +171,43 @@ def test_lora_is_added_fused_and_unloaded():
         assert not handle.report().fallbacks
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_torchao_weights():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_weights(config):
+    """Weights quantized before the schedule comes or under it; nothing of them is touched, and FP8 linears refuse them by name."""
+    from torchao import quantization
 
-    transformer = model()
-    quantize_(transformer, Int8WeightOnlyConfig())
+    def quantize(module: torch.nn.Module) -> None:
+        quantization.quantize_(module, getattr(quantization, config)())
+
+    transformer, later = (tiny_wan.transformer(num_layers=3) for _ in range(2))  # first and last keep their linears
+    full = run(transformer)
+    quantize(transformer)
+    weight = transformer.blocks[0].attn1.to_q.weight
     want = run(transformer)
+    assert not torch.equal(want, full)  # it does quantize
     with fps.apply(transformer, "dense"):
         assert torch.equal(run(transformer), want)
-    with fps.apply(transformer, FP8):
-        assert 0 < (run(transformer) - want).abs().mean() < 0.05 * want.abs().mean()
+    with fps.apply(transformer, FP8) as handle:
+        sparse = run(transformer)
+        assert 0 < (sparse - want).abs().mean() < 0.05 * want.abs().mean()
+        assert not handle.report().fallbacks
+    assert torch.equal(run(transformer), want) and transformer.blocks[0].attn1.to_q.weight is weight
+
+    handle = fps.apply(later, FP8)
+    run(later)
+    quantize(later)
+    assert torch.equal(run(later), sparse)
+    handle.remove()
+    assert torch.equal(run(later), want)
+
+    with pytest.raises(
+        UnsupportedError, match=r"attn1.to_q has weights that are quantized already \((Int8|Float8)Tensor\)"
+    ):
+        fps.apply(transformer, FP8, linears="fp8")
+    with fps.apply(transformer, FP8, linears="fp8", on_unsupported="dense") as handle:
+        assert torch.equal(run(transformer), sparse)
+        report = handle.report()
+        assert all(row.linears == 0 for row in report.rows) and "quantized already" in next(iter(report.fallbacks))
 
 
 def test_guidance_in_one_batch_is_guidance_in_two_calls():

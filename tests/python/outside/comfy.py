@@ -80,11 +80,49 @@ class WanModel(Model):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         if kwargs.get("reference_latent") is not None:
             x = torch.cat([self.patch_embedding(kwargs["reference_latent"]).flatten(2).transpose(1, 2), x], 1)
-        transformer_options["block_type"] = "double"
-        for i, block in enumerate(self.blocks):
-            transformer_options["block_index"] = i
-            x = block(x, context, transformer_options)
+        for block in self.blocks:
+            x = block(x, context=context, transformer_options=transformer_options)
         return x
+
+
+class LTXVModel(Model):
+    """Blocks of another name, which some nodes hand options of their own; unlike WanModel it never tells which block runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks, self.num_attention_heads = self.blocks, HEADS
+        del self.blocks, self.num_heads
+
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        attention_mask=None,
+        frame_rate=25,
+        transformer_options={},
+        keyframe_idxs=None,
+        **kwargs,
+    ):
+        run = Executor(self._forward, self, wrappers_of("diffusion_model", transformer_options))
+        return run(x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, **kwargs)
+
+    def _forward(self, x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, **kwargs):
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        for i, block in enumerate(self.transformer_blocks):
+            options = transformer_options if i else {**transformer_options, "stg_skip_self_attn": False}
+            x = block(x, context=context, transformer_options=options)
+        return x
+
+
+class JointBlock(Block):
+    def forward(self, x, attn_mask, transformer_options):
+        a = self.self_attn
+        q, k, v = (f(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for f in (a.q, a.k, a.v))
+        out = optimized_attention(
+            q, k, v, HEADS, mask=attn_mask, skip_reshape=True, transformer_options=transformer_options
+        )
+        return x + a.o(out)
 
 
 class HunyuanVideo(Model):
@@ -92,7 +130,7 @@ class HunyuanVideo(Model):
 
     def __init__(self):
         super().__init__()
-        self.double_blocks, self.single_blocks = self.blocks[:1], self.blocks[1:]
+        self.double_blocks, self.single_blocks = (torch.nn.ModuleList([JointBlock()]) for _ in range(2))
         self.txt_in = WanAttention()
 
     def forward(
@@ -105,16 +143,8 @@ class HunyuanVideo(Model):
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         context = self.txt_in(context, transformer_options)
         video, x = x.shape[1], torch.cat([x, context], 1)
-        for kind, blocks in (("double", self.double_blocks), ("single", self.single_blocks)):
-            transformer_options["block_type"] = kind
-            for i, block in enumerate(blocks):
-                transformer_options["block_index"] = i
-                a = block.self_attn
-                q, k, v = (f(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for f in (a.q, a.k, a.v))
-                out = optimized_attention(
-                    q, k, v, HEADS, mask=attention_mask, skip_reshape=True, transformer_options=transformer_options
-                )
-                x = x + a.o(out)
+        for block in (*self.double_blocks, *self.single_blocks):
+            x = block(x, attn_mask=attention_mask, transformer_options=transformer_options)
         return x[:, :video]
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +27,7 @@ from fpsattention.schedule import Schedule
 
 OVERRIDE = "optimized_attention_override"
 FORWARD = "fpsattention_forward"
+BLOCK = "fpsattention_block"
 _LOG = logging.getLogger("fpsattention")
 
 
@@ -34,7 +37,7 @@ class Family:
 
     Attributes:
         class_name: of the diffusion model; subclasses count.
-        blocks: its lists of blocks, by the ``block_type`` that ComfyUI tells while they run.
+        blocks: its lists of blocks, in the order of their layers, by what ComfyUI calls them.
         pads: latents are padded to whole patches; otherwise they have to be whole.
     """
 
@@ -105,8 +108,7 @@ class Override:
         options = arguments.get("transformer_options")
         if not isinstance(options, dict):
             return executor(*args, **kwargs)
-        for name in ("block_type", "block_index"):  # of an earlier forward
-            options.pop(name, None)
+        options.pop(BLOCK, None)  # of an earlier forward
         latents = arguments["x"]
         grid, refused = self._grid(model, latents, arguments)
         sigmas, run = _sigmas(options, latents.shape[0])
@@ -121,10 +123,26 @@ class Override:
         before = options.get(FORWARD)
         options[FORWARD] = (forward, keys)
         try:
-            return executor(*args, **kwargs)
+            with self._blocks_tell(model):
+                return executor(*args, **kwargs)
         finally:
             options[FORWARD] = before
             self.hosted.count(forward)
+
+    @contextmanager
+    def _blocks_tell(self, model: Any) -> Iterator[None]:
+        """Each block writes its number to the ``transformer_options`` that it is called with. (ComfyUI's own ``block_index`` is younger
+        than its overrides, and missing in LTX-Video.)"""
+        hooks = []
+        for kind, name in self.family.blocks.items():
+            for i, block in enumerate(getattr(model, name, ())):
+                tell = partial(_tell, self.first[kind] + i)
+                hooks.append(block.register_forward_pre_hook(tell, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapper of ComfyUI's "outer_sample": says in the log what ran."""
@@ -201,11 +219,14 @@ class Override:
 
     def _layer(self, options: dict[str, Any]) -> int | None:
         """The layer whose block runs; None: outside of the blocks."""
-        kind, index = options.get("block_type"), options.get("block_index")
-        if kind not in self.first or index is None:
-            return None
-        layer = self.first[kind] + index
-        return layer if layer < len(self.hosted.sites) else None
+        layer = options.get(BLOCK)
+        return layer if layer is not None and layer < len(self.hosted.sites) else None
+
+
+def _tell(layer: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    options = kwargs.get("transformer_options")
+    if isinstance(options, dict):
+        options[BLOCK] = layer
 
 
 def _falling(sigmas: Tensor) -> tuple[float, ...]:
