@@ -238,6 +238,7 @@ class LevelTables:
         # Read by code that is traced, so made here.
         self._classes = [tuple(level.kernel_class for level in levels) for levels in self.group_levels]
         self._texts = [tuple(map(text_of, levels)) for levels in self.group_levels]
+        self._pools = [tuple(x.pattern is not None and x.pattern.pattern.pools for x in xs) for xs in self.group_levels]
         self._dynamic = [[i for i, level in enumerate(levels) if level.dynamic] for levels in self.group_levels]
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
@@ -404,11 +405,14 @@ class LevelTables:
 
         def make() -> Selector:
             layout = tables.on(device)
-            named = (level.name, level.granularity, text_of(level), level.refresh)
-            if not in_graph:
-                return Selector(*named, pattern=level.pattern, layout=layout)
             assert level.pattern is not None
-            return Selector(*named, pack_layout(layout, sizes_of(layout, level.pattern.list_width(layout))), backward)
+            sizes = sizes_of(layout, level.pattern.list_width(layout))
+            plain = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes)
+            given = pack_layout(layout, sizes) if in_graph else plain
+            named = (level.name, level.granularity, text_of(level), level.refresh)
+            pools = level.pattern.pattern.pools
+            eager = (None, None) if in_graph else (level.pattern, layout)
+            return Selector(*named, given, backward, pools, *eager)
 
         return tables.made.get(("selector", level, device, backward, in_graph), make)
 
@@ -426,7 +430,7 @@ class LevelTables:
             for i, of_level in zip(self._dynamic[group], sizes, strict=True):
                 given = (tables[0], tables[1], tables[2], of_level)
                 named = (levels[i].name, levels[i].granularity, self._texts[group][i])
-                selectors[self._classes[group][i]] = Selector(*named, 1, given, True)
+                selectors[self._classes[group][i]] = Selector(*named, 1, given, True, self._pools[group][i])
             parts = _branches(self._classes[group], lists, segments, None, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
