@@ -304,7 +304,9 @@ class LevelTables:
 
     def eager_only(self) -> str | None:
         """Why compiled layers cannot run under the schedule, or None."""
-        for level in (level for levels in self.group_levels for level in levels if level.pattern is not None):
+        for level in (level for levels in self.group_levels for level in levels):
+            if level.precision == "paper":
+                return f"level {level.name!r} has precision 'paper', which runs outside of graphs only"
             if level.refresh > 1:
                 return f"level {level.name!r} keeps a mask for {level.refresh} steps, which a graph does not remember"
             if level.pattern is not None and level.pattern.pattern.permutes:
@@ -410,7 +412,7 @@ class LevelTables:
             plain = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes)
             given = pack_layout(layout, sizes) if in_graph else plain
             named = (level.name, level.granularity, text_of(level), level.refresh)
-            pools = level.pattern.pattern.pools
+            pools = level.pattern.pattern.pools and level.precision != "paper"
             eager = (None, None) if in_graph else (level.pattern, layout)
             return Selector(*named, given, backward, pools, *eager)
 

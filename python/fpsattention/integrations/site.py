@@ -184,6 +184,7 @@ class Site:
             dtype = torch.bfloat16
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         options: dict[str, Any] = {"granularity": part.granularity, "precision": part.precision, "scale": core.scale}
+        options["smooth_k"] = part.precision != "paper"
         lists = part.lists
         if isinstance(lists, Packed):
             lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
@@ -206,9 +207,7 @@ class Site:
                         raise UnsupportedError(
                             f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
                         )
-                    out = clustered_attention(
-                        *heads_first, made, granularity=part.granularity, precision=part.precision, scale=core.scale
-                    )
+                    out = clustered_attention(*heads_first, made, **options)
                     return out.transpose(1, 2)
                 lists = made if isinstance(made, Lists) else made.lists(torch.is_grad_enabled())
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:

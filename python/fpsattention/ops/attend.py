@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
-from . import autograd, prepare
+from . import autograd, prepare, published
 from .backends import reference_attention, resolve_backend
 from .checks import GRANULARITIES, HEAD_DIMS, INT8, kernel_dim
 from .prepare import Norm, Rope
@@ -106,6 +106,11 @@ def _attend(
             "fpsattention.attention: precision 'int8' on the sm_90a kernels, which multiply Q and K in FP8 only: use precision='fp8' there, "
             "or CPU tensors to see what INT8 would cost"
         )
+    if precision == "paper" and backend == "sm90":
+        raise UnsupportedError(
+            "fpsattention.attention: precision 'paper' on the sm_90a kernels, whose P is 2^(x - m + 8) of an integer maximum: use "
+            "precision='fp8' there, or CPU tensors or backend='reference' to see what the published P costs"
+        )
     q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -138,15 +143,22 @@ def _attend(
         "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
     rest: tuple[Any, ...] = ()
+    if precision == "paper" and prepared:
+        raise UnsupportedError(
+            "fpsattention.attention: norm and rope were asked for at precision 'paper', supported are precision='fp8', or tensors that have them"
+        )
     if isinstance(lists, Selection):
-        if prepared or backend == "reference":
+        if prepared or backend == "reference" or precision == "paper":
             raise UnsupportedError(
-                "fpsattention.attention: a selection by sums over blocks was given with norm, rope or backend='reference', supported are ready lists"
+                "fpsattention.attention: a selection by sums over blocks was given with norm, rope, precision 'paper' or backend='reference', "
+                "supported are ready lists"
             )
         out, lse, *rest = autograd.call(
             "attention_selected", q, k, v, *lists[:4], k_mean, v_absmax, hidden, pattern=lists.pattern,
             transposed=lists.transposed, head_dim=dim, **options, deterministic=deterministic,
         )  # fmt: skip
+    elif precision == "paper":
+        out, lse = published.attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
     elif prepared:
         if hidden is not None:
             raise ConfigError("fpsattention.attention: hidden is given with norm or rope, wanted them applied before")
