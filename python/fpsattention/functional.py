@@ -70,7 +70,8 @@ def attention(
             or mask says (a first frame, references), with all that shares a tile or a block with them: :meth:`BlockMask.with_exact`.
         granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
         precision: of Q and K: "fp8" (e4m3), or "int8" as in SageAttention (arXiv 2411.10958): one scale per block, absmax / 127, whatever
-            ``granularity`` says. P and V are e4m3 in both. INT8 runs on the CPU and in the reference only.
+            ``granularity`` says. P and V are e4m3 in both. "paper": as "fp8", with P as FPSAttention's paper has it, ``e4m3(448 exp(x - m))``
+            summed before it is rounded. INT8 and "paper" run on the CPU and in the reference only.
         scale, softmax_scale: two names of the softmax scale, > 0; None: ``1 / sqrt(D)``.
         smooth_k: subtract the mean of K before quantizing (changes the error, not the result).
         pow2_scales: round scales up to powers of two: exact dequantization in BF16, a larger quantization error. The same forward is

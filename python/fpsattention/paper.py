@@ -1,8 +1,8 @@
 """Paper mode: FPSAttention as arXiv 2506.04648 writes it, where it says something. ``docs/paper.md`` goes through it line by line.
 
 Everything here is the library's own op with the paper's settings: windows truncated by distance, scale groups of several tiles, no K smoothing, a
-phase per denoising *step*. Two things the op does otherwise stay: probabilities are rounded against an integer row maximum (the
-published fixed 1/448 is ``compare.numerics.PAPER``), and feed-forward layers are not quantized.
+phase per denoising *step*. Probabilities are those of the kernels, rounded against an integer row maximum, or with ``precision="paper"`` those of
+the paper, on the CPU. FP8 feed-forward layers are ``fps.apply(..., linears="fp8")``.
 """
 
 from __future__ import annotations
@@ -48,18 +48,23 @@ class PaperMode:
             intermediate. Not published: no default.
         tile: (6, 8, 8).
         phases: of :data:`PHASES`.
+        precision: "paper": probabilities as published, ``e4m3(448 exp(x - m))``, on CPU tensors or with ``backend="reference"`` only; "fp8": those
+            of the kernels (``docs/numerics.md``).
     """
 
     alpha1: float
     alpha2: float
     tile: Int3 = (6, 8, 8)
     phases: Mapping[str, PaperPhase] = field(default_factory=lambda: dict(DEFAULT_PHASES))
+    precision: str = "fp8"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha1 <= self.alpha2 <= 1.0:
             raise ConfigError(
                 f"fpsattention.PaperMode: alphas {self.alpha1}, {self.alpha2}, wanted 0 <= alpha1 <= alpha2 <= 1"
             )
+        if self.precision not in ("fp8", "paper"):
+            raise ConfigError(f"fpsattention.PaperMode: precision {self.precision!r}, wanted 'fp8' or 'paper'")
         if set(self.phases) != set(PHASES):
             raise ConfigError(f"fpsattention.PaperMode: phases {sorted(self.phases)}, wanted {', '.join(PHASES)}")
 
@@ -86,16 +91,21 @@ class PaperMode:
         size = self._phase(phase).granularity
         clamped = tuple(max(min(s, -(-n // t) * t), t) for s, n, t in zip(size, grid, mask.layout.tile, strict=True))
         tables = patterns.scale_groups(mask, clamped, backward)
-        return attend(q, k, v, tables, smooth_k=False, backend=backend)[0]
+        return attend(q, k, v, tables, precision=self.precision, smooth_k=False, backend=backend)[0]
 
     def schedule(self, scheduler: Any, num_steps: int) -> Schedule:
         """The same phases as a schedule for ``fps.apply`` and the trainer, at the sigmas that ``scheduler`` visits in D steps.
 
-        Its windows are these, truncated at borders. Its scales are shared by a tile: coarser scale groups are not kept.
+        Its windows are these, truncated at borders. Its scales are shared by a tile: coarser scale groups are not kept. With precision "paper"
+        K is not smoothed; the levels of "fp8" smooth it.
         """
         steps = [self.phase(step, num_steps) for step in range(1, num_steps + 1)]
         levels = {
-            name: Level(name, pattern=patterns.get("sliding_tile", window=self._phase(name).window, border="truncate"))
+            name: Level(
+                name,
+                self.precision,
+                pattern=patterns.get("sliding_tile", window=self._phase(name).window, border="truncate"),
+            )
             for name in PHASES
         }
         provenance = {"created_by": "fpsattention", "paper": "2506.04648", "alphas": [self.alpha1, self.alpha2]}

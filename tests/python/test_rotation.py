@@ -110,13 +110,16 @@ def test_a_level_of_a_schedule(monkeypatch):
         assert not torch.equal(plain[name], rotated[name])
     both = run({**window, "hadamard": True}, window)
     assert torch.equal(both, torch.cat([rotated["window"][:1], plain["window"][1:]]))
-    attend = site.attend
 
-    def by_hand(q, k, v, lists, **options):
-        assert not options.pop("hadamard")
-        return attend(rotate(q), rotate(k), v, lists, **options)
+    def by_hand(attend):
+        def run(q, k, v, lists, **options):
+            assert not options.pop("hadamard")
+            return attend(rotate(q), rotate(k), v, lists, **options)
 
-    monkeypatch.setattr(site, "attend", by_hand)
+        return run
+
+    for name in ("attend", "attend_selected"):
+        monkeypatch.setattr(site, name, by_hand(getattr(site, name)))
     for name, level in (("window", window), ("topk", topk)):
         assert torch.equal(run(level), rotated[name])
 

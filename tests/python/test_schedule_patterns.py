@@ -230,13 +230,13 @@ class Counting:
 
     def __init__(self, monkeypatch):
         self.calls = 0
-        measured = patterns.topk_mean.measured
+        of_sums = patterns.topk_mean.of_sums
 
         def counted(*arguments, **options):
             self.calls += 1
-            return measured(*arguments, **options)
+            return of_sums(*arguments, **options)
 
-        monkeypatch.setattr(patterns.topk_mean, "measured", counted)
+        monkeypatch.setattr(patterns.topk_mean, "of_sums", counted)
 
 
 @torch.no_grad()

@@ -158,11 +158,11 @@ def test_sums_of_the_quantizer_score_as_well():
         block_sums=True,
     )[8:]
     for pattern, options in ((patterns.topk_mean, {"ratio": 0.4}), (patterns.cdf_mean, {"mass": 0.6})):
-        mask, densities = pattern.of_sums(*sums, layout, 64**-0.5, **options)
+        mask, densities = pattern.of_sums(*sums, layout, **options)
         wanted, of_tokens = pattern.measured(q, k, layout, **options)
         assert torch.equal(mask.to_blocks(), wanted.to_blocks()) and torch.equal(densities, of_tokens)
-    with pytest.raises(ConfigError, match="cdf_mean: sums over blocks.*expected topk_mean"):
-        patterns.cdf_mean.of_sums(*sums, layout, 64**-0.5, window=(1, 1, 1))
+    with pytest.raises(ConfigError, match="sparge: sums over blocks.*expected cdf_mean, draft"):
+        patterns.sparge.of_sums(*sums, layout)
 
 
 def test_bad_arguments():

@@ -3,6 +3,8 @@
 Run on a Hopper GPU, or on CPU tensors with FPSATTN_SM90_ON_HOST=1 in a process whose CUDA runtime is an emulator. Skipped elsewhere.
 """
 
+import json
+
 import pytest
 import torch
 from test_compensation import exact
@@ -11,7 +13,8 @@ import fpsattention as fps
 from fpsattention import patterns
 from fpsattention.ops import blocks as law
 from fpsattention.ops import core as ops
-from fpsattention.ops.attend import attend
+from fpsattention.ops.attend import attend, attend_selected
+from fpsattention.ops.selection import Selection, sizes_of
 from fpsattention.patterns.blocks import tables
 
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -45,6 +48,26 @@ def test_lists_of_a_content_pattern():
     results = [attend(q, k, v, mask, tensor_layout="HND", backend=backend)[0] for backend in ("sm90", "reference")]
     assert relative_l1(*results) < 2.0**-9  # one rounding to BF16
     for a, b in zip(*(gradients(out, (q, k, v)) for out in results), strict=True):
+        assert relative_l1(a, b) < 0.01
+
+
+@pytest.mark.parametrize("rule", [{"name": "topk_mean", "ratio": 0.4}, {"name": "draft", "sparsity": 0.6}])
+def test_lists_of_the_sums_of_the_quantizer(rule):
+    """quantize, select, forward as a level of a schedule runs them: the lists of two calls on the CPU, and their gradients."""
+    q, k, v = tensors()
+    bound, layout = patterns.from_dict(rule), LAYOUT.to(DEVICE)
+    sizes = sizes_of(LAYOUT, bound.list_width(LAYOUT))
+    given = Selection(
+        layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes, json.dumps(rule), True
+    )
+    out, lists, densities = attend_selected(q, k, v, given, tensor_layout="HND")
+    on_cpu = [x.detach().cpu() for x in (q, k)]
+    mask = fps.BlockMask(layout, lists.kv_num_blocks, lists.kv_indices).to("cpu")
+    assert torch.equal(mask.to_blocks(), bound(*on_cpu, LAYOUT).to_blocks())
+    assert densities[0, 1].item() == pytest.approx(mask.density, abs=1e-9)
+    want = attend(q, k, v, mask, tensor_layout="HND", backend="reference")[0]
+    assert relative_l1(out, want) < 2.0**-9  # one rounding to BF16
+    for a, b in zip(gradients(out, (q, k, v)), gradients(want, (q, k, v)), strict=True):
         assert relative_l1(a, b) < 0.01
 
 

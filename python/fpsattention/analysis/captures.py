@@ -157,7 +157,7 @@ def split_error(
         q, k, v: [B, S, H, D], tokens as `mask.layout` describes them.
         mask: `BlockMask` of the level.
         granularity: "tile", "block" or "token".
-        precision: of Q and K, "fp8" or "int8"; what is said of FP8 below holds for both.
+        precision: of the level, "fp8", "int8" or "paper"; what is said of FP8 below holds for all.
         max_rows: look at about this many query tokens per head (None: all).
     """
     layout = mask.layout
@@ -202,7 +202,7 @@ def _fp8(
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 outputs [S, D] (FP32) with every block attended and under the mask; rows of other tiles are zero."""
-    import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
+    from ..ops import published  # also registers torch.ops.fpsattn
 
     q, k, v = head
     device = q.device
@@ -216,7 +216,7 @@ def _fp8(
         token_of_slot,
         offsets,
         granularity=INT8 if precision == "int8" else GRANULARITIES[granularity],
-        smooth_k=smooth_k,
+        smooth_k=smooth_k and precision != "paper",
         pow2_scales=False,
     )
     visible = torch.zeros_like(counts)
@@ -226,8 +226,9 @@ def _fp8(
     # A GPU kernel writes 16-bit outputs only; the CPU keeps FP32, so that the output's own rounding is not measured.
     out_dtype = torch.float32 if device.type == "cpu" else q.dtype
     outs = []
+    forward = published.forward if precision == "paper" else torch.ops.fpsattn.forward
     for number, index in lists:
-        out = torch.ops.fpsattn.forward(
+        out = forward(
             q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, number.to(device), index.to(device),
             num_tokens=layout.num_tokens, softmax_scale=q.shape[-1] ** -0.5, out_dtype=out_dtype, q_k_mean=q_k_mean,
         )[0]  # fmt: skip

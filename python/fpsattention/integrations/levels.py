@@ -240,6 +240,7 @@ class LevelTables:
         # Read by code that is traced, so made here.
         self._classes = [tuple(level.kernel_class for level in levels) for levels in self.group_levels]
         self._texts = [tuple(map(text_of, levels)) for levels in self.group_levels]
+        self._pools = [tuple(x.pattern is not None and x.pattern.pattern.pools for x in xs) for xs in self.group_levels]
         self._dynamic = [[i for i, level in enumerate(levels) if level.dynamic] for levels in self.group_levels]
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
@@ -305,7 +306,9 @@ class LevelTables:
 
     def eager_only(self) -> str | None:
         """Why compiled layers cannot run under the schedule, or None."""
-        for level in (level for levels in self.group_levels for level in levels if level.pattern is not None):
+        for level in (level for levels in self.group_levels for level in levels):
+            if level.precision == "paper":
+                return f"level {level.name!r} has precision 'paper', which runs outside of graphs only"
             if level.refresh > 1:
                 return f"level {level.name!r} keeps a mask for {level.refresh} steps, which a graph does not remember"
             if level.pattern is not None and level.pattern.pattern.permutes:
@@ -407,11 +410,14 @@ class LevelTables:
 
         def make() -> Selector:
             layout = tables.on(device)
-            named = (level.name, level.granularity, text_of(level), level.refresh)
-            if not in_graph:
-                return Selector(*named, pattern=level.pattern, layout=layout)
             assert level.pattern is not None
-            return Selector(*named, pack_layout(layout, sizes_of(layout, level.pattern.list_width(layout))), backward)
+            sizes = sizes_of(layout, level.pattern.list_width(layout))
+            plain = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes)
+            given = pack_layout(layout, sizes) if in_graph else plain
+            named = (level.name, level.granularity, text_of(level), level.refresh)
+            pools = level.pattern.pattern.pools and level.precision != "paper"
+            eager = (None, None) if in_graph else (level.pattern, layout)
+            return Selector(*named, given, backward, pools, *eager)
 
         return tables.made.get(("selector", level, device, backward, in_graph), make)
 
@@ -429,7 +435,7 @@ class LevelTables:
             for i, of_level in zip(self._dynamic[group], sizes, strict=True):
                 given = (tables[0], tables[1], tables[2], of_level)
                 named = (levels[i].name, levels[i].granularity, self._texts[group][i])
-                selectors[self._classes[group][i]] = Selector(*named, 1, given, True)
+                selectors[self._classes[group][i]] = Selector(*named, 1, given, True, self._pools[group][i])
             parts = _branches(self._classes[group], lists, segments, None, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout.masks import BlockMask, Lists
 from ..layout.plain import plain_tensors
 from ..layout.tiles import BLOCK, TileLayout
-from ..ops.selection import measured
+from ..ops.selection import Selection, measured
 from ..patterns import BoundPattern, Clustered
 from ..schedule import Level
 
@@ -28,20 +28,28 @@ class Selector:
 
     Attributes:
         level: name. text: the pattern as JSON. refresh: as in the level.
-        tables: in a graph, ``token_of_slot``, ``tile_of_block`` (maybe with an entry too much), ``tile_block_offsets`` on the device, and
+        tables: ``token_of_slot``, ``tile_of_block`` (in a graph maybe with an entry too much), ``tile_block_offsets`` on the device, and
             ``sizes`` (``ops.selection.sizes_of``).
-        transposed: a graph's backward may follow.
+        transposed: a backward may follow.
+        pools: means over blocks are all that the pattern reads: its lists are made where q and k are quantized.
         pattern, layout: outside of graphs; the layout on the device.
     """
 
     level: str
     granularity: str
     text: str
-    refresh: int = 1
-    tables: tuple[Tensor, ...] = ()
-    transposed: bool = False
+    refresh: int
+    tables: tuple[Tensor, ...]
+    transposed: bool
+    pools: bool
     pattern: BoundPattern | None = None
     layout: TileLayout | None = None
+
+    def selection(self) -> Selection:
+        """What makes the lists from sums over blocks."""
+        token_of_slot, tile_of_block, tile_block_offsets, sizes = self.tables
+        tile_of_block = tile_of_block.as_strided((token_of_slot.shape[0] // BLOCK,), (1,))
+        return Selection(token_of_slot, tile_of_block, tile_block_offsets, sizes, self.text, self.transposed)
 
     def traced(self, q: Tensor, k: Tensor, v: Tensor) -> Lists:
         """The lists as an op of a graph; q, k, v ``(B, H, S, D)``."""
@@ -62,7 +70,7 @@ def text_of(level: Level) -> str:
 
 @dataclass(frozen=True)
 class _Kept:
-    made: BlockMask | Clustered
+    made: BlockMask | Clustered | Lists
     densities: Tensor
     signature: tuple[Any, ...]
     index: int
@@ -88,30 +96,44 @@ class Selections:
             self._sums.clear()
 
     def make(
-        self, layer: int, samples: Hashable, selector: Selector, step: Step, q: Tensor, k: Tensor, v: Tensor
-    ) -> BlockMask | Clustered:
-        """The mask of a layer (or the permutation and mask, ``Clustered``) for q, k, v ``(B, H, S, D)``.
+        self,
+        layer: int,
+        samples: Hashable,
+        selector: Selector,
+        step: Step,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attend: Callable[[Selection], tuple[Tensor, Lists, Tensor]],
+    ) -> tuple[BlockMask | Clustered | Lists, Tensor | None]:
+        """The mask or lists of a layer (or the permutation and mask, ``Clustered``) for q, k, v ``(B, H, S, D)``.
 
         A mask stays for ``refresh`` different steps of a run, counted over all levels; the forwards of one step share it.
-        ``samples``: which samples of the batch these are.
+        ``samples``: which samples of the batch these are. ``attend``: runs the attention of q, k and v, whose output, lists and densities it
+        gives. The second result is that output, where lists had to be made and are made so.
         """
         pattern = selector.pattern
         assert pattern is not None
         key = (layer, samples, selector.level)
         signature = (selector.text, id(selector.layout), tuple(q.shape), q.device)
         kept, index = self._of_run(step)
-        entry = kept.get(key)
+        entry, out = kept.get(key), None
         stays = selector.refresh > 1 and entry is not None and index - entry.index < selector.refresh
         if entry is None or entry.signature != signature or not stays:
-            before = {}
-            if pattern.pattern.permutes and entry is not None and entry.signature == signature:
-                before = {"previous": entry.made}
-            made, densities = measured(pattern, selector.granularity, selector.layout, q, k, v, **before)
+            made: BlockMask | Clustered | Lists
+            if selector.pools:
+                out, made, densities = attend(selector.selection())
+                densities = densities.mean(0)
+            else:
+                before = {}
+                if pattern.pattern.permutes and entry is not None and entry.signature == signature:
+                    before = {"previous": entry.made}
+                made, densities = measured(pattern, selector.granularity, selector.layout, q, k, v, **before)
             entry = _Kept(made, densities, signature, index)
             if step is not None:
                 kept[key] = entry
         self._count(layer, selector.level, entry.densities, q.shape[0])
-        return entry.made
+        return entry.made, out
 
     def _of_run(self, step: Step) -> tuple[dict[Hashable, _Kept], int]:
         """What this thread keeps of the run, and the place of the step in it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
-from ..ops.attend import attend
+from ..ops.attend import attend, attend_selected
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..patterns import Clustered, clustered_attention
 from . import padding
@@ -185,6 +185,7 @@ class Site:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         options: dict[str, Any] = {
             "granularity": part.granularity, "precision": part.precision, "scale": core.scale, "hadamard": part.hadamard,
+            "smooth_k": part.precision != "paper",
         }  # fmt: skip
         lists = part.lists
         if isinstance(lists, Packed):
@@ -192,26 +193,33 @@ class Site:
         if lists is None:  # made here, of the heads at hand
             assert part.select is not None
             heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if torch.compiler.is_compiling() and part.select.pools:
+                return attend_selected(q, k, v, part.select.selection(), hidden=hidden, **options)[0]
             if torch.compiler.is_compiling():
                 lists = part.select.traced(*heads_first)
             else:
-                made = self._made(call, part.select, *heads_first)
+                made, out = self._made(
+                    call, part.select, *heads_first,
+                    lambda selection: attend_selected(q, k, v, selection, hidden=hidden, **options),
+                )  # fmt: skip
+                if out is not None:
+                    return out
                 if isinstance(made, Clustered):
                     if hidden is not None:
                         raise UnsupportedError(
                             f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
                         )
                     return clustered_attention(*heads_first, made, **options).transpose(1, 2)
-                lists = made.lists(torch.is_grad_enabled())
+                lists = made if isinstance(made, Lists) else made.lists(torch.is_grad_enabled())
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
             index = index_of(core.heads, q.device)
             lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
-        return attend(q, k, v, lists, hidden=hidden, **options)[0]  # type: ignore[arg-type]
+        return attend(q, k, v, lists, hidden=hidden, **options)[0]
 
-    def _made(self, call: Call, select: Selector, q: Tensor, k: Tensor, v: Tensor) -> BlockMask | Clustered:
+    def _made(self, call: Call, select: Selector, *given: Any) -> tuple[BlockMask | Clustered | Lists, Tensor | None]:
         forward = CURRENT.forward
         assert forward is not None
-        return self.owner.selections.make(self.layer, call.samples, select, forward.step, q, k, v)
+        return self.owner.selections.make(self.layer, call.samples, select, forward.step, *given)
 
     def _branches(self, core: CoreCall, call: Call, masked: padding.Masked | None) -> Tensor:
         """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""

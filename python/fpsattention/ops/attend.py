@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
-from . import autograd, prepare
+from . import autograd, prepare, published
 from .backends import reference_attention, resolve_backend
 from .checks import GRANULARITIES, HEAD_DIMS, INT8, kernel_dim
 from .prepare import Norm, Rope
 from .rotation import rotate
+from .selection import Selection
 
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
@@ -23,7 +24,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask | Lists,
+    mask: BlockMask | Lists | Selection,
     *,
     granularity: str = "tile",
     precision: str = "fp8",
@@ -47,7 +48,7 @@ def attend(
             D up to 128: where the ops have no such D, zeros are appended up to the next of 64, 96 and 128. Zeros change no
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
-            a gradient.
+            a gradient; or what makes them when q and k are quantized (:func:`attend_selected`).
         hidden: bool ``[B, S]`` on the device of q: keys that no row attends; k and v are then those of :func:`hidden.fill`.
         others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
 
@@ -57,11 +58,58 @@ def attend(
     Raises:
         ConfigError, UnsupportedError: from the backend and the ops, which check shapes, dtypes and devices.
     """
+    return _attend(
+        q, k, v, mask, granularity=granularity, precision=precision, scale=scale, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean=k_mean,
+        v_absmax=v_absmax, hidden=hidden, deterministic=deterministic, norm=norm, rope=rope, hadamard=hadamard, tensor_layout=tensor_layout,
+        backend=backend,
+    )[:2]  # fmt: skip
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, **options: Any
+) -> tuple[Tensor, Lists, Tensor]:
+    """:func:`attend` under lists that a pattern makes of the sums by block that quantizing q and k leaves behind: neither is read again.
+
+    Returns:
+        ``out``; the lists, with the transpose where ``selection.transposed``; densities f64 ``[B, 2]``, selected and kernel.
+    """
+    out, _, *_, kv_num_blocks, kv_indices, q_num_blocks, q_indices, densities = _attend(q, k, v, selection, **options)
+    walked = (q_num_blocks, q_indices) if selection.transposed else (None, None)
+    return out, Lists(*selection[:3], kv_num_blocks, kv_indices, *walked), densities
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | Lists | Selection,
+    *,
+    granularity: str = "tile",
+    precision: str = "fp8",
+    scale: float | None = None,
+    smooth_k: bool = True,
+    pow2_scales: bool = False,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    hidden: Tensor | None = None,
+    deterministic: bool = False,
+    norm: Norm | None = None,
+    rope: Rope | None = None,
+    hadamard: bool = False,
+    tensor_layout: str = "NHD",
+    backend: str = "auto",
+) -> tuple[Any, ...]:
+    """out, lse, and whatever else the op gives."""
     backend = resolve_backend(backend, q)
     if precision == "int8" and backend == "sm90":
         raise UnsupportedError(
             "fpsattention.attention: precision 'int8' on the sm_90a kernels, which multiply Q and K in FP8 only: use precision='fp8' there, "
             "or CPU tensors to see what INT8 would cost"
+        )
+    if precision == "paper" and backend == "sm90":
+        raise UnsupportedError(
+            "fpsattention.attention: precision 'paper' on the sm_90a kernels, whose P is 2^(x - m + 8) of an integer maximum: use "
+            "precision='fp8' there, or CPU tensors or backend='reference' to see what the published P costs"
         )
     q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
@@ -69,7 +117,7 @@ def attend(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     weights = () if norm is None else norm.tensors
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *weights))
-    lists = mask if isinstance(mask, Lists) else mask.to(q.device).lists(backward)
+    lists = mask.to(q.device).lists(backward) if isinstance(mask, BlockMask) else mask
     dim = int(q.shape[3])
     zeros = (0, (kernel_dim(dim) or dim) - dim)
     prepared = norm is not None or rope is not None
@@ -94,7 +142,24 @@ def attend(
         "pow2_scales": pow2_scales,
         "k_mean_stride": _k_mean_stride(q.shape[2]),
     }
-    if prepared:
+    rest: tuple[Any, ...] = ()
+    if precision == "paper" and prepared:
+        raise UnsupportedError(
+            "fpsattention.attention: norm and rope were asked for at precision 'paper', supported are precision='fp8', or tensors that have them"
+        )
+    if isinstance(lists, Selection):
+        if prepared or backend == "reference" or precision == "paper":
+            raise UnsupportedError(
+                "fpsattention.attention: a selection by sums over blocks was given with norm, rope, precision 'paper' or backend='reference', "
+                "supported are ready lists"
+            )
+        out, lse, *rest = autograd.call(
+            "attention_selected", q, k, v, *lists[:4], k_mean, v_absmax, hidden, pattern=lists.pattern,
+            transposed=lists.transposed, head_dim=dim, **options, deterministic=deterministic,
+        )  # fmt: skip
+    elif precision == "paper":
+        out, lse = published.attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
+    elif prepared:
         if hidden is not None:
             raise ConfigError("fpsattention.attention: hidden is given with norm or rope, wanted them applied before")
         out, lse = prepare.attend(
@@ -111,7 +176,7 @@ def attend(
             "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
         )
     out = out[..., :dim] if zeros[1] else out
-    return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse
+    return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse, *rest
 
 
 def autocast(x: Tensor) -> Tensor:

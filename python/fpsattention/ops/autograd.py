@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from ..errors import ConfigError, UnsupportedError
 from . import vmap
 
-_NUM_OUTPUTS = 10
+_NUM_OUTPUTS = 10  # of attention
 _ONCE = "only first derivatives are supported: those of fpsattention.attention are not differentiable"
 MESSAGES = {
     "backward": f"fpsattention.backward: double backward was asked for, {_ONCE} (drop create_graph=True)",
@@ -39,27 +39,32 @@ def _below_autograd(op: str, *args: Any, **options: Any) -> Any:
         return getattr(torch.ops.fpsattn, op).default(*args, **options)
 
 
+#: By the number of their positional arguments.
+_COMPOSITES = {12: "attention", 13: "attention_masked", 10: "attention_selected"}
+
+
 class _Attention(torch.autograd.Function):
-    """``fpsattn::attention`` with its 12 positional arguments and, last, a dict of the keyword ones; with 13, ``attention_masked``."""
+    """``fpsattn::attention``, or a variant of it: its positional arguments and, last, a dict of the keyword ones."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         *args, options = inputs
-        return _below_autograd("attention" if len(args) == 12 else "attention_masked", *args, **options)
+        return _below_autograd(_COMPOSITES[len(args)], *args, **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (_q, _k, _v, token_of_slot, tile_of_block, _offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices,
-         *_, options) = inputs  # fmt: skip
-        if any(ctx.needs_input_grad[:3]) and (q_num_blocks is None or q_indices is None):
+        _q, _k, _v, token_of_slot, tile_of_block, _offsets, *others, options = inputs
+        out, lse, *saved = output[:_NUM_OUTPUTS]  # q8 .. v_scale, row_max, row_sum
+        made = output[_NUM_OUTPUTS:]  # lists and densities
+        kv_num_blocks, kv_indices, q_num_blocks, q_indices = (made or others)[:4]
+        if any(ctx.needs_input_grad[:3]) and (q_num_blocks is None or q_indices is None or q_indices.dim() != 4):
             raise ConfigError(
                 "fpsattention.attention: q_num_blocks and q_indices are missing, but q, k or v requires grad: the backward walks "
                 "the transposed block lists; pass those of block_mask.transpose(), or call under torch.no_grad()"
             )
-        out, lse, *saved = output  # q8 .. v_scale, row_max, row_sum
-        ctx.mark_non_differentiable(lse, *saved)
+        ctx.mark_non_differentiable(lse, *saved, *made)
         ctx.set_materialize_grads(False)
-        ctx.num_inputs = len(inputs)
+        ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
         ctx.softmax_scale = options["softmax_scale"]
         ctx.deterministic = options.get("deterministic", False)
         lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
@@ -84,12 +89,12 @@ class _Attention(torch.autograd.Function):
         out, *saved = ctx.saved_for_forward
         tangents = (x if x is None else _like(x, out) for x in (q, k, v))
         tangent = call("jvp", *tangents, out, *saved, softmax_scale=ctx.softmax_scale)
-        return (tangent, *(None,) * (_NUM_OUTPUTS - 1))
+        return (tangent, *(None,) * (ctx.num_outputs - 1))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         *args, options = inputs
-        op = "attention" if len(args) == 12 else "attention_masked"
+        op = _COMPOSITES[len(args)]
         return vmap.rule(op, partial(call, op))(info, in_dims[:-1], *args, **options)
 
 
@@ -131,6 +136,7 @@ def refusing(op: str, run: Callable[..., Any]) -> type[torch.autograd.Function]:
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "attention": _Attention,
     "attention_masked": _Attention,
+    "attention_selected": _Attention,
     **{op: refusing(op, partial(_below_autograd, op)) for op in MESSAGES},
 }
 

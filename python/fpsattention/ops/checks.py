@@ -19,7 +19,8 @@ from .reference import BLOCK, INT8, V_EXTRA_ROWS, Operands, code_dim
 HEAD_DIMS = (64, 96, 128)  # of the ops, ascending; attend() pads others to the next one
 _HEAD_DIMS_TEXT = f"{', '.join(map(str, HEAD_DIMS[:-1]))} and {HEAD_DIMS[-1]}"
 GRANULARITIES = {"tile": 0, "block": 1, "token": 2}
-PRECISIONS = ("fp8", "int8")  # of Q and K; "int8": op code INT8 in the place of a granularity
+#: "int8": of Q and K, op code INT8 in the place of a granularity; "paper": ``published.py``.
+PRECISIONS = ("fp8", "int8", "paper")
 E4M3 = torch.float8_e4m3fn
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of the sm_90a kernels
 CPU_DTYPES = (*KERNEL_DTYPES, torch.float32)

@@ -29,6 +29,10 @@ q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q
     quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
 ``attention_masked(q, k, v, ..., v_absmax, hidden, *, ...)``
     ``attention`` of q, k, v from ``hidden.fill``, without the keys where ``hidden``, bool [B, S], is true. Every argument is given.
+``attention_selected(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, sizes, k_mean, v_absmax, hidden, *, pattern, transposed,
+head_dim, ...) -> (..., row_sum, kv_num_blocks, kv_indices, q_num_blocks, q_indices, densities)``
+    quantize with block_sums, the lists that a pattern makes of these sums (``selection.py``), forward: q and k are read once. head_dim:
+    channels that count, the others are zeros; densities f64 [B, 2], selected and kernel. Derivatives as of ``attention``; the lists have none.
 ``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
     the tables of a planned grid: see ``lists.py``.
 ``select_blocks(values, ...)``, ``transpose_blocks(kv_num_blocks, ...)``
@@ -45,6 +49,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +62,7 @@ from ..layout.tiles import core
 from . import autograd, blocks, checks, cpu, fakes, lists, selection, vmap
 from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
+from .selection import fake_lists_of_sums, lists_of_sums
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder)"
 KERNEL_OPS = ("quantize", "prepare", "forward", "backward")  # those with sm_90a kernels
@@ -132,6 +138,42 @@ def sm90_on_host() -> bool:
 # Kernels -----------------------------------------------------------------------------------------------------------------
 
 
+def _attention_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    tile_block_offsets: Tensor,
+    sizes: Tensor,
+    k_mean: Tensor | None,
+    v_absmax: Tensor | None,
+    hidden: Tensor | None,
+    *,
+    pattern: str,
+    transposed: bool,
+    head_dim: int,
+    make: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = lists_of_sums,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The composite whose lists are made in between, by ``make``."""
+    made: list[Tensor] = []
+
+    def select(q_block_sum: Tensor, k_block_sum: Tensor) -> tuple[Tensor, ...]:
+        sums = (x[..., :head_dim] for x in (q_block_sum, k_block_sum))
+        lists, densities = make(
+            *sums, sizes, pattern=pattern, transposed=transposed, tile_block_offsets=tile_block_offsets
+        )
+        made.extend((*lists, densities))
+        return lists
+
+    tables = (token_of_slot, tile_of_block, tile_block_offsets)
+    return (
+        *_attention(q, k, v, *tables, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, select=select, **options),
+        *made,
+    )
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -139,14 +181,15 @@ def _attention(
     token_of_slot: Tensor,
     tile_of_block: Tensor,
     tile_block_offsets: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
+    kv_num_blocks: Tensor | None = None,
+    kv_indices: Tensor | None = None,
     q_num_blocks: Tensor | None = None,
     q_indices: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
     hidden: Tensor | None = None,
     *,
+    select: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     granularity: int,
     softmax_scale: float,
     smooth_k: bool,
@@ -154,7 +197,7 @@ def _attention(
     k_mean_stride: int = 1,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The composite, of both ops; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward."""
+    """The composite, of both ops; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward. ``select``: makes the lists."""
     _keep_for_stream(
         q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
     )
@@ -162,8 +205,11 @@ def _attention(
         *torch.ops.fpsattn.quantize(
             q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax,
             granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
+            block_sums=select is not None,
         )
     )  # fmt: skip
+    if select is not None:
+        kv_num_blocks, kv_indices, q_num_blocks, q_indices = select(z.q_block_sum, z.k_block_sum)
     if hidden is not None:
         checks.check_hidden(q, hidden)
         hidden = slots(hidden, token_of_slot)
@@ -235,8 +281,11 @@ def _register() -> None:
     impl = torch.library.impl
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
     torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
+    torch.library.define("fpsattn::attention_selected", selection.ATTENTION_SCHEMA)
     for op in ("attention", "attention_masked"):
         impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
+    impl("fpsattn::attention_selected", "CompositeExplicitAutograd")(_attention_selected)
+    torch.library.register_fake("fpsattn::attention_selected")(partial(_attention_selected, make=fake_lists_of_sums))
     if not _on_host:
         for op in KERNEL_OPS:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))
@@ -251,7 +300,7 @@ def _register() -> None:
     selection.register()
     blocks.register(_on_host)
     autograd.register(_LIBRARY)
-    for op in ("attention", "attention_masked", *KERNEL_OPS, "jvp"):
+    for op in ("attention", "attention_masked", "attention_selected", *KERNEL_OPS, "jvp"):
         torch.library.register_vmap(f"fpsattn::{op}", vmap.rule(op))
 
 

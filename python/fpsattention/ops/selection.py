@@ -1,17 +1,19 @@
-"""``fpsattn::pattern_lists``: the lists of a content pattern as an op, for graphs that are being traced.
+"""Attention whose lists a content pattern makes. Shapes depend on the sizes alone, so one graph serves all grids; nothing waits for the device.
 
-Its shapes depend on the sizes alone, so one graph serves all grids; nothing waits for the device. Eager calls use
-:mod:`fpsattention.patterns` directly.
+``attention_selected`` quantizes, makes the lists from the sums by block that this leaves behind, and runs the forward: patterns that read
+means over blocks only, in graphs and outside. ``pattern_lists`` makes the lists of the others from q, k and v, for graphs that
+are being traced; eager calls use :mod:`fpsattention.patterns` directly.
 """
 
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout.masks import _lists_of_keep
+from ..layout.masks import BlockMask, _transpose_on_device
 from ..layout.tiles import BLOCK, TileLayout, cached_plan
 
 SCHEMA = (
@@ -19,8 +21,33 @@ SCHEMA = (
     "bool transposed) -> (Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks, Tensor q_indices)"
 )
 
+ATTENTION_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, Tensor sizes, Tensor? k_mean, "
+    "Tensor? v_absmax, Tensor? hidden, *, str pattern, bool transposed, SymInt head_dim, int granularity, float softmax_scale, bool smooth_k, "
+    "bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
+    "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor kv_num_blocks, Tensor kv_indices, "
+    "Tensor q_num_blocks, Tensor q_indices, Tensor densities)"
+)
 
 _NUM_SIZES = 8
+
+
+class Selection(NamedTuple):
+    """In the place of lists: the pattern that makes them from sums over blocks.
+
+    Attributes:
+        token_of_slot, tile_of_block, tile_block_offsets: of the layout, on the device of q.
+        sizes: :func:`sizes_of`.
+        pattern: as JSON; one of ``patterns.pattern.pooling()``.
+        transposed: lists for a backward, too.
+    """
+
+    token_of_slot: Tensor
+    tile_of_block: Tensor
+    tile_block_offsets: Tensor
+    sizes: Tensor
+    pattern: str
+    transposed: bool
 
 
 def sizes_of(layout: TileLayout, width: int) -> Tensor:
@@ -49,16 +76,39 @@ def _kernel(
     """q, k, v ``(B, H, S, D)``; lists int32 ``[B, H, tiles, width]``, transposed ``[B, H, blocks, query blocks]`` or empty."""
     from ..patterns import from_dict
 
-    numbers, width = sizes[:_NUM_SIZES].tolist(), sizes.shape[0] - _NUM_SIZES
-    position = "prefix" if numbers[7] else "suffix"
-    layout = cached_plan(tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], position).to(q.device)
+    layout = _layout(sizes, q.device)
     mask, _ = measured(from_dict(json.loads(pattern)), granularity, layout, q, k, v)
-    lists = [mask.kv_num_blocks, mask.kv_indices[..., :width].contiguous()]
-    if transposed:
-        visits = mask.to_blocks()[:, :, layout.tile_of_block].transpose(-1, -2)
-        lists += _lists_of_keep(visits, torch.zeros_like(visits[..., :1, :]), visits.shape[-1])
-    else:
-        lists += [q.new_empty(0, dtype=torch.int32) for _ in range(2)]
+    return _lists(mask, sizes, transposed)
+
+
+def lists_of_sums(
+    q_block_sum: Tensor,
+    k_block_sum: Tensor,
+    sizes: Tensor,
+    *,
+    pattern: str,
+    transposed: bool,
+    tile_block_offsets: Tensor,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Lists as of ``pattern_lists`` from sums f32 ``[B, H, blocks, D]``, and their densities f64 ``[B, 2]``, means over the batch in each row."""
+    from ..patterns import from_dict
+
+    layout, bound = _layout(sizes, q_block_sum.device), from_dict(json.loads(pattern))
+    # Autocast reaches into the products of a rule, whose scores must stay FP32.
+    with torch.no_grad(), torch.autocast(q_block_sum.device.type, enabled=False):
+        mask, densities = bound.pattern.of_sums(q_block_sum, k_block_sum, layout, **bound.hyperparameters)
+        return _lists(mask, sizes, transposed), densities.repeat(q_block_sum.shape[0], 1)
+
+
+def _layout(sizes: Tensor, device: torch.device) -> TileLayout:
+    numbers = sizes[:_NUM_SIZES].tolist()
+    position = "prefix" if numbers[7] else "suffix"
+    return cached_plan(tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], position).to(device)
+
+
+def _lists(mask: BlockMask, sizes: Tensor, transposed: bool) -> tuple[Tensor, ...]:
+    lists = [mask.kv_num_blocks, mask.kv_indices[..., : sizes.shape[0] - _NUM_SIZES].contiguous()]
+    lists += _transpose_on_device(mask) if transposed else [lists[0].new_empty(0) for _ in range(2)]
     return tuple(lists)
 
 
@@ -90,12 +140,31 @@ def _fake(
     transposed: bool,
     **_: object,
 ) -> tuple[Tensor, ...]:
-    batch, heads = q.shape[:2]
-    width = sizes.shape[0] - _NUM_SIZES
-    tiles, blocks = tile_block_offsets.shape[0] - 1, token_of_slot.shape[0] // BLOCK
-    shapes = [(batch, heads, tiles), (batch, heads, tiles, width)]
-    shapes += [(batch, heads, blocks), (batch, heads, blocks, blocks)] if transposed else [(0,), (0,)]
-    return tuple(q.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    blocks = token_of_slot.shape[0] // BLOCK
+    return _empty(q, blocks, sizes, tile_block_offsets, transposed)
+
+
+def fake_lists_of_sums(
+    q_block_sum: Tensor,
+    k_block_sum: Tensor,
+    sizes: Tensor,
+    *,
+    pattern: str,
+    transposed: bool,
+    tile_block_offsets: Tensor,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Shapes of :func:`lists_of_sums`."""
+    lists = _empty(q_block_sum, q_block_sum.shape[2], sizes, tile_block_offsets, transposed)
+    return lists, q_block_sum.new_empty((q_block_sum.shape[0], 2), dtype=torch.float64)
+
+
+def _empty(
+    like: Tensor, blocks: int, sizes: Tensor, tile_block_offsets: Tensor, transposed: bool
+) -> tuple[Tensor, ...]:
+    rows, tiles = tuple(like.shape[:2]), tile_block_offsets.shape[0] - 1
+    shapes = [(*rows, tiles), (*rows, tiles, sizes.shape[0] - _NUM_SIZES)]
+    shapes += [(*rows, blocks), (*rows, blocks, blocks)] if transposed else [(0,), (0,)]
+    return tuple(like.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 
-TABLES = ("token_of_slot", "tile_of_block", "tile_block_offsets")
+TABLES = ("token_of_slot", "tile_of_block", "tile_block_offsets", "sizes")
 LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
 
 

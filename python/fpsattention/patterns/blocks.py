@@ -163,20 +163,19 @@ def scores(q: Tensor, k: Tensor, layout: TileLayout, scale: float | None = None)
 
     Smoothing K beforehand would add a constant to every row: no selection within a row sees it.
     """
-    return _scores(
-        pool_blocks(q, layout), pool_blocks(k, layout), layout, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    return scores_of_means(pool_blocks(q, layout), pool_blocks(k, layout), layout, scale)
 
 
-def scores_of_sums(q_block_sum: Tensor, k_block_sum: Tensor, layout: TileLayout, scale: float) -> Tensor:
-    """:func:`scores` from the sums over blocks that the quantizer leaves behind (``block_sums=True``), f32 ``[B, H, NB, D]``."""
-    count = tables(layout, q_block_sum.device).block_tokens.unsqueeze(-1)
-    return _scores(q_block_sum / count, k_block_sum / count, layout, scale)
+def scores_of_means(q_means: Tensor, k_means: Tensor, layout: TileLayout, scale: float | None = None) -> Tensor:
+    """:func:`scores` from means over blocks, f32 ``[B, H, NB, D]``."""
+    products = tile_means(q_means, layout) @ k_means.transpose(-1, -2)
+    scaled = products * (q_means.shape[-1] ** -0.5 if scale is None else scale)
+    return scaled.masked_fill(tables(layout, q_means.device).text_columns, -math.inf)
 
 
-def _scores(q_blocks: Tensor, k_blocks: Tensor, layout: TileLayout, scale: float) -> Tensor:
-    products = tile_means(q_blocks, layout) @ k_blocks.transpose(-1, -2)
-    return (products * scale).masked_fill(tables(layout, q_blocks.device).text_columns, -math.inf)
+def means_of_sums(sums: Tensor, layout: TileLayout) -> Tensor:
+    """Means over blocks from the sums that the quantizer leaves behind (``block_sums=True``), f32 ``[B, H, NB, D]``."""
+    return sums / tables(layout, sums.device).block_tokens.unsqueeze(-1)
 
 
 # Selections --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Patterns from block means: ``s_ij = scale * mean(q of tile i) . mean(k of block j)``.
 
 Published selectors pool queries over blocks of the kernel (64 or 128 tokens); here a row is a query tile, whose blocks share a list.
-With tiles of up to 128 tokens that is the same thing.
+With tiles of up to 128 tokens that is the same thing. A rule that names ``q_means`` and ``k_means`` (f32 ``[B, H, NB, D]``, the means of q
+and of k over every block) reads nothing else of q and k, so the sums that the quantizer leaves behind are enough for it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .blocks import (
     check_number,
     num_video_blocks,
     pool_blocks,
-    pool_tiles,
     ranked,
     scores,
+    scores_of_means,
     tables,
     tile_means,
     top_k,
@@ -45,7 +46,7 @@ def _topk_scored(logits: Tensor, layout: TileLayout, ratio: float) -> Scored:
 
 
 @pattern(width=lambda layout, ratio: _count(layout, ratio), scored=_topk_scored)
-def topk_mean(q: Tensor, k: Tensor, layout: TileLayout, ratio: float = 0.2) -> Tensor:
+def topk_mean(q_means: Tensor, k_means: Tensor, layout: TileLayout, ratio: float = 0.2) -> Tensor:
     """The ``int(ratio n)`` KV blocks of largest ``s_ij`` per query tile, own tile first, of n video blocks.
 
     SLA (thu-ml/SLA; 0.2), TurboDiffusion (0.1, "0.15 better"), the list of VSA (hao-ai-lab/FastVideo: ratio = 1 - sparsity, 0.2 for 1.3B
@@ -53,7 +54,8 @@ def topk_mean(q: Tensor, k: Tensor, layout: TileLayout, ratio: float = 0.2) -> T
     branches (linear attention, coarse attention) are trained parts of those models and no part of a mask.
     """
     check_number("topk_mean", "ratio", ratio, 0.0, 1.0)
-    return top_k(scores(q, k, layout), _count(layout, ratio), tables(layout, q.device).own)
+    logits = scores_of_means(q_means, k_means, layout)
+    return top_k(logits, _count(layout, ratio), tables(layout, logits.device).own)
 
 
 @constant
@@ -82,8 +84,8 @@ def _cdf_weights(
 
 @pattern(scored=_cdf_scored)
 def cdf_mean(
-    q: Tensor,
-    k: Tensor,
+    q_means: Tensor,
+    k_means: Tensor,
     layout: TileLayout,
     mass: float = 0.9,
     min_ratio: float = 0.0,
@@ -98,10 +100,11 @@ def cdf_mean(
         window: keep this sliding tile window, too (NABLA's union with STA; Jenga's with spatial neighbours), in tiles.
         by_size: weight a block by its tokens, ``|j| exp(s_ij)`` (Sparse-VideoGen 2).
     """
-    weights, at_least = _cdf_weights(scores(q, k, layout), layout, mass, min_ratio, by_size)
+    logits = scores_of_means(q_means, k_means, layout)
+    weights, at_least = _cdf_weights(logits, layout, mass, min_ratio, by_size)
     keep = top_p(weights, mass, at_least)
     if window is not None:
-        keep = keep | _window(layout, window, q.device)
+        keep = keep | _window(layout, window, keep.device)
     return keep
 
 
@@ -159,15 +162,15 @@ def sparge(
 
 
 @pattern()
-def draft(q: Tensor, k: Tensor, layout: TileLayout, sparsity: float = 0.9) -> Tensor:
+def draft(q_means: Tensor, k_means: Tensor, layout: TileLayout, sparsity: float = 0.9) -> Tensor:
     """DraftAttention (arXiv 2505.14708): the ``int((1 - sparsity) n m)`` largest of all ``P_ij = softmax_j(s_ij)`` of a head.
 
     n video tiles, m video blocks; one budget for the whole head, of which own tiles come first. Published with patches of 8x16 tokens of a frame: ``plan(grid, (1, 8, 16))``.
     """
     check_number("draft", "sparsity", sparsity, 0.0, 1.0)
     rows, columns = layout.num_video_tiles, num_video_blocks(layout)
-    weights = scores(q, k, layout)[:, :, :rows, :columns].softmax(-1)
-    own = tables(layout, q.device).own[:rows, :columns]
+    weights = scores_of_means(q_means, k_means, layout)[:, :, :rows, :columns].softmax(-1)
+    own = tables(layout, weights.device).own[:rows, :columns]
     budget = max(int((1.0 - sparsity) * rows * columns + 1e-9), columns)  # a block has one own tile
     keep = top_k(weights.flatten(-2), budget, own.flatten()).unflatten(-1, (rows, columns))
     return torch.nn.functional.pad(keep, (0, layout.num_blocks - columns, 0, layout.num_tiles - rows))
@@ -178,8 +181,8 @@ PARTITIONS = ("time", "space", "volume")  # VMoBA's 1-D, 2-D and 3-D, in the ord
 
 @pattern(period=3)
 def vmoba(
-    q: Tensor,
-    k: Tensor,
+    q_means: Tensor,
+    k_means: Tensor,
     layout: TileLayout,
     layer: int = 0,
     threshold: float = 0.25,
@@ -207,13 +210,14 @@ def vmoba(
     if math.prod(layout.tile_grid) != layout.num_video_tiles:
         raise ConfigError("fpsattention.patterns.vmoba: layout is no grid of tiles, expected one of fpsattention.plan")
     tiles, (t, h, w) = layout.num_video_tiles, layout.tile_grid
-    index = torch.arange(tiles, device=q.device)
+    layout = layout.to(q_means.device)
+    index = torch.arange(tiles, device=q_means.device)
     chunk, chunks = ((index // (h * w), t), (index % (h * w), h * w), (index, tiles))[layer % 3]
     own = torch.nn.functional.one_hot(chunk, chunks).bool()  # [tiles, chunks]: also which tiles a chunk is made of
-    tokens = layout.to(q.device).tile_tokens[:tiles].float()
+    tokens = layout.tile_tokens[:tiles].float()
     share = own * tokens.unsqueeze(-1) / (own * tokens.unsqueeze(-1)).sum(0)
-    means = share.T @ pool_tiles(k, layout)[:, :, :tiles]  # [B, H, chunks, D]
-    gates = pool_tiles(q, layout)[:, :, :tiles] @ means.transpose(-1, -2)
+    means = share.T @ tile_means(k_means, layout)[:, :, :tiles]  # [B, H, chunks, D]
+    gates = tile_means(q_means, layout)[:, :, :tiles] @ means.transpose(-1, -2)
     if top is not None:
         check_count("vmoba", "top", top)
         keep = top_k(gates, min(top, chunks), own)
@@ -229,8 +233,6 @@ def vmoba(
         else:
             keep = top_p(others, wanted)
         keep = keep | own
-    video = keep.index_select(
-        -1, chunk.index_select(0, layout.to(q.device).tile_of_block[: num_video_blocks(layout)].long())
-    )
+    video = keep.index_select(-1, chunk.index_select(0, layout.tile_of_block[: num_video_blocks(layout)].long()))
     padding = (0, layout.num_blocks - video.shape[-1], 0, layout.num_tiles - tiles)
     return torch.nn.functional.pad(video, padding)

@@ -15,12 +15,23 @@ from ..errors import ConfigError
 from ..layout.masks import BlockMask
 from ..layout.tiles import _CLEAR_WITH_PLANS, TileLayout
 from ..ops.blocks import MAX_BLOCKS
-from .blocks import Scored, check_tensors, list_width, scores, scores_of_sums, select, tables, to_mask
+from .blocks import (
+    Scored,
+    check_tensors,
+    list_width,
+    means_of_sums,
+    pool_blocks,
+    scores_of_means,
+    select,
+    tables,
+    to_mask,
+)
 
 _STATIC_CACHE_SIZE = 128
 _REGISTRY: dict[str, Pattern] = {}
 _PERMUTING: dict[str, Pattern] = {}  # known by name, too, but no masks: not among names()
-_INPUTS = ("q", "k", "v", "layout", "lse", "masses")  # of a rule; everything else is a hyperparameter
+_MEANS = {"q_means": "q", "k_means": "k"}  # of a rule that reads means over blocks only: of what
+_INPUTS = ("q", "k", "v", "layout", "lse", "masses", *_MEANS)  # of a rule; everything else is a hyperparameter
 
 
 class Density(NamedTuple):
@@ -46,11 +57,13 @@ class Pattern:
         name: in the registry and in schedules.
         static: the mask depends on the layout only.
         inputs: tensors the rule reads, of q, k, v, lse.
+        pools: of q and k it reads the means over blocks only, so that :meth:`of_sums` can make its lists.
         period: layers after which the rule repeats, where it changes from layer to layer (hyperparameter ``layer``), else 0.
         defaults: hyperparameters; those without a default are ``inspect.Parameter.empty``.
     """
 
     permutes = False
+    pools = False
 
     def __init__(
         self,
@@ -70,7 +83,9 @@ class Pattern:
             share  # (layout, hyperparameters) -> selected share of each (tile, block), where tokens are selected
         )
         parameters = inspect.signature(rule).parameters
-        self.inputs = tuple(name for name in parameters if name in _INPUTS and name not in ("layout", "masses"))
+        self.pools = "q_means" in parameters
+        named = (_MEANS.get(name, name) for name in parameters if name in _INPUTS)
+        self.inputs = tuple(name for name in named if name not in ("layout", "masses"))
         self.static = not self.inputs
         self.defaults = {name: p.default for name, p in parameters.items() if name not in _INPUTS}
 
@@ -78,48 +93,51 @@ class Pattern:
         layout, tensors, hyperparameters = self._arguments(args, options)
         if self.static and not any(isinstance(value, Tensor) for value in hyperparameters.values()):
             return _static_mask(self, layout, tuple(sorted(hyperparameters.items())))
-        if (made := self._selected(layout, tensors, hyperparameters)) is not None:
+        read = self._read(layout, tensors)
+        if (made := self._selected(layout, read, hyperparameters)) is not None:
             return made[0]
-        return self._mask(layout, self.select(layout, tensors, hyperparameters), hyperparameters)
+        return self._mask(layout, self._kept(layout, read, hyperparameters), hyperparameters)
+
+    def _read(self, layout: TileLayout, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the rule reads, of checked tensors."""
+        check_tensors(self.name, layout, **{name: x for name, x in tensors.items() if name != "lse"})
+        if not self.pools:
+            return tensors
+        with torch.no_grad():
+            return {name: pool_blocks(tensors[of], layout) for name, of in _MEANS.items()}
+
+    def _kept(self, layout: TileLayout, read: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad():
+            return self.rule(**read, layout=layout, **hyperparameters)
 
     def _selected(
-        self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
+        self, layout: TileLayout, read: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
     ) -> tuple[BlockMask, Tensor] | None:
         """By one kernel, where the rule is one that it knows: the same lists."""
         if self._scored is None or layout.num_blocks > MAX_BLOCKS:
             return None
-        check_tensors(self.name, layout, **tensors)
         with torch.no_grad():
-            return self._by_scores(scores(tensors["q"], tensors["k"], layout), layout, hyperparameters)
-
-    def _by_scores(
-        self, logits: Tensor, layout: TileLayout, hyperparameters: Mapping[str, Any]
-    ) -> tuple[BlockMask, Tensor] | None:
-        assert self._scored is not None
-        scored = self._scored(logits, layout=layout, **{**self.defaults, **hyperparameters})
-        return None if scored is None else select(layout, scored, self.width(layout, hyperparameters))
+            logits = scores_of_means(read["q_means"], read["k_means"], layout)
+            scored = self._scored(logits, layout=layout, **{**self.defaults, **hyperparameters})
+            return None if scored is None else select(layout, scored, self.width(layout, hyperparameters))
 
     def of_sums(
-        self, q_block_sum: Tensor, k_block_sum: Tensor, layout: TileLayout, scale: float, **hyperparameters: Any
+        self, q_block_sum: Tensor, k_block_sum: Tensor, layout: TileLayout, **hyperparameters: Any
     ) -> tuple[BlockMask, Tensor]:
         """:meth:`measured` from sums over blocks f32 ``[B, H, blocks, D]``, as ``torch.ops.fpsattn.quantize(block_sums=True)`` gives them, so that
-        q and k are not read again: ``topk_mean``, and ``cdf_mean`` without a window. ``scale``: of the scores, ``1 / sqrt(D)`` of the model."""
-        made = None
-        if self._scored is not None and layout.num_blocks <= MAX_BLOCKS:
-            with torch.no_grad():
-                logits = scores_of_sums(q_block_sum, k_block_sum, layout, scale)
-                made = self._by_scores(logits, layout, self.check(hyperparameters))
-        if made is None:
-            raise self._error(
-                "sums over blocks, on which alone its lists do not depend", "topk_mean, or cdf_mean without a window"
-            )
-        return made
+        q and k are not read again. Of patterns that pool (``topk_mean``, ``cdf_mean``, ``draft``, ``vmoba``); ConfigError for others.
+
+        The lists are those of :meth:`measured` but for ties: both sum 128 tokens in FP32, in another order, so entries may change places
+        whose scores differ by less than that rounds (about 1e-6 of the largest).
+        """
+        if not self.pools:
+            raise self._error("sums over blocks, which are not all that its lists depend on", f"{', '.join(pooling())}")
+        read = {name: means_of_sums(x, layout) for name, x in zip(_MEANS, (q_block_sum, k_block_sum), strict=True)}
+        return self._measured(layout, read, self.check(hyperparameters))
 
     def select(self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
         """What the rule alone keeps, bool ``[Bm, Hm, tiles, blocks]``."""
-        check_tensors(self.name, layout, **{name: x for name, x in tensors.items() if name != "lse"})
-        with torch.no_grad():
-            return self.rule(**tensors, layout=layout, **hyperparameters)
+        return self._kept(layout, self._read(layout, tensors), hyperparameters)
 
     def density(self, *args: Any, **options: Any) -> Density:
         """Selected and kernel density; takes the arguments of a call. Reads values: waits for the device."""
@@ -138,9 +156,14 @@ class Pattern:
     def measured(self, *args: Any, **options: Any) -> tuple[BlockMask, Tensor]:
         """The mask of a call and its densities, f64 ``[2]`` (selected, kernel) on the device of q: nothing waits."""
         layout, tensors, hyperparameters = self._arguments(args, options)
-        if (made := self._selected(layout, tensors, hyperparameters)) is not None:
+        return self._measured(layout, self._read(layout, tensors), hyperparameters)
+
+    def _measured(
+        self, layout: TileLayout, read: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
+    ) -> tuple[BlockMask, Tensor]:
+        if (made := self._selected(layout, read, hyperparameters)) is not None:
             return made
-        keep = self.select(layout, tensors, hyperparameters)
+        keep = self._kept(layout, read, hyperparameters)
         t, layout = tables(layout, keep.device), layout.to(keep.device)
         rule = keep | t.text_rows | t.text_columns
         # f32 sums of whole numbers below 2^24 are exact.
@@ -264,6 +287,11 @@ def pattern(
 def names() -> list[str]:
     """Of all registered patterns."""
     return sorted(_REGISTRY)
+
+
+def pooling() -> list[str]:
+    """Names of the patterns that need no more of q and k than their means over blocks."""
+    return sorted(name for name, made in _REGISTRY.items() if made.pools)
 
 
 def get(name: str, **hyperparameters: Any) -> BoundPattern:

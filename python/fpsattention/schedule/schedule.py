@@ -26,7 +26,7 @@ FORMAT = "fpsattn-schedule/3"
 FORMATS = ("fpsattn-schedule/1", "fpsattn-schedule/2", FORMAT)
 AXES = ("sigma", "steps")
 DEFAULT_FLOW_SHIFT = 5.0  # Wan at 720p
-PRECISIONS = ("fp8", "int8", "bf16")
+PRECISIONS = ("fp8", "int8", "paper", "bf16")
 LINEARS = ("fp8", "bf16")
 GRANULARITIES = ("tile", "block", "token")
 OWN_LINEARS = (0, -1)  # the layers nearest to the latents, whose activations have the widest range
@@ -41,12 +41,13 @@ class Level:
     linear layers.
 
     Attributes:
-        precision: "int8": Q and K as in SageAttention, scales per block (CPU tensors only); P and V as with "fp8".
+        precision: "int8": Q and K as in SageAttention, scales per block (CPU tensors only); P and V as with "fp8". "paper": FP8 with P as
+            FPSAttention's paper has it (``e4m3(448 exp(x - m))``) and without K smoothing (CPU tensors, eager, only).
         granularity: of the FP8 scales of Q and K; "block" with "int8".
         window: the tiles that a tile attends. ``pattern`` is the other way to say so: a rule of :mod:`fpsattention.patterns`
             (``patterns.get("topk_mean", ratio=0.1)``, or its dict), scored on the layer's q and k where it reads them.
         refresh: steps of a sampling run that a scored mask stays, >= 1.
-        hadamard: q and k are rotated before they are quantized (``fpsattention.attention``); patterns score them as they are.
+        hadamard: q and k are rotated before they are quantized (``fpsattention.attention``), which changes no score of a pattern but for rounding.
     """
 
     name: str

@@ -96,7 +96,7 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         known = ("precision", "granularity", "window", "linears")
         known += ("pattern", "refresh", "hadamard") if latest else ()
         _keys(_object(entry, path), path, known, required=("precision",))
-        precisions = PRECISIONS if latest else tuple(p for p in PRECISIONS if p != "int8")
+        precisions = PRECISIONS if latest else ("fp8", "bf16")
         precision = _choice(entry["precision"], precisions, f"{path}.precision")
         shared = "block" if precision == "int8" else "tile"
         granularity = _choice(entry.get("granularity", shared), GRANULARITIES, f"{path}.granularity")
