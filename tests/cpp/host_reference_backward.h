@@ -62,8 +62,7 @@ inline float exponent(const HostHead& in, int qs, int ks, float m) {
 
 // P of a key's slot.
 inline uint8_t probability_byte(double y, int slot, int dim) {
-  return slot % kBlockSlots < code_slots(dim) ? exponent_code(static_cast<float>(y))
-                                              : to_e4m3(static_cast<float>(std::exp2(y)));
+  return slot % kBlockSlots < code_slots(dim) ? exponent_code(y) : to_e4m3(static_cast<float>(std::exp2(y)));
 }
 
 inline HostForward host_forward(const HostHead& in, DType dtype) {

@@ -49,7 +49,7 @@ struct ForwardReference {
 
 // `slot`: of the key, in its block.
 inline double quantized_probability(double exponent, int slot, int dim) {
-  if (slot < code_slots(dim)) return e4m3_to_float(exponent_code(static_cast<float>(exponent)));
+  if (slot < code_slots(dim)) return e4m3_to_float(exponent_code(exponent));
   return e4m3_to_float(to_e4m3(static_cast<float>(std::exp2(std::min(exponent, 8.75)))));
 }
 

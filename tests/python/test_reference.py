@@ -232,31 +232,37 @@ def test_values_beyond_a_given_v_absmax_saturate_and_infinities_do_not():
     assert raw[0, 0, 0, slot[1], 0] == 448 and not torch.isfinite(raw[0, 0, 0, slot[2], 1])
 
 
-def test_exponent_codes_are_exact_arithmetic_and_near_the_exponential():
-    """Every FP16 exponent: the FP32 sums round as exact ones do, and P is within a step of 2^y where it is normal."""
-    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    y = halves[halves.isfinite()]
+def code_grid():
+    """Every value of e (docs/numerics.md, "Codes by arithmetic") as an exponent y, and what lies between two of them: ties, and next to ties."""
+    e = torch.arange(-8, 1009, dtype=torch.double)  # to y = 8.78
+    between = torch.tensor([0.0, 0.25, 0.5 - 2.0**-13, 0.5, 0.5 + 2.0**-13, 0.75], dtype=torch.double)
+    return ((e[:, None] + between - 446.75) / 64).flatten()
 
-    def rounded(x, bits_below_one):  # to multiples of 2^-n, half to even: exact in FP64
-        return torch.round(torch.ldexp(x, torch.tensor(bits_below_one))).ldexp(torch.tensor(-bits_below_one))
 
-    exact = y.double() * (65 / 1024) + 1814 / 4096
-    near = y.abs() < 16
-    w = (y.float() * (65 / 1024) + 1814 / 4096).half().double()
-    exponent = torch.frexp(exact[near])[1].clamp_min(-13)
-    ulps = torch.round(torch.ldexp(exact[near], 11 - exponent))
-    assert torch.equal(torch.ldexp(ulps, exponent - 11), w[near])
-    w = w.clamp(0.0, 1.0)
-    r = w * (63 / 32) + 65 / 32
-    eighths = torch.where(r < 4, (rounded(r, 9) - 2) * 512, 1024 + (rounded(r, 8) - 4) * 256).long()
-    want = ((eighths + torch.where(eighths // 32 % 2 == 0, 3, 0)) // 8) - 2
-    codes = ref.exponent_codes(y.float())
-    assert torch.equal(codes.long(), want)
-    assert int(codes.max()) == 126 and int(codes.min()) == 0  # finite, not negative
-    assert bool((codes[y.argsort()].int().diff() >= 0).all())
+def test_exponent_codes_are_near_the_exponential():
+    y = code_grid()
+    e = torch.round(y * 64 + 446.75).clamp(0, 1012).long()  # half to even
+    outer = ((e + 48) // 32) % 2
+    codes = ref.exponent_codes(y)
+    assert torch.equal(codes.long(), (e + 2 * outer) // 8)
+    assert int(codes.max()) == 126 and int(codes.min()) == 0
+    assert bool((codes.int().diff() >= 0).all())
     normal = (y >= -6) & (y <= 8)
-    ratio = codes.view(torch.float8_e4m3fn).double()[normal] / torch.exp2(y[normal].double())
-    assert float(ratio.min()) > 1 - 1 / 8 and float(ratio.max()) < 1 + 1 / 8
+    ratio = codes.view(torch.float8_e4m3fn).double()[normal] / torch.exp2(y[normal])
+    assert float(ratio.min()) > 1 - 0.075 and float(ratio.max()) < 1 + 0.075
+    special = torch.tensor([8.0, 8.0 + 2.0**-20, 9.0, 1e30, math.inf, -7.0, -8.0, -1e30, -math.inf, math.nan])
+    assert ref.exponent_codes(special).tolist() == [120, 120, 126, 126, 126, 0, 0, 0, 0, 0]
+
+
+def test_a_code_is_eight_less_where_the_maximum_is_one_more():
+    """The code of 2^(y - n) is that of 2^y less 8 n, or 0: the running maximum does not matter. On all of the grid."""
+    y = code_grid()
+    codes = ref.exponent_codes(y).int()
+    for n in range(1, 17):
+        assert torch.equal(ref.exponent_codes(y - n).int(), (codes - 8 * n).clamp_min(0)), n
+    # A grid that grows coarser with y, as FP16 has it around y itself, does not do that.
+    coarse = ref.exponent_codes(y.half().double()).int()
+    assert not torch.equal(ref.exponent_codes((y - 4).half().double()).int(), (coarse - 32).clamp_min(0))
 
 
 @pytest.mark.parametrize("dim", [64, 128])

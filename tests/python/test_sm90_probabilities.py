@@ -1,7 +1,8 @@
-"""P with one K scale per token has one definition, to the bit, in the forward and in the backward (docs/numerics.md, step 3).
+"""P has one definition, to the bit, in the forward and in the backward (docs/numerics.md, step 3 and "Codes by arithmetic").
 
-64 planted scores: the e4m3 code of each depends on which of the three factors is multiplied first. P is read off: of the forward from O
-with one-hot values, of the backward from dV with one-hot dO. The ops are the CPU's here; where tensors go to the sm_90a kernels
+64 planted scores: the e4m3 code of each depends on which of the three factors is multiplied first, with one K scale per token. And scores next
+to each border of two FP16 values: codes do not depend on the running maximum. P is read off: of the forward from O with one-hot
+values, of the backward from dV with one-hot dO. The ops are the CPU's here; where tensors go to the sm_90a kernels
 (a Hopper GPU, or FPSATTN_SM90_ON_HOST=1 under the emulator), theirs.
 """
 
@@ -14,6 +15,7 @@ from fpsattention.ops import core, reference
 
 DIM, BLOCK, SCALE = 64, 128, 0.125
 SHIFT = 8.0
+TIES = [(e + 0.5 - 446.75) / 64 for e in range(959)]  # up to 8: halfway between two FP16 values of h
 DEVICE = "cuda" if torch.cuda.is_available() and not core.sm90_missing() else "cpu"
 
 
@@ -24,21 +26,21 @@ def code_slot_probabilities(y):
 def plant(count):
     """``(product, s_q, s_k, P)``: P of ``(product * s_k) * (s_q * c)`` is another with ``(s_q * s_k) * c``, fused additions or not.
 
-    The exponents are next to the border of two codes, halfway between two FP16 values, so that the last bit of a score decides.
+    The exponents are next to the border of two codes, halfway between two FP32 values of h, so that the last bit of a score decides.
     """
     generator = torch.Generator().manual_seed(5)
     n = 1 << 16
-    halves = torch.arange(2.0, 8.0, 2.0**-8).half().float()
-    steps = (halves[1:], halves[:-1])
-    borders = (sum(steps) / 2)[code_slot_probabilities(steps[0]) != code_slot_probabilities(steps[1])]
-    y = borders[torch.randint(len(borders), (n,), generator=generator)].double()
+    ties = torch.tensor([y for y in TIES if y < 0], dtype=torch.double)  # a bit of the score y - 8 is half a step of h
+    steps = (ties - 2.0**-8, ties + 2.0**-8)
+    borders = ties[code_slot_probabilities(steps[0]) != code_slot_probabilities(steps[1])]
+    y = borders[torch.randint(len(borders), (n,), generator=generator)] - 2.0**-20  # ties go to an even e: up
     product = -torch.randint(8, 16, (n,), generator=generator).float()
     s_k = torch.rand(n, generator=generator) + 0.5
     scale_log2 = torch.tensor(SCALE * reference.LOG2E)
     s_q = ((y - SHIFT) / (product.double() * s_k.double() * scale_log2.double())).float()
     row, each, scaled = s_q * scale_log2, s_q * s_k * scale_log2, product * s_k  # rounded as everyone does
-    new = [scaled * row + SHIFT, (scaled.double() * row.double() + SHIFT).float()]
-    old = [product * each + SHIFT, (product.double() * each.double() + SHIFT).float()]
+    new = [scaled * row + SHIFT, scaled.double() * row.double() + SHIFT]
+    old = [product * each + SHIFT, product.double() * each.double() + SHIFT]
     p_new, p_old = ([code_slot_probabilities(y) for y in ys] for ys in (new, old))
     good = (p_new[0] == p_new[1]) & (p_old[0] == p_old[1]) & (p_new[0] != p_old[0])
     assert good.sum() >= count
@@ -78,3 +80,49 @@ def test_forward_and_backward_round_scores_in_the_same_order(ops):
     assert torch.equal(forward.diagonal(), want)
     assert torch.equal(backward.diagonal(), want)
     assert torch.equal(forward, backward)
+
+
+@pytest.mark.parametrize("ops", [reference, torch.ops.fpsattn], ids=["reference", "ops"])
+def test_codes_do_not_depend_on_the_maximum(ops):
+    """The second block of a row raises its maximum by 0 to 8: the backward finds the codes of the first one, 8 lower per octave."""
+    heads, step = 15, 2.0**-19  # of h in FP32, in octaves
+    y = torch.tensor([tie + side * step for tie, side in zip(TIES, [-1, 1] * 480, strict=False)], dtype=torch.double)
+    y = torch.cat([y, y.new_zeros(heads * DIM - len(y))]).view(heads, DIM)
+    codes = reference.exponent_codes(y)
+    assert set(codes.flatten().tolist()) == set(range(121))
+    raised = torch.arange(DIM) % 9
+    scale_log2 = torch.tensor(reference.LOG2E)
+    s_q = next(s for s in (1 / scale_log2 + i * 2.0**-25 for i in range(-2, 3)) if s * scale_log2 == 1)
+    q, k, v = (torch.zeros(heads, 2, BLOCK, DIM) for _ in range(3))
+    i = torch.arange(DIM)
+    q[:, 0, :DIM, 0], q[:, 0, :DIM, 1] = 1.0, raised.float()
+    k[:, 0, :DIM, 0], k[:, 1, 0, 1] = -1.0, 1.0
+    v[:, 0, i, i] = 1.0
+    k_scale = torch.ones(heads, 2, BLOCK)
+    k_scale[:, 0, :DIM] = (8 - y).float()  # of key j: score y - 8
+    rows = torch.cat([v, torch.ones(heads, 2, BLOCK, 1), torch.zeros(heads, 2, BLOCK, reference.V_EXTRA_ROWS - 1)], -1)
+    v8t = rows[:, :, reference.v_slot_order()].transpose(2, 3)
+    operands = [x.to(torch.float8_e4m3fn)[None].contiguous() for x in (q, k, v8t)]
+    operands += [s_q.expand(1, heads, 2, BLOCK).contiguous(), k_scale[None], torch.ones(1, heads, DIM)]
+    tokens, tiles = torch.arange(2 * BLOCK, dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+    counts = torch.tensor([2, 0], dtype=torch.int32).view(1, 1, 2)
+    indices = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32).view(1, 1, 2, 2)
+    transposed = (torch.tensor([1, 1], dtype=torch.int32).view(1, 1, 2), torch.zeros(1, 1, 2, 1, dtype=torch.int32))
+    arguments = [x.to(DEVICE) for x in (*operands, tokens, tiles, counts, indices)]
+    out, _, row_max, row_sum = ops.forward(
+        *arguments, num_tokens=2 * BLOCK, softmax_scale=1.0, out_dtype=torch.bfloat16
+    )
+    grad_out = torch.zeros(1, heads, 2 * BLOCK, DIM, dtype=torch.bfloat16)
+    grad_out[:, :, i, i] = 1.0
+    extra = () if ops is reference else [x.to(DEVICE) for x in transposed]
+    options = {} if ops is reference else {"deterministic": True}
+    _, _, dv = ops.backward(
+        grad_out.to(DEVICE), out, *arguments[:6], row_max, row_sum, *arguments[6:], *extra, softmax_scale=1.0, **options
+    )
+    assert torch.equal(row_max[0, :, :DIM].cpu(), raised.float().expand(heads, DIM))
+    l = row_sum[0, :, :DIM, None].cpu()
+    value = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    forward = nearest_e4m3(out[0, :, :DIM].float().cpu() * l * 2.0 ** raised[:, None])  # [head, query, key]
+    assert torch.equal(forward, value[codes.long()][:, None].expand_as(forward))
+    backward = nearest_e4m3(dv[0, :, :DIM].float().cpu().transpose(1, 2) * l)
+    assert torch.equal(backward, value[(codes[:, None].long() - 8 * raised[:, None]).clamp_min(0)])

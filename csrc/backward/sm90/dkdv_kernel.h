@@ -162,13 +162,13 @@ __device__ __forceinline__ void probabilities(Scores& s, Packed& packed, const f
     const float2 sq = fact_pair(facts, kQueryScale, j), shift = fact_pair(facts, kExponentShift, j);
     const float2 inverse = fact_pair(facts, kInverseSum, j);
     // Rounded where the forward rounds (docs/numerics.md, step 3). Without kKeyScales both keys have the same scale.
-    const float factor0 = (kKeyScales ? sq.x : sq.x * sk[0]) * scale_log2;
-    const float factor1 = (kKeyScales ? sq.y : sq.y * sk[0]) * scale_log2;
+    const ExponentLine y0{(kKeyScales ? sq.x : sq.x * sk[0]) * scale_log2, shift.x};
+    const ExponentLine y1{(kKeyScales ? sq.y : sq.y * sk[0]) * scale_log2, shift.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float &s0 = s(4 * j + 2 * r), &s1 = s(4 * j + 2 * r + 1);
-      const float2 p = quantized_probabilities(fmaf(kKeyScales ? s0 * sk[r] : s0, factor0, shift.x),
-                                               fmaf(kKeyScales ? s1 * sk[r] : s1, factor1, shift.y), kCodes);
+      const float2 p =
+          quantized_probabilities(kKeyScales ? s0 * sk[r] : s0, kKeyScales ? s1 * sk[r] : s1, y0, y1, kCodes);
       s0 = p.x;
       s1 = p.y;
       pairs(2 * j + r) = pack_bf16(p.x * inverse.x, p.y * inverse.y);

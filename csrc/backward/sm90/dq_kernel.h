@@ -185,8 +185,8 @@ struct DqConsumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float &s0 = s(4 * j + 2 * r), &s1 = s(4 * j + 2 * r + 1);
-        const float2 p = quantized_probabilities(fmaf(kKeyScales ? s0 * sk.x : s0, factor[r], q.shift[r]),
-                                                 fmaf(kKeyScales ? s1 * sk.y : s1, factor[r], q.shift[r]),
+        const ExponentLine y{factor[r], q.shift[r]};
+        const float2 p = quantized_probabilities(kKeyScales ? s0 * sk.x : s0, kKeyScales ? s1 * sk.y : s1, y, y,
                                                  is_code_slot<D>(kPart * kKeys + 8 * j));
         s0 = p.x;
         s1 = p.y;

@@ -34,10 +34,15 @@ __device__ __forceinline__ constexpr bool is_code_slot(int slot) {
   return slot < code_slots(D);
 }
 
-// P of two exponents, as FP32: the bits that the forward multiplied with V. codes: in a code slot.
-__device__ __forceinline__ float2 quantized_probabilities(float y0, float y1, bool codes) {
-  if (codes) return e4m3x2_to_float2(__byte_perm(exponent_codes(y0, y1), 0, 0x4431));
-  return e4m3x2_to_float2(to_e4m3x2(exp2_approx(y0), exp2_approx(y1)));
+// P of two scores and the lines of their rows, as FP32: the bits that the forward multiplied with V. codes: in a code slot.
+__device__ __forceinline__ float2 quantized_probabilities(float s0, float s1, const ExponentLine& y0,
+                                                          const ExponentLine& y1, bool codes) {
+  if (codes) {
+    const float h0 = code_argument(s0, code_line(y0)), h1 = code_argument(s1, code_line(y1));
+    return e4m3x2_to_float2(__byte_perm(exponent_codes<false>(h0, h1), 0, 0x4431));
+  }
+  const float e0 = fmaf(s0, y0.factor, y0.shift), e1 = fmaf(s1, y1.factor, y1.shift);
+  return e4m3x2_to_float2(to_e4m3x2(exp2_approx(e0), exp2_approx(e1)));
 }
 
 // The four lanes of a quad hold words w[i] of column group i; then lane q holds the words of group q, in lane order.

@@ -33,6 +33,9 @@ struct Config {
 
   static constexpr int kCodeSlots = code_slots(kHeadDim);
   static_assert(kCodeSlots % 32 == 0 && kCodeSlots < kBlockSlots);
+  // k steps of PV, 32 slots each, in their order. The last one, of exponentials, goes first: either half of P then has codes in it, which
+  // run while the exponential unit is busy.
+  static constexpr int pv_step(int place) { return (place + 3) % 4; }
 
   // Shared-memory rings
   static constexpr int kStages = 4;  // K and V blocks each: D = 128 fills 4 x 33 KB; the producer runs 2-3 blocks ahead

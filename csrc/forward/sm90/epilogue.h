@@ -38,7 +38,7 @@ struct Epilogue {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[half] = __shfl_sync(~0u, state.sum[half], lane & ~3u);
-      m[half] = isnan(sum[half]) ? sum[half] : state.m.row[half];  // fmaxf dropped the NaN that made the sum NaN
+      m[half] = isnan(sum[half]) ? sum[half] : state.max[half];  // fmaxf dropped the NaN that made the sum NaN
       inverse[half] = 1.0f / sum[half];
     }
     stage_rows(state.out, inverse, v_scale);

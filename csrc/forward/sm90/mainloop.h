@@ -10,8 +10,8 @@ namespace fpsattn::sm90::forward {
 template <class C>
 struct RowState {
   float out[C::kOutRegisters];  // FP32 master of O, before division by the row sum; accumulator order
-  RowMax m;
-  float sum[2];  // row sums in lanes q = 0; other lanes of the quad hold 0
+  float max[2];                 // m
+  float sum[2];                 // row sums in lanes q = 0; other lanes of the quad hold 0
 };
 
 template <class C>
@@ -38,12 +38,11 @@ struct Mainloop {
     float work[C::kWorkRegisters];  // PV accumulator: O and the row sum since the last promotion
     uint32_t p[C::kProbabilityRegisters];
     float factor[2];  // of the scores in flight or in registers
-    RowMax m;         // of the scores in registers; state.m, to which O is scaled, follows
+    RowMax m;         // of the scores in registers; O follows in rescale
 
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] = 0.0f;
     state.sum[0] = state.sum[1] = 0.0f;
-    state.m = RowMax{};
     // The first MMAs ignore these zeros, but whether they accumulate is a run-time value: ptxas before 12.9 sees
     // registers that are read without having been written, and serializes every WGMMA (C7515).
 #pragma unroll
@@ -51,6 +50,7 @@ struct Mainloop {
 #pragma unroll
     for (int i = 0; i < C::kWorkRegisters; ++i) work[i] = 0.0f;
 
+    auto move = [&]() -> MaxMove& { return shared.move[opaque(threadIdx.x) - 128]; };
     auto await_k = [&] { shared.k_full[k_slot.stage].wait(k_slot.parity); };
     auto await_scores = [&](auto pending) {  // at most `pending` groups of PV are then in flight
       // Scales are read here, under the MMAs, and not in await_k, where their latency would hold up the exponentials.
@@ -77,9 +77,10 @@ struct Mainloop {
     auto issue_pv = [&](uint32_t v_stage, bool accumulate) {
       const uint64_t v_tile = v_tiles + static_cast<uint64_t>(v_stage) * (C::VTile::kBytes / 16);
 #pragma unroll
-      for (int step = 0; step < kBlockSlots / 32; ++step) {
-        C::PvMma::rs(work, p + 4 * step, v_tile + C::VTile::step(0, 32 * step), step > 0 || accumulate);
-        if (step % 2 == 1) warpgroup_commit_batch();  // two groups: each frees half of P
+      for (int i = 0; i < 4; ++i) {
+        const int step = C::pv_step(i);
+        C::PvMma::rs(work, p + 4 * step, v_tile + C::VTile::step(0, 32 * step), i > 0 || accumulate);
+        if (i % 2 == 1) warpgroup_commit_batch();  // two groups: each frees half of P
       }
     };
     auto release = [&](const Mbarrier(&empty)[C::kStages], uint32_t stage) {
@@ -101,15 +102,19 @@ struct Mainloop {
       state.sum[0] += work[kSum];
       state.sum[1] += work[kSum + 2];
     };
+    auto follow_move = [&] {
+      m.shift[0] = move().to[0];
+      m.shift[1] = move().to[1];
+    };
     auto rescale = [&] {  // by exact powers of two. Maxima are integers: rare after the first blocks
-      const float alpha[2] = {rescale_factor(state.m.row[0], m.row[0]), rescale_factor(state.m.row[1], m.row[1])};
+      follow_move();
+      const float alpha[2] = {rescale_factor(move().from[0], m.shift[0]), rescale_factor(move().from[1], m.shift[1])};
 #pragma unroll
       for (int i = 0; i < C::kWorkRegisters; ++i) work[i] *= alpha[i / 2 % 2];
 #pragma unroll
       for (int i = 0; i < C::kOutRegisters; ++i) state.out[i] *= alpha[i / 2 % 2];
       state.sum[0] *= alpha[0];
       state.sum[1] *= alpha[1];
-      state.m = m;
     };
 
     await_k();
@@ -117,10 +122,10 @@ struct Mainloop {
     issue_qk();
     await_scores(cute::Int<0>{});
     release_k();
-    raise_max(score, factor, state.m);
-    m = state.m;
-    subtract_max(score, factor, m);
-    exponentiate<C::kCodeSlots, 0, 4>(score, p);
+    raise_max(score, factor, m, move());
+    make_exponents<C::kCodeSlots>(score, factor, m);
+    follow_move();
+    exponentiate<C, 0, 4>(score, p);
 
     int32_t block = 0;  // whose P is in registers
     if (count > 1) {
@@ -142,10 +147,10 @@ struct Mainloop {
         await_scores(cute::Int<2>{});
         if constexpr (C::kHandOverWithScores) NamedBarrier::arrive(256, other_turn);
         release_k();
-        const bool moved = raise_max(score, factor, m);
-        subtract_max(score, factor, m);
+        const bool moved = raise_max(score, factor, m, move());
+        make_exponents<C::kCodeSlots>(score, factor, m);
         warpgroup_wait<1>();  // the first half of PV
-        exponentiate<C::kCodeSlots, 0, 2>(score, p);
+        exponentiate<C, 0, 2>(score, p);
         v_slot = k_slot;
         another = block < last;
         // This wait is needed before the next QK anyway. Here it ends a basic block: without one ptxas hoists the
@@ -158,7 +163,7 @@ struct Mainloop {
         warpgroup_wait<0>();
         keep_registers(work);
         release(shared.v_empty, v_stage);
-        exponentiate<C::kCodeSlots, 2, 2>(score, p);
+        exponentiate<C, 2, 4>(score, p);
         if (block % C::kPromoteBlocks == C::kPromoteBlocks - 1) promote();
         if (moved) rescale();
         keep_registers(p);
@@ -176,6 +181,8 @@ struct Mainloop {
     release(shared.v_empty, k_slot.stage);
     k_slot.advance();
     promote();
+    state.max[0] = kProbabilityShift - m.shift[0];
+    state.max[1] = kProbabilityShift - m.shift[1];
   }
 };
 

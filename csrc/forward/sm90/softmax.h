@@ -11,15 +11,20 @@
 
 namespace fpsattn::sm90::forward {
 
-// Running maxima of a thread's two rows, in log2 units, integers (or -inf before the first block). The four lanes of a
-// quad agree.
+// Running maxima m of a thread's two rows, integers in log2 units (or -inf before the first block), as exponents need them:
+// shift = 8 - m. The four lanes of a quad agree.
 struct RowMax {
-  float row[2] = {-__builtin_huge_valf(), -__builtin_huge_valf()};
+  float shift[2] = {__builtin_huge_valf(), __builtin_huge_valf()};
 };
 
-// 2^(from - to) for integers from <= to, exact; 1 where nothing moved (also for -inf), 0 below the normal range.
+// What a move of the maxima of a thread's rows was, in shifts. In shared memory: moves are rare, and registers are not.
+struct MaxMove {
+  float from[2], to[2];
+};
+
+// 2^(to - from) for integers to <= from, exact; 1 where nothing moved (also for inf), 0 below the normal range.
 __device__ __forceinline__ float rescale_factor(float from, float to) {
-  const float exponent = fmaxf(from - to, -127.0f);
+  const float exponent = fmaxf(to - from, -127.0f);
   return from == to ? 1.0f : __int_as_float((static_cast<int>(exponent) + 127) << 23);
 }
 
@@ -52,29 +57,49 @@ __device__ __forceinline__ void row_top(const float (&score)[64], float (&top)[2
 }
 
 // The integer to subtract from a row whose greatest score is x: ceil(x), or, where that takes all 24 bits of a float,
-// an ulp or two less. subtract_max rounds score * factor - m once, x is rounded before: there the greatest exponent
+// an ulp or two less. make_exponents rounds score * factor - m once, x is rounded before: there the greatest exponent
 // may lie an ulp below 8, which beyond 2^27 is a row of zeros. It lies above this way, and P saturates: the winner
 // still takes all.
 __device__ __forceinline__ float integer_bound(float x) { return ceilf(__fmaf_rn(-fabsf(x), 0x1p-23f, x)); }
 
+// Maxima from which on scores lie so far apart that an exponent may exceed 8 by more than codes have room for.
+inline constexpr float kHugeMax = 0x1p21f;
+
 // m = max(m, integer_bound(factor * max score)): integers. factor > 0 (or NaN), so the maximum may be taken first.
-// Returns whether a row of the warp may have moved: where none has, m is right as it is, and that is all that most
-// blocks need to know. Where m < 0, 0 exceeds it, so own_top_or_zero never hides a move. A NaN counts as a move; it reaches
-// the output through the probabilities, whatever m is, from the last column of a row at the latest: codes by arithmetic
-// cannot carry it, so it is copied there.
-__device__ __forceinline__ bool raise_max(float (&score)[64], const float (&factor)[2], RowMax& m) {
+// Returns whether a row of the warp may have moved, and `move`. Where none has, all exponents are below 8 and m is right as
+// it is; that is all that most blocks need to know. Where m <= 0, a score of 0 has 8 or more, so own_top_or_zero never
+// hides a move. A NaN counts as a move; it reaches the output through the probabilities, whatever m is, from the last
+// column of a row at the latest: codes by arithmetic cannot carry it, so it is copied there.
+// m is what make_exponents wants: where a maximum is huge, scores are cut off where P saturates, and the shift is 0 until
+// it is set to move.to.
+__device__ __forceinline__ bool raise_max(float (&score)[64], const float (&factor)[2], RowMax& m, MaxMove& move) {
   float top[2];
   own_top_or_zero(score, top);
-  const bool exceeds = !(top[0] * factor[0] <= m.row[0] && top[1] * factor[1] <= m.row[1]);
-  const bool moved = __any_sync(~0u, exceeds);
+  const bool below = __fmaf_rn(top[0], factor[0], m.shift[0]) < kProbabilityShift &&
+                     __fmaf_rn(top[1], factor[1], m.shift[1]) < kProbabilityShift;
+  const bool moved = __any_sync(~0u, !below);
   if (moved) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (isnan(top[half])) score[60 + 2 * half] = top[half];
     }
     row_top(score, top);
-    m.row[0] = fmaxf(m.row[0], integer_bound(top[0] * factor[0]));
-    m.row[1] = fmaxf(m.row[1], integer_bound(top[1] * factor[1]));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      move.from[half] = m.shift[half];
+      m.shift[half] = fminf(m.shift[half], kProbabilityShift - integer_bound(top[half] * factor[half]));
+      move.to[half] = m.shift[half];
+    }
+    if (fmaxf(fabsf(m.shift[0]), fabsf(m.shift[1])) >= kHugeMax) {
+      constexpr float kMost = (kCodeOrigin - kLeastCodeArgument) / -kCodeSlope;
+      const float inverse[2] = {__fdividef(1.0f, factor[0]), __fdividef(1.0f, factor[1])};
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        const float exponent = __fmaf_rn(score[i], factor[i / 2 % 2], m.shift[i / 2 % 2]);
+        score[i] = (exponent > kMost ? kMost : exponent) * inverse[i / 2 % 2];  // NaN stays
+      }
+      m.shift[0] = m.shift[1] = 0.0f;
+    }
   }
   return moved;
 }
@@ -91,23 +116,29 @@ __device__ __forceinline__ void scale_columns(float (&score)[64], const float* c
   }
 }
 
-// score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of
-// the row.
-__device__ __forceinline__ void subtract_max(float (&score)[64], const float (&factor)[2], const RowMax& m) {
-  const float shift[2] = {kProbabilityShift - m.row[0], kProbabilityShift - m.row[1]};
+// score <- factor * score - m + 8, the exponents of P: at most 8 (and a rounding error), as m is an integer bound of the
+// row. In the first kCodeSlots columns score <- what exponent_codes takes.
+template <int kCodeSlots>
+__device__ __forceinline__ void make_exponents(float (&score)[64], const float (&factor)[2], const RowMax& m) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) score[i] = __fmaf_rn(score[i], factor[i / 2 % 2], shift[i / 2 % 2]);
+  for (int i = 0; i < 64; ++i) {
+    const int half = i / 2 % 2;
+    score[i] = i < kCodeSlots / 2 ? code_argument(score[i], code_line({factor[half], m.shift[half]}))
+                                  : __fmaf_rn(score[i], factor[half], m.shift[half]);
+  }
 }
 
-// P = e4m3(2^exponent), or its code by arithmetic in the first kCodeSlots columns, for k steps kFirst .. kFirst + kSteps - 1 of PV (32 columns each), as its A operand: v8t holds
-// its slots in the order in which the bytes come to lie (kVSlotOrder), so nothing is shuffled.
-template <int kCodeSlots, int kFirst, int kSteps>
+// P = e4m3(2^exponent), or its code by arithmetic in the first C::kCodeSlots columns, for the k steps of PV (32 columns
+// each) at places kFirst .. kLast - 1 of their order, as its A operand: v8t holds its slots in the order in which the bytes
+// come to lie (kVSlotOrder), so nothing is shuffled.
+template <class C, int kFirst, int kLast>
 __device__ __forceinline__ void exponentiate(const float (&exponent)[64], uint32_t (&p)[16]) {
 #pragma unroll
-  for (int i = 4 * kFirst; i < 4 * (kFirst + kSteps); ++i) {
+  for (int place = 4 * kFirst; place < 4 * kLast; ++place) {
+    const int step = C::pv_step(place / 4), i = 4 * step + place % 4;
     const auto y = [&](int byte) { return exponent[accumulator_of_byte(i, byte)]; };
-    if (32 * (i / 4) < kCodeSlots) {
-      p[i] = __byte_perm(exponent_codes(y(0), y(1)), exponent_codes(y(2), y(3)), 0x7531);
+    if (32 * step < C::kCodeSlots) {
+      p[i] = __byte_perm(exponent_codes<true>(y(0), y(1)), exponent_codes<true>(y(2), y(3)), 0x7531);
     } else {
       p[i] = to_e4m3x4_in_place(exp2_approx(y(0)), exp2_approx(y(1)), exp2_approx(y(2)), exp2_approx(y(3)));
     }

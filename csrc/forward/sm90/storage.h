@@ -3,6 +3,7 @@
 
 #include "common/sm90/shared_memory.h"
 #include "forward/sm90/config.h"
+#include "forward/sm90/softmax.h"
 
 namespace fpsattn::sm90::forward {
 
@@ -26,6 +27,7 @@ struct Storage {
   // serves both.
   alignas(128) float k_scale[C::kStages][C::kKScalePerToken ? kBlockSlots : 2];
   WorkItem item[C::kItems];
+  MaxMove move[128 * C::kConsumers];  // of each thread's rows
 
   Mbarrier item_full[C::kItems], item_empty[C::kItems];  // item, tokens, Q, v_scale
   Mbarrier k_full[C::kStages], k_empty[C::kStages];      // K block, its scale

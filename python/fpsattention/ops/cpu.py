@@ -22,10 +22,12 @@ from torch import Tensor
 from .norm_rope import norm_rope
 from .reference import (
     BLOCK,
+    CODE_ORIGIN,
     CODE_SLOTS,
     E4M3_MAX,
     INT8,
     INT8_MAX,
+    LEAST_CODE_ARGUMENT,
     LOG2E,
     P_SHIFT,
     TILE,
@@ -44,7 +46,7 @@ CHUNK_SCORES = 1 << 21  # scores computed together: 8 MiB, what a few cores keep
 SEGMENT_BLOCKS = 16  # KV blocks between two updates of the running maximum and of the output
 EXPONENT_BITS = 0x7F800000
 E4M3_MIN_NORMAL = 2.0**-6
-EXACT_SHIFT = 2.0**22  # beyond it 8 - m and scores, as FP32 has them, are off by more than P can bear
+EXACT_SHIFT = 2.0**16  # beyond it FP32 rounds h of `reference.exponent_codes`, and soon 8 - m too
 E4M3_ULP_SHIFT = 2.0**20  # adding 2^(e + 20) to x in [2^e, 2^(e+1)) rounds x to 3 mantissa bits, nearest even
 CPU = torch.device("cpu")  # said everywhere, like dtypes: torch's defaults are the user's
 
@@ -257,14 +259,21 @@ class _Operands:
         return raw, multiplier.unsqueeze(-1), raw.amax(-1) * multiplier
 
 
-def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor) -> Tensor:
-    """``x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``."""
-    shift = (P_SHIFT - row_max).unsqueeze(-1)
+def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor, dim: int, running: Tensor) -> Tensor:
+    """``y = x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``.
+
+    In slots with codes ``h = CODE_ORIGIN - y / 32``, of the maximum that ran when a block was visited, ``running [items, rows, n or 1]``.
+    """
+    coded, exact = raw[..., : CODE_SLOTS[dim]], raw[..., CODE_SLOTS[dim] :]
+    row_max, running = row_max.unsqueeze(-1), running.unsqueeze(-1)
     if bool((row_max.abs() > EXACT_SHIFT).logical_and_(row_max.isfinite()).any()):
         # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
-        raw.mul_(multiplier).sub_(row_max.unsqueeze(-1)).add_(P_SHIFT)
+        raw.mul_(multiplier)
+        exact.sub_(row_max).add_(P_SHIFT)
+        coded.sub_(running).add_(P_SHIFT).mul_(-1 / 32).add_(CODE_ORIGIN)
     else:
-        torch.addcmul(shift, raw, multiplier, out=raw)
+        torch.addcmul(P_SHIFT - row_max, exact, multiplier, out=exact)
+        torch.addcmul((running - P_SHIFT).mul_(1 / 32).add_(CODE_ORIGIN), coded, multiplier * (-1 / 32), out=coded)
     return raw
 
 
@@ -282,15 +291,15 @@ def _round_to_e4m3(p: Tensor, min_normal: Tensor | float) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _values_of_exponents() -> Tensor:
-    """P of ``exponent_codes`` of every FP16 exponent, by its bits: FP32 ``[65536]``, NaN for NaN."""
-    exponents = torch.arange(1 << 16, dtype=torch.int32, device=CPU).to(torch.int16).view(torch.float16)
-    values = exponent_codes(exponents.float()).view(torch.float8_e4m3fn).float()
-    return values.masked_fill_(exponents.isnan(), math.nan)
+def _values_of_codes() -> Tensor:
+    """P of ``exponent_codes`` by the FP16 bits of ``h``, FP32 ``[65536]``. NaN for NaN."""
+    h = torch.arange(1 << 16, dtype=torch.int32, device=CPU).to(torch.int16).view(torch.float16)
+    y = (CODE_ORIGIN - h.double()) * 32
+    return exponent_codes(y).view(torch.float8_e4m3fn).float().masked_fill_(h.isnan(), math.nan)
 
 
 def _probabilities(y: Tensor, dim: int, later: Tensor | None = None) -> Tensor:
-    """P of exponents ``y [items, rows, n, 128]``, in their place.
+    """P of ``_exponents``, ``[items, rows, n, 128]``, in their place.
 
     ``later [items, rows, n, 1]``: P was taken at a maximum that is lower by so much, an integer; 0 where None.
     """
@@ -300,9 +309,8 @@ def _probabilities(y: Tensor, dim: int, later: Tensor | None = None) -> Tensor:
     if later is not None:
         scale = torch.exp2(-later)
         min_normal = (scale * E4M3_MIN_NORMAL).clamp_min_(torch.finfo(torch.float32).tiny)
-        coded = coded + later
-    index = coded.half().view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    values = _values_of_exponents()[index]
+    index = coded.clamp_(LEAST_CODE_ARGUMENT, 1.0).half().view(torch.int16).to(torch.int32)
+    values = _values_of_codes()[index]
     y[..., : CODE_SLOTS[dim]] = values if scale is None else values.mul_(scale)
     exact.copy_(_round_to_e4m3(exact.exp2(), min_normal))
     return y
@@ -368,7 +376,7 @@ def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Te
         # The maximum that is running when a block is visited decides below which value its P are subnormal.
         running = torch.cummax(torch.cat([m, block_max.ceil_()], dim=-1), dim=-1).values
         m_old, m, running = m, running[..., -1:], running[..., 1:]
-        y = _exponents(raw, multiplier, m)
+        y = _exponents(raw, multiplier, m, q.shape[-1], running)
         settled = torch.equal(running[..., 0], m[..., 0])
         p = _probabilities(y, q.shape[-1], None if settled else (m - running).unsqueeze(-1))
         p, v = p.view(items, rows, -1), _rows(operands.v, blocks)
@@ -455,7 +463,7 @@ def backward(
         dq_rows = _zeros(items, rows, dim)
         for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
             raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
-            p = _probabilities(_exponents(raw, multiplier, m), dim).view(items, rows, -1)
+            p = _probabilities(_exponents(raw, multiplier, m, dim, m), dim).view(items, rows, -1)
             v = _rows(operands.v, blocks)
             p.mul_(v[..., dim].unsqueeze(1)).div_(l)
             flat = blocks.reshape(-1)
@@ -523,7 +531,7 @@ def jvp(
         of_v, of_scores, total = _zeros(items, rows, dim), _zeros(items, rows, dim), _zeros(items, rows, 1)
         for blocks in chunk.kv_blocks.split(SEGMENT_BLOCKS, dim=1):
             raw, multiplier, _ = operands.scaled_scores(q_rows, q_scale_rows, blocks, factor)
-            p = _probabilities(_exponents(raw, multiplier, m), dim).view(items, rows, -1)
+            p = _probabilities(_exponents(raw, multiplier, m, dim, m), dim).view(items, rows, -1)
             v = _rows(operands.v, blocks)
             p.mul_(v[..., dim].unsqueeze(1)).div_(l)
             if v_dot is not None:

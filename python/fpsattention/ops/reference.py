@@ -23,6 +23,8 @@ CODE_SLOTS = {
     64: 96,
     128: 64,
 }  # by columns of the codes: the first slots of every block, whose P comes from `exponent_codes`
+CODE_ORIGIN = 1 - 446.75 / 2048  # h of y = 0
+LEAST_CODE_ARGUMENT = 1 - 1012 / 2048  # h of the greatest code, 126
 LOG2E = math.log2(math.e)
 V_EXTRA_ROWS = 8
 # Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
@@ -264,25 +266,25 @@ def v_slot_order() -> Tensor:
 
 
 def exponent_codes(y: Tensor) -> Tensor:
-    """e4m3 codes near those of ``2^y``, uint8, without an exponential: FP16 arithmetic, then integers. NaN gives 0.
+    """e4m3 codes near those of ``2^y``, uint8, without an exponential: one rounding, then integers. NaN gives 0.
 
-    The code of ``2^y`` grows by 8 per octave and is nearly linear in between: ``8 y + 56``, less 0.2, plus 3/8 in the outer
-    halves of an octave, rounded down. Exact for every ``y``: FP32 holds the sums below before they are rounded to FP16.
+    The code of ``2^y`` grows by 8 per octave and is nearly linear in between: ``8 y + 56``, less 0.16, plus 2/8 in the outer
+    halves of an octave, rounded down. FP16 rounds ``h`` in [1/2, 1], where its grid is the same everywhere, so the code of
+    ``2^(y + n)`` is that of ``2^y`` plus ``8 n``.
     """
-    w = (y.half().float() * (65 / 1024) + 1814 / 4096).clamp(0.0, 1.0).half()  # 1: 126, the greatest code
-    r = (w.float() * (63 / 32) + (2 + 1 / 32)).half()
-    eighths = r.view(torch.int16).int() - 0x4000  # 8 * (code + 2)
-    outer = torch.where(eighths & 0x20 == 0, 3, 0)
-    codes = ((eighths + outer) >> 3) - 2
+    h = (CODE_ORIGIN - y.double() / 32).float().clamp(LEAST_CODE_ARGUMENT, 1.0).half()
+    eighths = 0x3C00 - h.view(torch.int16).int()  # round(64 y + 446.75), from 0 to 1012
+    outer = (eighths - 16) & 0x20 != 0
+    codes = (eighths + torch.where(outer, 2, 0)) >> 3
     return torch.where(y.isnan(), 0, codes).to(torch.uint8)
 
 
 def probabilities(y: Tensor, dim: int) -> Tensor:
-    """P of exponents ``y = x - m + 8``, ``(..., 128)``, slots of one block: e4m3 values as FP32. NaN stays NaN."""
-    p = to_e4m3(torch.exp2(y)).float()
+    """P of exponents ``y = x - m + 8``, ``(..., 128)`` FP64, slots of one block: e4m3 values as FP32. NaN stays NaN."""
+    p = to_e4m3(torch.exp2(y.float())).float()
     coded = y[..., : CODE_SLOTS[dim]]
-    p[..., : CODE_SLOTS[dim]] = torch.where(
-        coded.isnan(), coded, exponent_codes(coded).view(torch.float8_e4m3fn).float()
+    p[..., : CODE_SLOTS[dim]] = (
+        exponent_codes(coded).view(torch.float8_e4m3fn).float().masked_fill(coded.isnan(), math.nan)
     )
     return p
 
@@ -360,7 +362,7 @@ def forward(
                     x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
                     # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
                     m_new = torch.maximum(m, x.amax(-1).ceil())
-                    p = probabilities(x - m_new[:, None] + P_SHIFT, dim)
+                    p = probabilities(x.double() - m_new[:, None] + P_SHIFT, dim)
                     rescale = torch.where(m_new == m, 1.0, torch.exp2(m - m_new))
                     # Section 5: the normaliser is the sum of the quantized probabilities of valid keys.
                     l = l * rescale + p @ ones[b, h, j]
@@ -428,7 +430,7 @@ def backward(
                 for j in indices[tile][: counts[tile]]:
                     product = q8[b, h, i].float() @ k8[b, h, j].float().T
                     x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
-                    p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
+                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
                     dp = do[b, h, i] @ v[b, h, j].T
                     ds = p * (dp - delta[b, h, i, :, None]) * softmax_scale
@@ -492,7 +494,7 @@ def jvp(
                 for j in indices[tile][: counts[tile]]:
                     product = q8[b, h, i].float() @ k8[b, h, j].float().T
                     x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
-                    p = probabilities(x - m + P_SHIFT, dim) * ones[b, h, j]
+                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[b, h, j]
                     p = torch.where(l == 0, 0.0, p / l)
                     s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
                     p_dot = p * s_dot

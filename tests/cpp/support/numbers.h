@@ -93,15 +93,14 @@ inline float from_bits16(uint16_t bits, DType dtype) {
   return static_cast<float>(bits & 0x8000 ? -a : a);
 }
 
-// e4m3 code of 2^y by FP16 arithmetic (docs/numerics.md, step 4). NaN gives 0.
-inline uint8_t exponent_code(float y) {
+// e4m3 code of 2^y by arithmetic (docs/numerics.md, step 4). NaN gives 0.
+inline uint8_t exponent_code(double y) {
   if (std::isnan(y)) return 0;
-  const auto half = [](double x) {
-    return from_bits16(to_bits16(static_cast<float>(x), DType::kFloat16), DType::kFloat16);
-  };
-  const double w = std::fmin(std::fmax(half(half(y) * (65.0 / 1024) + 1814.0 / 4096), 0.0), 1.0);
-  const int eighths = static_cast<int>((half(w * (63.0 / 32) + 65.0 / 32) - 2.0) * 512.0);  // of a code, plus 2 codes
-  return static_cast<uint8_t>((eighths + (eighths / 32 % 2 == 0 ? 3 : 0)) / 8 - 2);
+  const float h = static_cast<float>(1.0 - (64.0 * y + 446.75) / 2048.0);
+  const float clamped = std::fmin(std::fmax(h, 1.0f - 1012.0f / 2048.0f), 1.0f);
+  const int eighths = 0x3c00 - to_bits16(clamped, DType::kFloat16);
+  const bool outer = (eighths + 48) / 32 % 2 == 1;  // of an octave: its first or last quarter
+  return static_cast<uint8_t>((eighths + (outer ? 2 : 0)) / 8);
 }
 
 // SplitMix64: the same numbers on every machine.
