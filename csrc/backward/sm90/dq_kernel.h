@@ -12,8 +12,7 @@
 //
 // Pipeline   producer  Q8 dO | K8 V~ s_k, K16 of key block 0, 1, 2, ... of the tile's list, 2 stages (3 at D = 64)
 //            WG1, WG2  tensor cores  S dQ' dP | S dQ ...           dQ' is of the step before: it and dP run under P,
-//                                                                  at whose end the next K8 is waited for
-//                      the rest         P | dS | P
+//                      the rest         P | dS | P               at whose end the next K8 is waited for
 //
 // Barriers   name            kind       arrives              waits       phase flips
 //            queries_loaded  mbarrier   producer + bytes     consumers   never (one work item per CTA)
