@@ -74,29 +74,42 @@ def test_quantize(shape: w.Shape, granularity: str, bench, record) -> None:
            gb_per_s=moved / ms["median"] / 1e6)  # fmt: skip
 
 
-def first_blocks(workload: w.Workload, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of exactly ``length`` blocks for every tile: its own first, then the following ones, cyclically."""
+def first_blocks(workload: w.Workload, length: int, clusters: bool = True) -> tuple[torch.Tensor, ...]:
+    """tile_of_block, and lists of exactly ``length`` blocks for every tile: its own first, then the following ones, cyclically.
+
+    Without ``clusters``: the same lists, one for every block, which is a tile of its own then. The forward launches clusters, of CTAs that
+    share a list, where tiles have two blocks or so (``clusters_pay`` in csrc/forward/sm90/forward_launch.cu).
+    """
     layout, device = workload.layout, workload.device
     order = layout.tile_block_offsets[:-1, None] + torch.arange(layout.num_blocks, device=device)
-    counts = torch.full((1, 1, layout.num_tiles), length, dtype=torch.int32, device=device)
-    return counts, (order % layout.num_blocks).to(torch.int32)[None, None].contiguous()
+    tile_of_block = layout.tile_of_block
+    if not clusters:
+        order, tile_of_block = (
+            order[tile_of_block.long()],
+            torch.arange(len(tile_of_block), dtype=torch.int32, device=device),
+        )
+    counts = torch.full((1, 1, len(order)), length, dtype=torch.int32, device=device)
+    return tile_of_block, counts, (order % layout.num_blocks).to(torch.int32)[None, None].contiguous()
 
 
-@pytest.mark.parametrize("granularity", ["tile", "token"])
+@pytest.mark.parametrize("granularity", ["tile", "tile, no clusters", "token"])
 def test_forward(shape: w.Shape, granularity: str, bench, record) -> None:
     """Operands already quantized, at several densities of blocks. ``of_ideal``: time over dense time times density; 1 is ideal."""
+    clusters = granularity != "tile, no clusters"
+    if not clusters and shape.head_dim != 128:
+        pytest.skip("only D = 128 runs in clusters")
     workload = w.build(shape, 1.0, bench["device"])
     layout, (x, *_) = workload.layout, w.random_inputs(shape, bench["device"])
     q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
-        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity], smooth_k=True,
-        pow2_scales=False,
+        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity.split(",")[0]],
+        smooth_k=True, pow2_scales=False,
     )  # fmt: skip
     lengths = {density: max(1, round(density * layout.num_blocks)) for density in w.DENSITIES}
 
     def forward(length: int) -> timing.Call:
-        lists = first_blocks(workload, length)
+        lists = first_blocks(workload, length, clusters)
         return lambda turn: torch.ops.fpsattn.forward(
-            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, *lists,
+            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, *lists,
             num_tokens=shape.tokens, softmax_scale=workload.softmax_scale, out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
         )  # fmt: skip
 

@@ -57,11 +57,23 @@ class Report:
         return "; ".join(dict.fromkeys(([DRY] if self.dry else []) + parts))
 
     def predicted(self, head_dim: int, granularity: str) -> float | None:
-        """TFLOP/s that the timing model predicts for the forward's main loop."""
+        """TFLOP/s that the timing model predicts for a main loop."""
         wanted = [
             p for p in self.measured("prediction") if (p["head_dim"], p["granularity"]) == (head_dim, granularity)
         ]
         return wanted[-1]["tflops"] if wanted else None
+
+    def predicted_kernel(self, row: dict[str, Any]) -> float | None:
+        """The same for a row of bench_kernels, over the FLOPs that it counts."""
+        dim = row["workload"]["head_dim"]
+        if row["name"] == "forward":
+            return self.predicted(dim, row["granularity"])
+        if row["name"] == "backward" and row["mode"] == "fast":
+            return self.predicted(dim, "backward, fast")
+        both = [self.predicted(dim, f"backward, {kernel}") for kernel in ("dK and dV", "dQ")]
+        if row["name"] != "backward" or None in both:
+            return None
+        return 5 / (4 / both[0] + 3 / both[1])  # products: 4 and 3 are executed, of which two pairs are the same
 
     def comparisons(self) -> dict[str, list[dict[str, Any]]]:
         """Measured together, by comparison, fastest first."""
@@ -134,41 +146,21 @@ def kernel_table(report: Report) -> str:
     for row in report.measured("kernel"):
         w = row["workload"]
         what = f"{row['name']}, scales per {row['granularity']}" + (f", {row['mode']}" if "mode" in row else "")
-        predicted = report.predicted(w["head_dim"], row["granularity"]) if row["name"] == "forward" else None
+        predicted = report.predicted_kernel(row)
         rate = f"{number(row['tflops'])} TFLOP/s" if "tflops" in row else f"{number(row['gb_per_s'])} GB/s"
         share = (
             row["tflops"] / predicted if predicted else row["gb_per_s"] / copy if copy and "gb_per_s" in row else None
         )
         against = f"{number(predicted)} TFLOP/s" if predicted else f"{number(copy)} GB/s (copy)" if share else "-"
-        rows.append(
-            [
-                what,
-                w["name"],
-                w["head_dim"],
-                number(row.get("density", 1.0)),
-                spread(row["ms"]),
-                rate,
-                against,
-                number(share),
-            ]
-        )
+        density = number(row.get("density", 1.0))
+        rows.append([what, w["name"], w["head_dim"], density, spread(row["ms"]), rate, against, number(share)])
     for name, row in ceilings.items():
-        rows.append(
-            [f"ceiling: {name}", "-", "-", "-", spread(row["ms"]), f"{number(row['rate'])} {row['unit']}", "-", "-"]
-        )
-    predictions = [
-        [
-            f"predicted main loop: {p['kernel']}",
-            "-",
-            p["head_dim"],
-            "-",
-            "-",
-            "-",
-            f"{number(p['tflops'])} TFLOP/s",
-            "-",
-        ]
-        for p in report.measured("prediction")
-    ]
+        rate = f"{number(row['rate'])} {row['unit']}"
+        rows.append([f"ceiling: {name}", "-", "-", "-", spread(row["ms"]), rate, "-", "-"])
+    predictions = []
+    for p in report.measured("prediction"):
+        rate = f"{number(p['tflops'])} TFLOP/s"
+        predictions.append([f"predicted main loop: {p['kernel']}", "-", p["head_dim"], "-", "-", "-", rate, "-"])
     head = ["kernel", "shape", "D", "density", "ms: median (min-max)", "measured", "predicted, or copy", "ratio"]
     return table(head, rows + predictions) if rows or predictions else ""
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "fpsattn/params.h"
@@ -36,6 +37,14 @@ inline void check_pointer(const char* op, const char* name, const void* pointer,
   FPSATTN_CHECK(pointer != nullptr, op, ": ", name, " is null, expected a device pointer");
   FPSATTN_CHECK(reinterpret_cast<uintptr_t>(pointer) % alignment == 0, op, ": ", name, " is at ", pointer,
                 ", expected ", alignment, "-byte alignment");
+}
+
+struct NamedPointer {
+  const char* name;
+  const void* pointer;
+};
+inline void check_pointers(const char* op, int alignment, std::initializer_list<NamedPointer> pointers) {
+  for (const auto& [name, pointer] : pointers) check_pointer(op, name, pointer, alignment);
 }
 
 // True where 16-byte accesses to every row of a (B, H, S, D) tensor of 16-bit elements are legal.
@@ -101,8 +110,5 @@ inline Architecture device_architecture(const char* op) {
                 ", expected 9.0 (Hopper: H100, H200, H20): these kernels are sm_90a code");
   return Architecture::kSm90;
 }
-
-// The current device can run sm_90a code.
-inline void check_device(const char* op) { device_architecture(op); }
 
 }  // namespace fpsattn

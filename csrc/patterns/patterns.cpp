@@ -24,11 +24,9 @@ void check(const SelectParams& params) {
                 params.num_video_tiles, ", expected 1 to num_tiles (", params.num_tiles, ")");
   FPSATTN_CHECK(params.count >= 0 || params.mass >= 0, op, ": mass is ", params.mass, ", expected at least 0");
   FPSATTN_CHECK(!params.own_first || params.count >= 0, op, ": own_first with a mass, expected it with a count");
-  check_pointer(op, "values", params.values, 4);
-  check_pointer(op, "tile_block_offsets", params.tile_block_offsets, 4);
-  check_pointer(op, "block_tokens", params.block_tokens, 4);
-  check_pointer(op, "kv_num_blocks", params.kv_num_blocks, 4);
-  check_pointer(op, "kv_indices", params.kv_indices, 4);
+  check_pointers(op, 4, {{"values", params.values}, {"block_tokens", params.block_tokens}});
+  check_pointers(op, 4, {{"tile_block_offsets", params.tile_block_offsets}});
+  check_pointers(op, 4, {{"kv_num_blocks", params.kv_num_blocks}, {"kv_indices", params.kv_indices}});
   check_pointer(op, "attended", params.attended, 8);
 }
 
@@ -41,9 +39,8 @@ void check(const TransposeParams& params) {
   const char* op = "transpose_blocks";
   check_sizes(params);
   check_list_pointers(op, "kv", params.kv);
-  check_pointer(op, "tile_block_offsets", params.tile_block_offsets, 4);
-  check_pointer(op, "q_num_blocks", params.q_num_blocks, 4);
-  check_pointer(op, "q_indices", params.q_indices, 4);
+  check_pointers(op, 4, {{"tile_block_offsets", params.tile_block_offsets}});
+  check_pointers(op, 4, {{"q_num_blocks", params.q_num_blocks}, {"q_indices", params.q_indices}});
   check_workspace(op, params.workspace, params.workspace_bytes, transpose_workspace_bytes(params));
 }
 

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "fpsattn/params.h"
 #include "fpsattn/status.h"
@@ -46,10 +47,6 @@ inline void check_dtype(const char* op, const char* name, const Tensor& x, Scala
                 dtype_name(want));
 }
 
-inline void check_contiguous(const char* op, const char* name, const Tensor& x) {
-  FPSATTN_CHECK(x.is_contiguous(), op, ": ", name, " is not contiguous: pass ", name, ".contiguous()");
-}
-
 inline void check_same_device(const char* op, const char* name, const Tensor& x, const Tensor& like) {
   FPSATTN_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), op, ": ", name,
                 " is on another device than the first argument: move all tensors to one device");
@@ -61,7 +58,26 @@ inline void check_buffer(const char* op, const char* name, const Tensor& x, cons
   check_same_device(op, name, x, like);
   check_dtype(op, name, x, type);
   check_shape(op, name, x, shape);
-  check_contiguous(op, name, x);
+  FPSATTN_CHECK(x.is_contiguous(), op, ": ", name, " is not contiguous: pass ", name, ".contiguous()");
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+// The dtype of what the kernels know as float, int32_t, uint8_t (codes).
+template <class T>
+inline constexpr ScalarType kScalarType = std::is_same_v<T, float>     ? ScalarType::Float
+                                          : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                                                       : ScalarType::Float8_e4m3fn;
+
+// The memory of a checked input.
+template <class T>
+const T* input(const char* op, const char* name, const Tensor& x, const Tensor& like,
+               std::initializer_list<int64_t> shape) {
+  check_buffer(op, name, x, like, kScalarType<T>, shape);
+  return data<const T>(x);
 }
 
 inline DType kernel_dtype(const char* op, const char* name, ScalarType type) {
@@ -87,12 +103,10 @@ inline BlockLists block_lists(const char* op, const char* kind, const Tensor& co
   FPSATTN_CHECK((counts.size(0) == 1 || counts.size(0) == batch) && (counts.size(1) == 1 || counts.size(1) == heads),
                 op, ": ", counts_name, " has shape ", shape_text(counts), ", expected (", batch, " or 1, ", heads,
                 " or 1, ", rows, ")");
-  check_buffer(op, counts_name.c_str(), counts, like, ScalarType::Int, {counts.size(0), counts.size(1), rows});
-  check_buffer(op, indices_name.c_str(), indices, like, ScalarType::Int,
-               {counts.size(0), counts.size(1), rows, indices.size(3)});
   BlockLists lists;
-  lists.num_blocks = static_cast<const int32_t*>(counts.data_ptr());
-  lists.indices = static_cast<const int32_t*>(indices.data_ptr());
+  lists.num_blocks = input<int32_t>(op, counts_name.c_str(), counts, like, {counts.size(0), counts.size(1), rows});
+  lists.indices =
+      input<int32_t>(op, indices_name.c_str(), indices, like, {counts.size(0), counts.size(1), rows, indices.size(3)});
   lists.batch = static_cast<int>(counts.size(0));
   lists.heads = static_cast<int>(counts.size(1));
   lists.rows = static_cast<int>(rows);

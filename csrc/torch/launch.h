@@ -1,9 +1,10 @@
-// Where an op's kernels go, and the memory of its outputs.
+// Where an op's kernels go, and the memory that they read and write.
 #pragma once
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <utility>
 #include <vector>
 
 #include "common/check_params.h"
@@ -57,9 +58,21 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
+// An output, at which `pointer` then points.
 template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
+Tensor output(T*& pointer, const Tensor& like, std::vector<int64_t> shape) {
+  Tensor x = empty(like, std::move(shape), kScalarType<T>);
+  pointer = data<T>(x);
+  return x;
+}
+
+// To be held until the launch: torch's allocator orders what comes after it behind the kernels.
+template <class Params>
+Tensor workspace_of(Params& params, size_t bytes, const Tensor& like) {
+  Tensor workspace = empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  params.workspace = workspace.data_ptr();
+  params.workspace_bytes = bytes;
+  return workspace;
 }
 
 }  // namespace fpsattn

@@ -40,26 +40,24 @@ Tensor with_aligned_rows(const char* op, const char* name, const Tensor& x) {
 
 const float* optional_floats(const char* op, const char* name, const OptionalTensor& x, const Tensor& like,
                              std::initializer_list<int64_t> shape) {
-  if (!x.has_value()) return nullptr;
-  check_buffer(op, name, *x, like, ScalarType::Float, shape);
-  return data<const float>(*x);
+  return x.has_value() ? input<float>(op, name, *x, like, shape) : nullptr;
 }
 
-// Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap on what is out of
-// range.
-void check_slots(const char* op, const Tensor& token_of_slot, const Tensor& like, int64_t num_tokens) {
-  check_buffer(op, "token_of_slot", token_of_slot, like, ScalarType::Int, {kAnySize});
+// token_of_slot, checked. Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap
+// on what is out of range.
+const int32_t* checked_slots(const char* op, const Tensor& token_of_slot, const Tensor& like, int64_t num_tokens) {
+  const int32_t* tokens = input<int32_t>(op, "token_of_slot", token_of_slot, like, {kAnySize});
   const int64_t slots = token_of_slot.size(0);
   FPSATTN_CHECK(slots > 0 && slots % kBlockSlots == 0, op, ": token_of_slot has ", slots,
                 " entries, expected a positive multiple of ", kBlockSlots);
-  if (token_of_slot.is_cuda()) return;
-  const int32_t* tokens = data<const int32_t>(token_of_slot);
+  if (token_of_slot.is_cuda()) return tokens;
   for (int64_t slot = 0; slot < slots; ++slot) {
     FPSATTN_CHECK(tokens[slot] >= -1 && tokens[slot] < num_tokens, op, ": token_of_slot[", slot, "] is ", tokens[slot],
                   ", expected -1 to ", num_tokens - 1);
     FPSATTN_CHECK(tokens[slot] >= 0 || slot % kBlockSlots != 0, op, ": token_of_slot[", slot,
                   "] is padding: valid slots come first in each block of ", kBlockSlots);
   }
+  return tokens;
 }
 
 // Entries of a table of block or tile numbers, likewise.
@@ -97,8 +95,8 @@ Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& 
     *tensors[i] = with_aligned_rows(op, names[i], *tensors[i]);
     *views[i] = token_tensor(op, names[i], *tensors[i]);
   }
-  check_slots(op, token_of_slot, q, tokens);
-  check_buffer(op, "tile_block_offsets", tile_block_offsets, q, ScalarType::Int, {kAnySize});
+  params.token_of_slot = checked_slots(op, token_of_slot, q, tokens);
+  params.tile_block_offsets = input<int32_t>(op, "tile_block_offsets", tile_block_offsets, q, {kAnySize});
   FPSATTN_CHECK(tile_block_offsets.size(0) >= 2, op, ": tile_block_offsets has ", tile_block_offsets.size(0),
                 " entries, expected num_tiles + 1, at least 2");
   FPSATTN_CHECK(granularity >= 0 && granularity <= 2, op, ": granularity is ", granularity,
@@ -113,34 +111,22 @@ Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& 
   params.smooth_k = smooth_k;
   params.pow2_scales = pow2_scales;
   params.k_mean_stride = static_cast<int>(k_mean_stride < tokens ? k_mean_stride : tokens);
-  params.token_of_slot = data<const int32_t>(token_of_slot);
-  params.tile_block_offsets = data<const int32_t>(tile_block_offsets);
   params.given_k_mean = optional_floats(op, "k_mean", k_mean, q, {batch, heads, dim});
   params.given_v_absmax = optional_floats(op, "v_absmax", v_absmax, q, {batch, heads, dim});
 
-  const auto e4m3 = ScalarType::Float8_e4m3fn;
   const int64_t columns = code_dim(params.size.head_dim);
-  Tensor q8 = empty(q, {batch, heads, num_blocks, kBlockSlots, columns}, e4m3);
-  Tensor k8 = empty(q, {batch, heads, num_blocks, kBlockSlots, columns}, e4m3);
-  Tensor v8t = empty(q, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots}, e4m3);
+  Tensor q8 = output(params.q8, q, {batch, heads, num_blocks, kBlockSlots, columns});
+  Tensor k8 = output(params.k8, q, {batch, heads, num_blocks, kBlockSlots, columns});
+  Tensor v8t = output(params.v8t, q, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
   std::vector<int64_t> scales = {batch, heads, num_blocks};
   if (params.granularity == Granularity::kToken) scales.push_back(kBlockSlots);
-  Tensor q_scale = empty(q, scales, ScalarType::Float), k_scale = empty(q, scales, ScalarType::Float);
-  Tensor v_scale = empty(q, {batch, heads, dim}, ScalarType::Float);
-  Tensor used_mean = empty(q, {batch, heads, dim}, ScalarType::Float);
-  Tensor q_k_mean = empty(q, {batch, heads, tokens}, ScalarType::Float);
-  Tensor q_block_sum = empty(q, {batch, heads, block_sums ? num_blocks : 0, dim}, ScalarType::Float);
-  Tensor k_block_sum = empty(q, {batch, heads, block_sums ? num_blocks : 0, dim}, ScalarType::Float);
-  params.q8 = data<uint8_t>(q8);
-  params.k8 = data<uint8_t>(k8);
-  params.v8t = data<uint8_t>(v8t);
-  params.q_scale = data<float>(q_scale);
-  params.k_scale = data<float>(k_scale);
-  params.v_scale = data<float>(v_scale);
-  params.k_mean = data<float>(used_mean);
-  params.q_k_mean = data<float>(q_k_mean);
-  params.q_block_sum = block_sums ? data<float>(q_block_sum) : nullptr;
-  params.k_block_sum = block_sums ? data<float>(k_block_sum) : nullptr;
+  Tensor q_scale = output(params.q_scale, q, scales), k_scale = output(params.k_scale, q, scales);
+  Tensor v_scale = output(params.v_scale, q, {batch, heads, dim});
+  Tensor used_mean = output(params.k_mean, q, {batch, heads, dim});
+  Tensor q_k_mean = output(params.q_k_mean, q, {batch, heads, tokens});
+  Tensor q_block_sum = output(params.q_block_sum, q, {batch, heads, block_sums ? num_blocks : 0, dim});
+  Tensor k_block_sum = output(params.k_block_sum, q, {batch, heads, block_sums ? num_blocks : 0, dim});
+  if (!block_sums) params.q_block_sum = params.k_block_sum = nullptr;
   run(params, launch.stream());
   return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean, q_block_sum, k_block_sum};
 }
@@ -149,9 +135,7 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
                       OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
                       bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
   const auto run = [&](QuantizeParams& params, cudaStream_t stream) {
-    params.workspace_bytes = quantize_workspace_bytes(params);
-    Tensor workspace = empty(q, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
-    params.workspace = workspace.data_ptr();
+    const Tensor workspace = workspace_of(params, quantize_workspace_bytes(params), q);
     quantize(params, stream);
   };
   return quantized("quantize", q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k,
@@ -196,14 +180,11 @@ Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor 
                     op, ": cos has shape ", shape_text(*cos), ", expected (1 or ", size.batch, ", 1 or ", size.heads,
                     ", n, ", size.head_dim / 2, ")");
       const int64_t rows = cos->size(2), width = size.head_dim / 2;
-      for (const auto& [name, x] : {std::pair{"cos", &*cos}, std::pair{"sin", &*sin}}) {
-        check_buffer(op, name, *x, q, ScalarType::Float, {cos->size(0), cos->size(1), rows, width});
-      }
+      params.cos = input<float>(op, "cos", *cos, q, {cos->size(0), cos->size(1), rows, width});
+      params.sin = input<float>(op, "sin", *sin, q, {cos->size(0), cos->size(1), rows, width});
       FPSATTN_CHECK(first_rotated >= 0 && first_rotated + rows <= size.num_tokens, op, ": cos has ", rows,
                     " tokens from first_rotated=", first_rotated, " on, expected at most the ", size.num_tokens,
                     " of q");
-      params.cos = data<const float>(*cos);
-      params.sin = data<const float>(*sin);
       params.table_stride_head = cos->size(1) == 1 ? 0 : rows * width;
       params.table_stride_batch = cos->size(0) == 1 ? 0 : cos->size(1) * rows * width;
       params.first_rotated = static_cast<int>(first_rotated);
@@ -218,9 +199,7 @@ Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor 
     params.k_weight = vector("k_weight", k_weight);
     params.q_bias = vector("q_bias", q_bias);
     params.k_bias = vector("k_bias", k_bias);
-    params.quantize.workspace_bytes = prepare_workspace_bytes(params);
-    Tensor workspace = empty(q, {static_cast<int64_t>(params.quantize.workspace_bytes)}, ScalarType::Byte);
-    params.quantize.workspace = workspace.data_ptr();
+    const Tensor workspace = workspace_of(params.quantize, prepare_workspace_bytes(params), q);
     prepare(params, stream);
   };
   return quantized(op, q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales,
@@ -233,30 +212,27 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
                    const Tensor& q_scale, const Tensor& k_scale, const Tensor& v_scale, const Tensor& token_of_slot,
                    const Tensor& tile_of_block, const Tensor& kv_num_blocks, const Tensor& kv_indices,
                    int64_t num_tokens) {
-  const auto e4m3 = ScalarType::Float8_e4m3fn;
   FPSATTN_CHECK(q8.dim() == 5, op, ": q8 has shape ", shape_text(q8), ", expected (B, H, num_blocks, 128, D)");
   // D is the length of v_scale; the codes have code_dim(D) columns.
   FPSATTN_CHECK(v_scale.dim() == 3, op, ": v_scale has shape ", shape_text(v_scale), ", expected (B, H, D)");
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
   FPSATTN_CHECK(is_head_dim(dim), op, ": v_scale has head dimension ", dim, ", supported are ", kHeadDims);
   const int64_t columns = code_dim(static_cast<int>(dim));
-  check_buffer(op, "q8", q8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});
-  check_buffer(op, "k8", k8, q8, e4m3, {batch, heads, num_blocks, kBlockSlots, columns});
-  check_buffer(op, "v8t", v8t, q8, e4m3, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
-  const auto check_scale = [&](const char* name, const Tensor& x) {
-    if (x.dim() == 4) {
-      check_buffer(op, name, x, q8, ScalarType::Float, {batch, heads, num_blocks, kBlockSlots});
-    } else {
-      check_buffer(op, name, x, q8, ScalarType::Float, {batch, heads, num_blocks});
-    }
-    return x.dim() == 4;
+  params.q8 = input<uint8_t>(op, "q8", q8, q8, {batch, heads, num_blocks, kBlockSlots, columns});
+  params.k8 = input<uint8_t>(op, "k8", k8, q8, {batch, heads, num_blocks, kBlockSlots, columns});
+  params.v8t = input<uint8_t>(op, "v8t", v8t, q8, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
+  const auto scales = [&](const char* name, const Tensor& x) {
+    return x.dim() == 4 ? input<float>(op, name, x, q8, {batch, heads, num_blocks, kBlockSlots})
+                        : input<float>(op, name, x, q8, {batch, heads, num_blocks});
   };
-  params.q_scale_per_token = check_scale("q_scale", q_scale);
-  params.k_scale_per_token = check_scale("k_scale", k_scale);
-  check_buffer(op, "v_scale", v_scale, q8, ScalarType::Float, {batch, heads, dim});
-  check_slots(op, token_of_slot, q8, num_tokens);
+  params.q_scale = scales("q_scale", q_scale);
+  params.k_scale = scales("k_scale", k_scale);
+  params.q_scale_per_token = q_scale.dim() == 4;
+  params.k_scale_per_token = k_scale.dim() == 4;
+  params.v_scale = input<float>(op, "v_scale", v_scale, q8, {batch, heads, dim});
+  params.token_of_slot = checked_slots(op, token_of_slot, q8, num_tokens);
   check_shape(op, "token_of_slot", token_of_slot, {num_blocks * kBlockSlots});
-  check_buffer(op, "tile_of_block", tile_of_block, q8, ScalarType::Int, {num_blocks});
+  params.tile_of_block = input<int32_t>(op, "tile_of_block", tile_of_block, q8, {num_blocks});
   FPSATTN_CHECK(num_tokens >= 1 && num_tokens <= num_blocks * kBlockSlots, op, ": num_tokens is ", num_tokens,
                 ", expected 1 to ", num_blocks * kBlockSlots);
   const int64_t num_tiles = kv_num_blocks.dim() == 3 ? kv_num_blocks.size(2) : 0;
@@ -264,14 +240,6 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
   check_entries(op, "tile_of_block", tile_of_block, num_tiles);
   params.size = {static_cast<int>(batch),      static_cast<int>(heads),      static_cast<int>(dim),
                  static_cast<int>(num_tokens), static_cast<int>(num_blocks), static_cast<int>(num_tiles)};
-  params.q8 = data<const uint8_t>(q8);
-  params.k8 = data<const uint8_t>(k8);
-  params.v8t = data<const uint8_t>(v8t);
-  params.q_scale = data<const float>(q_scale);
-  params.k_scale = data<const float>(k_scale);
-  params.v_scale = data<const float>(v_scale);
-  params.token_of_slot = data<const int32_t>(token_of_slot);
-  params.tile_of_block = data<const int32_t>(tile_of_block);
 }
 
 using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -289,16 +257,11 @@ Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_s
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.q_k_mean = optional_floats(op, "q_k_mean", q_k_mean, q8, {batch, heads, num_tokens});
   Tensor out = empty_tokens(q8, batch, heads, num_tokens, dim, out_dtype);
-  Tensor lse = empty(q8, {batch, heads, num_tokens}, ScalarType::Float);
-  Tensor row_max = empty(q8, {batch, heads, num_blocks * kBlockSlots}, ScalarType::Float);
-  Tensor row_sum = empty(q8, {batch, heads, num_blocks * kBlockSlots}, ScalarType::Float);
   params.out = token_tensor(op, "out", out);
-  params.lse = data<float>(lse);
-  params.row_max = data<float>(row_max);
-  params.row_sum = data<float>(row_sum);
-  params.workspace_bytes = forward_workspace_bytes(params);
-  Tensor workspace = empty(q8, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
-  params.workspace = workspace.data_ptr();
+  Tensor lse = output(params.lse, q8, {batch, heads, num_tokens});
+  Tensor row_max = output(params.row_max, q8, {batch, heads, num_blocks * kBlockSlots});
+  Tensor row_sum = output(params.row_sum, q8, {batch, heads, num_blocks * kBlockSlots});
+  const Tensor workspace = workspace_of(params, forward_workspace_bytes(params), q8);
   forward(params, launch.stream());
   return {out, lse, row_max, row_sum};
 }
@@ -323,26 +286,22 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
   check_same_device(op, "out", out, q8);
   check_shape(op, "out", out, {batch, heads, tokens, dim});
   check_shape(op, "grad_out", grad_out, {batch, heads, tokens, dim});
-  check_buffer(op, "row_max", row_max, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
-  check_buffer(op, "row_sum", row_sum, q8, ScalarType::Float, {batch, heads, num_blocks * kBlockSlots});
+  params.row_max = input<float>(op, "row_max", row_max, q8, {batch, heads, num_blocks * kBlockSlots});
+  params.row_sum = input<float>(op, "row_sum", row_sum, q8, {batch, heads, num_blocks * kBlockSlots});
   params.q = block_lists(op, "q", q_num_blocks, q_indices, q8, batch, heads, num_blocks);
   grad_out = with_aligned_rows(op, "grad_out", grad_out);
   out = with_aligned_rows(op, "out", out);
   params.grad_out = token_tensor(op, "grad_out", grad_out);
   params.out = token_tensor(op, "out", out);
-  params.row_max = data<const float>(row_max);
-  params.row_sum = data<const float>(row_sum);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.deterministic = deterministic;
-  Tensor dq = empty_tokens(out, batch, heads, tokens, dim, type);
-  Tensor dk = empty_tokens(out, batch, heads, tokens, dim, type);
-  Tensor dv = empty_tokens(out, batch, heads, tokens, dim, type);
-  params.dq = token_tensor(op, "dq", dq);
-  params.dk = token_tensor(op, "dk", dk);
-  params.dv = token_tensor(op, "dv", dv);
-  params.workspace_bytes = backward_workspace_bytes(params);
-  Tensor workspace = empty(q8, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
-  params.workspace = workspace.data_ptr();
+  const auto gradient = [&](const char* name, TokenTensor& view) {
+    Tensor x = empty_tokens(out, batch, heads, tokens, dim, type);
+    view = token_tensor(op, name, x);
+    return x;
+  };
+  Tensor dq = gradient("dq", params.dq), dk = gradient("dk", params.dk), dv = gradient("dv", params.dv);
+  const Tensor workspace = workspace_of(params, backward_workspace_bytes(params), q8);
   backward(params, launch.stream());
   return {dq, dk, dv};
 }

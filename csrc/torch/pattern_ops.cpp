@@ -23,11 +23,11 @@ std::tuple<Tensor, Tensor, Tensor> select_blocks_op(Tensor values, Tensor tile_b
   const Launch launch(op, values);
   FPSATTN_CHECK(values.dim() == 4, op, ": values has shape ", shape_text(values), ", expected (B, H, tiles, blocks)");
   const int64_t batch = values.size(0), heads = values.size(1), tiles = values.size(2), blocks = values.size(3);
-  check_buffer(op, "values", values, values, ScalarType::Float, {batch, heads, tiles, blocks});
-  check_buffer(op, "tile_block_offsets", tile_block_offsets, values, ScalarType::Int, {tiles + 1});
-  check_buffer(op, "block_tokens", block_tokens, values, ScalarType::Int, {blocks});
-  FPSATTN_CHECK(std::isfinite(mass) && std::abs(mass) <= 2.0, op, ": mass is ", mass, ", expected a share");
   SelectParams params;
+  params.values = input<float>(op, "values", values, values, {batch, heads, tiles, blocks});
+  params.tile_block_offsets = input<int32_t>(op, "tile_block_offsets", tile_block_offsets, values, {tiles + 1});
+  params.block_tokens = input<int32_t>(op, "block_tokens", block_tokens, values, {blocks});
+  FPSATTN_CHECK(std::isfinite(mass) && std::abs(mass) <= 2.0, op, ": mass is ", mass, ", expected a share");
   params.lists = int_of(op, "B * H", batch * heads);
   params.num_tiles = int_of(op, "tiles", tiles);
   params.num_video_tiles = int_of(op, "num_video_tiles", num_video_tiles);
@@ -38,15 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> select_blocks_op(Tensor values, Tensor tile_b
   params.max_count = int_of(op, "max_count", max_count);
   params.own_first = own_first;
   params.width = int_of(op, "width", width);
-  params.values = data<const float>(values);
-  params.tile_block_offsets = data<const int32_t>(tile_block_offsets);
-  params.block_tokens = data<const int32_t>(block_tokens);
-  Tensor kv_num_blocks = empty(values, {batch, heads, tiles}, ScalarType::Int);
-  Tensor kv_indices = empty(values, {batch, heads, tiles, width}, ScalarType::Int);
-  Tensor attended = empty(values, {batch, heads, tiles, 2}, ScalarType::Int);
-  params.kv_num_blocks = data<int32_t>(kv_num_blocks);
-  params.kv_indices = data<int32_t>(kv_indices);
-  params.attended = data<int32_t>(attended);
+  Tensor kv_num_blocks = output(params.kv_num_blocks, values, {batch, heads, tiles});
+  Tensor kv_indices = output(params.kv_indices, values, {batch, heads, tiles, width});
+  Tensor attended = output(params.attended, values, {batch, heads, tiles, 2});
   select_blocks(params, launch.stream());
   return {kv_num_blocks, kv_indices, attended};
 }
@@ -60,17 +54,12 @@ std::tuple<Tensor, Tensor> transpose_blocks_op(Tensor kv_num_blocks, Tensor kv_i
   const int64_t batch = kv_num_blocks.size(0), heads = kv_num_blocks.size(1), tiles = kv_num_blocks.size(2);
   TransposeParams params;
   params.kv = block_lists(op, "kv", kv_num_blocks, kv_indices, kv_num_blocks, batch, heads, tiles);
-  check_buffer(op, "tile_block_offsets", tile_block_offsets, kv_num_blocks, ScalarType::Int, {tiles + 1});
+  params.tile_block_offsets = input<int32_t>(op, "tile_block_offsets", tile_block_offsets, kv_num_blocks, {tiles + 1});
   params.num_blocks = int_of(op, "num_blocks", num_blocks);
   params.width = int_of(op, "width", width);
-  params.tile_block_offsets = data<const int32_t>(tile_block_offsets);
-  Tensor q_num_blocks = empty(kv_num_blocks, {batch, heads, num_blocks}, ScalarType::Int);
-  Tensor q_indices = empty(kv_num_blocks, {batch, heads, num_blocks, width}, ScalarType::Int);
-  params.q_num_blocks = data<int32_t>(q_num_blocks);
-  params.q_indices = data<int32_t>(q_indices);
-  params.workspace_bytes = transpose_workspace_bytes(params);
-  Tensor workspace = empty(kv_num_blocks, {static_cast<int64_t>(params.workspace_bytes)}, ScalarType::Byte);
-  params.workspace = workspace.data_ptr();
+  Tensor q_num_blocks = output(params.q_num_blocks, kv_num_blocks, {batch, heads, num_blocks});
+  Tensor q_indices = output(params.q_indices, kv_num_blocks, {batch, heads, num_blocks, width});
+  const Tensor workspace = workspace_of(params, transpose_workspace_bytes(params), kv_num_blocks);
   transpose_blocks(params, launch.stream());
   return {q_num_blocks, q_indices};
 }

@@ -59,7 +59,13 @@ def write(path: Path, *, dry: bool = False, empty: bool = False) -> Path:
         {"id": "j", "kind": "judged", "comparison": "forward-shape-0.2", "implementation": "fpsattn",
          "accuracy": {"rel_l1": 0.0432, "cosine": 0.99912}},
         {"id": "p", "kind": "prediction", "kernel": "d128", "head_dim": 128, "granularity": "tile", "tflops": 1366.0},
+        *({"id": "p", "kind": "prediction", "kernel": name, "head_dim": 128, "granularity": f"backward, {name}", "tflops": rate}
+          for name, rate in (("dK and dV", 800.0), ("dQ", 1000.0), ("fast", 700.0))),
+        {"id": "p", "kind": "prediction", "kernel": "alone", "head_dim": 128, "granularity": "tile, no clusters", "tflops": 1300.0},
         {**kernel, "name": "forward", "tflops": 683.0}, {**kernel, "name": "quantize", "gb_per_s": 3200.0},
+        {**kernel, "id": "n", "name": "forward", "granularity": "tile, no clusters", "tflops": 650.0},
+        {**kernel, "name": "backward", "mode": "fast", "tflops": 350.0},
+        {**kernel, "name": "backward", "mode": "deterministic", "tflops": 250.0},
         {"id": "c", "kind": "ceiling", "name": "copy", "ms": ms(1.0), "rate": 4000.0, "unit": "GB/s"},
         {"id": "c", "kind": "ceiling", "name": "fp8-gemm", "ms": ms(1.0), "rate": 1300.0, "unit": "TFLOP/s"},
         {"id": "s", "kind": "step", "model": model, "name": "dense-cudnn", "ms": ms(100.0), "split_ms": split, "peak_bytes": 2**31,
@@ -95,6 +101,14 @@ def test_tables_hold_what_the_file_holds(tmp_path: Path) -> None:
     assert speedups == ["speed-up", "1.00x", "2.00x"]  # 20 ms and 10 ms
     assert "| 683 TFLOP/s | 1366 TFLOP/s | 0.5 |" in text and "| 3200 GB/s | 4000 GB/s (copy) | 0.8 |" in text
     assert "| pipe/ex2 | 15.9 | instr/clk |" in text
+    # Without clusters, and the backward: 5 products in the time of 4 at 800 TFLOP/s and 3 at 1000 are 625
+    for what, cells in (
+        ("forward, scales per tile, no clusters", "650 TFLOP/s | 1300 TFLOP/s | 0.5"),
+        ("backward, scales per tile, fast", "350 TFLOP/s | 700 TFLOP/s | 0.5"),
+        ("backward, scales per tile, deterministic", "250 TFLOP/s | 625 TFLOP/s | 0.4"),
+    ):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {what} |")]
+        assert row.endswith(f"| {cells} |"), row
 
 
 def test_the_paper_and_our_measurements_share_no_table(tmp_path: Path) -> None:

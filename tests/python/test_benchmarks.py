@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import timing, workloads  # noqa: E402
 from benchmarks.bench_end_to_end import amdahl  # noqa: E402
 from benchmarks.bench_facts import rows_of  # noqa: E402
+from benchmarks.bench_kernels import first_blocks  # noqa: E402
 from benchmarks.plugin import Results, read_lines  # noqa: E402
 from benchmarks.telemetry import Telemetry  # noqa: E402
 
@@ -323,3 +324,24 @@ def test_rows_of_a_facts_file() -> None:
     for other in ([1, 2], {"rows": 3}, {"rows": [{"id": "no value"}]}):
         with pytest.raises(ValueError, match="no list of rows"):
             rows_of(other)
+
+
+def test_lists_for_no_clusters_are_those_of_the_tiles() -> None:
+    """Every block a tile of its own, with the list of the tile that it is of: the same bits, and nothing to share."""
+    workload = workloads.build(workloads.Shape("odd", (4, 8, 12), 1, tile=(4, 8, 6)), 1.0, "cpu")
+    layout, (x, *_) = workload.layout, workloads.random_inputs(workload.shape, "cpu")
+    tiles, counts, indices = first_blocks(workload, 2)
+    alone, alone_counts, alone_indices = first_blocks(workload, 2, clusters=False)
+    assert layout.num_blocks > layout.num_tiles and alone.tolist() == list(range(layout.num_blocks))
+    assert alone_counts.shape[2] == layout.num_blocks and torch.equal(alone_indices, indices[:, :, tiles.long()])
+    q8, k8, v8t, q_scale, k_scale, v_scale, *_ = torch.ops.fpsattn.quantize(
+        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=0, smooth_k=True, pow2_scales=False
+    )
+    with_tiles, without = (
+        torch.ops.fpsattn.forward(
+            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, *lists, num_tokens=workload.shape.tokens, softmax_scale=0.1,
+            out_dtype=torch.bfloat16,
+        )[0]
+        for lists in ((tiles, counts, indices), (alone, alone_counts, alone_indices))
+    )  # fmt: skip
+    assert torch.equal(with_tiles, without)

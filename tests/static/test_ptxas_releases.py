@@ -36,13 +36,12 @@ DEPBARS = {
     "forward_kernelINS1_6ConfigILi128ELb1E": 5,
     "forward_kernelINS1_6ConfigILi64ELb0E": 5,
     "forward_kernelINS1_6ConfigILi64ELb1E": 5,
-    "dkdv_kernelILi128ENS1_10SeparateDq": 3,  # S; dP; dV and dK
-    "dkdv_kernelILi128ENS1_9ReducedDq": 3,
-    "dkdv_kernelILi64ENS1_10SeparateDq": 3,
-    "dkdv_kernelILi64ENS1_9ReducedDq": 3,
-    "dq_kernelILi128E": 3,
-    "dq_kernelILi64E": 3,
 }
+for key_scales in "01":
+    for dim in (64, 128):  # S; dP; dV and dK
+        DEPBARS[f"dkdv_kernelILi{dim}ENS1_10SeparateDqELb{key_scales}E"] = 3
+        DEPBARS[f"dkdv_kernelILi{dim}ENS1_9ReducedDqELb{key_scales}E"] = 3
+        DEPBARS[f"dq_kernelILi{dim}ELb{key_scales}E"] = 3
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", re.MULTILINE)
 

@@ -145,7 +145,10 @@ class Model:
 
 
 def predict(fn, description, par, iterations=20, order=True, staggers=(0, 150, 300, 600)):
-    """Runs the loop from several starting offsets of the warpgroups; the spread belongs to the answer."""
+    """Runs the loop from several starting offsets of the warpgroups; the spread belongs to the answer.
+
+    ``reduced_bytes`` of the description, which go to L2 by bulk reductions, are a floor of it: the loop does not run faster than they leave.
+    """
     model = Model(fn, description, par, order)
     runs = []
     for st in staggers:
@@ -154,9 +157,11 @@ def predict(fn, description, par, iterations=20, order=True, staggers=(0, 150, 3
         runs.append((clocks, st, s, t0, t1))
     runs.sort(key=lambda r: r[0])
     middle = runs[len(runs) // 2]
-    mean = sum(r[0] for r in runs) / len(runs)
+    floor = description.get("reduced_bytes", 0) / par["reduce_bytes"]
+    mean = max(floor, sum(r[0] for r in runs) / len(runs))
     out = {
         "clocks": mean,
+        "reduction_clocks": floor,
         "low": runs[0][0],
         "high": runs[-1][0],
         "tensor_clocks": model.tensor,

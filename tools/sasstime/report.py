@@ -116,6 +116,8 @@ def show(model, out, run, args):
             "; {:.0f} with waves, prologue and epilogue".format(out["tflops"]) if "tflops" in out else "",
         )
     )
+    if out["reduction_clocks"]:
+        print("  bulk reductions to L2 take {:.0f} clocks per iteration".format(out["reduction_clocks"]))
     s = run[2]
     n = len(s.warps[0].starts)
     print(

@@ -44,21 +44,10 @@
 
 namespace fpsattn::sm90::backward {
 
-struct DkdvArgs {
+struct DkdvArgs : Round {
   CUtensorMap k8, v;         // of Fp8Block, Block
   CUtensorMap q8, q, d_out;  // of Fp8Half, Half, Half
   CUtensorMap k;             // of KeyPanels; fast mode
-  const float* row_facts;
-  const float* k_scale;
-  const int32_t* token_of_slot;
-  BlockLists queries;  // rows = KV blocks, entries = query blocks
-  int head_dim;        // columns of dk and dv: fewer than D for 96
-  int first_head, heads, num_blocks;
-  bool k_scale_per_token;
-  float softmax_scale, scale_log2;
-  TokenTensor dk, dv;
-  bool fp16;
-  float* dq_sum;  // fast mode
 };
 
 template <int D, int kStages, int kFacts>
@@ -115,7 +104,7 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
                                                 int block, const int32_t* list, int count) {
   using Policy = DqPolicy<D>;
   using Ring = DkdvRing<D, Policy::kStages, Policy::kFacts>;
-  const int key_row = (head * args.num_blocks + block) * kBlockSlots;
+  const int num_blocks = args.params.size.num_blocks, key_row = (head * num_blocks + block) * kBlockSlots;
   smem.keys_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + (Policy::kReducesDq ? 2 : 1) * Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.k8, args.k8, smem.keys_loaded, key_row);
   load_tile<Block<D>>(smem.v, args.v, smem.keys_loaded, key_row);
@@ -125,9 +114,9 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
   RingPosition<Policy::kStages> at;
   for (int i = 0; i < count; ++i) {
     const int query_block = list[i];
-    trap_if(static_cast<unsigned>(query_block) >= static_cast<unsigned>(args.num_blocks));
+    trap_if(static_cast<unsigned>(query_block) >= static_cast<unsigned>(num_blocks));
     for (int half = 0; half < kHalves; ++half) {
-      const int row = (head * args.num_blocks + query_block) * kBlockSlots + half * kQueryRows;
+      const int row = (head * num_blocks + query_block) * kBlockSlots + half * kQueryRows;
       smem.empty[at.stage].wait(at.parity ^ 1);
       if constexpr (Policy::kReducesDq) {
         smem.query_half[at.stage] = row / kQueryRows;
@@ -135,7 +124,7 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
       Mbarrier& full = smem.full[at.stage];
       full.arrive_and_expect_tx(Ring::kStageBytes);
       load_tile<Fp8Half<D>>(smem.ring.q8[at.stage], args.q8, full, row);
-      bulk_load(smem.ring.facts[at.stage], args.row_facts + int64_t(row) * kNumRowFacts, Ring::kFactsBytes, full);
+      bulk_load(smem.ring.facts[at.stage], args.space.row_facts + int64_t(row) * kNumRowFacts, Ring::kFactsBytes, full);
       load_tile<Half<D>>(smem.ring.d_out[at.stage], args.d_out, full, row);
       load_tile<Half<D>>(smem.ring.q[at.stage], args.q, full, row);
       at.advance();
@@ -177,7 +166,7 @@ __device__ __forceinline__ void probabilities(Scores& s, Packed& packed, const f
 }
 
 // The consumers: one warpgroup. Members are registers.
-template <int D, template <int> class DqPolicy>
+template <int D, template <int> class DqPolicy, bool kKeyScales>
 struct DkdvConsumer {
   using Policy = DqPolicy<D>;
   using ScoreMma = SharedMma<E4m3, kQueryRows, SplitRows>;        // S^T = K8 Q8^T
@@ -221,21 +210,13 @@ struct DkdvConsumer {
     warpgroup_commit_batch();
   }
 
-  // P from S, in its registers, and p_packed, p. Each branch is taken by whole warps.
+  // P from S, in its registers, and p_packed, p. The branch is taken by whole warps.
   __device__ __forceinline__ void make_probabilities(int stage, Scores& s, Packed& p_packed) const {
     const float* facts = smem.ring.facts[stage];
-    if (args.k_scale_per_token) {
-      if (is_code_slot<D>(first_key)) {
-        probabilities<true, true>(s, p_packed, facts, sk, args.scale_log2);
-      } else {
-        probabilities<false, true>(s, p_packed, facts, sk, args.scale_log2);
-      }
+    if (is_code_slot<D>(first_key)) {
+      probabilities<true, kKeyScales>(s, p_packed, facts, sk, args.scale_log2);
     } else {
-      if (is_code_slot<D>(first_key)) {
-        probabilities<true, false>(s, p_packed, facts, sk, args.scale_log2);
-      } else {
-        probabilities<false, false>(s, p_packed, facts, sk, args.scale_log2);
-      }
+      probabilities<false, kKeyScales>(s, p_packed, facts, sk, args.scale_log2);
     }
     keep_registers(p_packed);
   }
@@ -390,7 +371,7 @@ struct DkdvConsumer {
     NamedBarrier::sync(kWarpgroupThreads, kSumStaged + warpgroup);
     if (thread == 0) {
       constexpr int kFloats = kQueryRows * D / 2;
-      bulk_reduce_add(args.dq_sum + (int64_t{query_half} * kConsumerWarpgroups + warpgroup) * kFloats, sum,
+      bulk_reduce_add(args.space.dq_sum + (int64_t{query_half} * kConsumerWarpgroups + warpgroup) * kFloats, sum,
                       kFloats * int(sizeof(float)));
       bulk_commit();
     }
@@ -399,7 +380,8 @@ struct DkdvConsumer {
   enum BarrierId : uint32_t { kDsWritten = 1, kSumStaged = 2 };  // and 3
 };
 
-template <int D, template <int> class DqPolicy>
+// kKeyScales: one K scale per token, an instance of its own: the loop has no branch for it.
+template <int D, template <int> class DqPolicy, bool kKeyScales>
 __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant__ DkdvArgs args) {
   using Policy = DqPolicy<D>;
   auto& smem = shared_storage<DkdvStorage<D, DqPolicy>>();
@@ -415,10 +397,11 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   }
   __syncthreads();
 
-  const int64_t row = list_row(args.queries, b, h, block);
-  const int count = args.queries.num_blocks[row];
-  const int32_t* list = args.queries.indices + row * args.queries.max_blocks;
-  trap_if(count < 0 || count > args.queries.max_blocks);
+  const BlockLists& queries = args.params.q;
+  const int64_t row = list_row(queries, b, h, block);
+  const int count = queries.num_blocks[row];
+  const int32_t* list = queries.indices + row * queries.max_blocks;
+  trap_if(count < 0 || count > queries.max_blocks);
 
   if (threadIdx.x < kWarpgroupThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
@@ -432,8 +415,9 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int first_key = warpgroup * 64 + accumulator_row(thread, 0);  // and first_key + 8
-  const float* k_scale = args.k_scale + (int64_t(head) * args.num_blocks + block) * kBlockSlots + first_key;
-  DkdvConsumer<D, DqPolicy> consumer(args, smem, warpgroup, first_key, k_scale);
+  const float* k_scale =
+      args.space.k_scale + (int64_t(head) * args.params.size.num_blocks + block) * kBlockSlots + first_key;
+  DkdvConsumer<D, DqPolicy, kKeyScales> consumer(args, smem, warpgroup, first_key, k_scale);
 
   smem.keys_loaded.wait(0);
   if constexpr (Policy::kRunsAhead) {
@@ -446,11 +430,8 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
       bulk_wait<0>();
     }
   }
-  const Work work = Work::of_cta(args);
-  const int32_t* token = args.token_of_slot + work.block * kBlockSlots + first_key;
-  const int tokens[2] = {token[0], token[8]};
-  store_rows<D>(consumer.dv, 1.0f, args.dv, args.head_dim, args.fp16, work.b, work.h, tokens);
-  store_rows<D>(consumer.dk, args.softmax_scale, args.dk, args.head_dim, args.fp16, work.b, work.h, tokens);
+  store_rows<D>(consumer.dv, 1.0f, args, args.params.dv, first_key);
+  store_rows<D>(consumer.dk, args.params.softmax_scale, args, args.params.dk, first_key);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -11,8 +11,8 @@
 // Layouts    as in dkdv_kernel.h; K16 is read MN-major
 //
 // Pipeline   producer  Q8 dO | K8 V~ s_k, K16 of key block 0, 1, 2, ... of the tile's list, 2 stages (3 at D = 64)
-//            WG1, WG2  tensor cores  S dQ' dP | S dQ ...           dQ' is of the step before: it and dP run under P
-//                      the rest         P | dS | P
+//            WG1, WG2  tensor cores  S dQ' dP | S dQ ...           dQ' is of the step before: it and dP run under P,
+//                      the rest         P | dS | P               at whose end the next K8 is waited for
 //
 // Barriers   name            kind       arrives              waits       phase flips
 //            queries_loaded  mbarrier   producer + bytes     consumers   never (one work item per CTA)
@@ -41,19 +41,8 @@
 
 namespace fpsattn::sm90::backward {
 
-struct DqArgs {
+struct DqArgs : Round {
   CUtensorMap q8, k8, d_out, k, v;  // of Fp8Block, Block
-  const float* row_facts;
-  const float* k_scale;
-  const int32_t* token_of_slot;
-  const int32_t* tile_of_block;
-  BlockLists keys;  // rows = query tiles, entries = KV blocks
-  int head_dim;     // columns of dq: fewer than D for 96
-  int first_head, heads, num_blocks;
-  bool k_scale_per_token;
-  float softmax_scale, scale_log2;
-  TokenTensor dq;
-  bool fp16;
 };
 
 // Two rings of KV blocks: K16 is read a step later than the rest, and loaded when its stage is free.
@@ -75,20 +64,20 @@ struct DqStorage {
 template <int D>
 __device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& smem, int head, int block,
                                              const int32_t* list, int count) {
-  const int query_row = (head * args.num_blocks + block) * kBlockSlots;
+  const int num_blocks = args.params.size.num_blocks, query_row = (head * num_blocks + block) * kBlockSlots;
   smem.queries_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.q8, args.q8, smem.queries_loaded, query_row);
   load_tile<Block<D>>(smem.d_out, args.d_out, smem.queries_loaded, query_row);
   RingPosition<DqStorage<D>::kStages> at;
   for (int i = 0; i < count; ++i) {
     const int key_block = list[i];
-    trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(args.num_blocks));
-    const int row = (head * args.num_blocks + key_block) * kBlockSlots;
+    trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(num_blocks));
+    const int row = (head * num_blocks + key_block) * kBlockSlots;
     smem.empty[at.stage].wait(at.parity ^ 1);
     Mbarrier& full = smem.full[at.stage];
     full.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes + sizeof(smem.k_scale[0]));
     load_tile<Fp8Block<D>>(smem.k8[at.stage], args.k8, full, row);
-    bulk_load(smem.k_scale[at.stage], args.k_scale + row, sizeof(smem.k_scale[0]), full);
+    bulk_load(smem.k_scale[at.stage], args.space.k_scale + row, sizeof(smem.k_scale[0]), full);
     load_tile<Block<D>>(smem.v[at.stage], args.v, full, row);
     smem.k_empty[at.stage].wait(at.parity ^ 1);
     smem.k_full[at.stage].arrive_and_expect_tx(Block<D>::kBytes);
@@ -114,8 +103,8 @@ struct QueryRows {
   }
 };
 
-// The consumers: one warpgroup. Members are registers.
-template <int D>
+// The consumers: one warpgroup. Members are registers. kKeyScales: one K scale per token.
+template <int D, bool kKeyScales>
 struct DqConsumer {
   static constexpr int kStages = DqStorage<D>::kStages;
   static constexpr int kKeys = D == 64 ? 128 : 64;     // of a step: as many as registers allow
@@ -170,9 +159,8 @@ struct DqConsumer {
     return *reinterpret_cast<const float2*>(k_scale + accumulator_column(threadIdx.x % kWarpgroupThreads, 4 * j));
   }
 
-  // P from S, in its registers. kKeyScales: one K scale per token. Rounded where the forward rounds (docs/numerics.md,
-  // step 3).
-  template <bool kKeyScales, int kPart>
+  // P from S, in its registers. Rounded where the forward rounds (docs/numerics.md, step 3).
+  template <int kPart>
   __device__ __forceinline__ void probabilities(const float* k_scale, Scores& s) const {
     float factor[2];
 #pragma unroll
@@ -194,17 +182,15 @@ struct DqConsumer {
     }
   }
 
-  template <bool kKeyScales>
   __device__ __forceinline__ void probabilities(const float* k_scale, int part, Scores& s) const {
     if (part == 0) {
-      probabilities<kKeyScales, 0>(k_scale, s);
+      probabilities<0>(k_scale, s);
     } else {
-      probabilities<kKeyScales, kSteps - 1>(k_scale, s);
+      probabilities<kSteps - 1>(k_scale, s);
     }
   }
 
   // ds_packed, dS s_k = P (dP - rowsum(dO * O)) / l s_k.
-  template <bool kKeyScales>
   __device__ __forceinline__ void ds(const float* k_scale, const Scores& s, const Scores& dp, Packed& ds_packed) const {
     auto pairs = cute::recast<uint32_t>(ds_packed);
     float factor[2], offset[2];
@@ -238,10 +224,12 @@ struct DqConsumer {
     int part = 0, last_part = 0;
     Packed ds_packed;
     cute::clear(ds_packed);  // the first step adds 0 K16 to dQ
+    smem.full[at.stage].wait(at.parity);
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       const float* k_scale = smem.k_scale[at.stage] + part * kKeys;
-      smem.full[at.stage].wait(at.parity);
+      RingPosition<kStages> next = at;
+      if (part == kSteps - 1) next.advance();
       smem.k_full[last.stage].wait(last.parity);
       Scores s, dp;  // of one step: nothing of them is live from one to the next
       keep_registers(s);
@@ -254,26 +242,19 @@ struct DqConsumer {
       issue_dp(at.stage, part, dp);
       warpgroup_wait<2>();  // S
       keep_registers(s);
-      if (args.k_scale_per_token) {
-        probabilities<true>(k_scale, part, s);
-      } else {
-        probabilities<false>(k_scale, part, s);
-      }
+      probabilities(k_scale, part, s);
+      // The next step needs this wait anyway. Here it ends a basic block: without one ptxas hoists the wgmma wait below
+      // above P, and nothing runs under it.
+      if (i + 1 < steps) smem.full[next.stage].wait(next.parity);
       warpgroup_wait<0>();  // dP, and dQ of the last step
       keep_registers(dp);
       release(smem.k_empty[last.stage], i > 0 && last_part == kSteps - 1);
-      if (args.k_scale_per_token) {
-        ds<true>(k_scale, s, dp, ds_packed);
-      } else {
-        ds<false>(k_scale, s, dp, ds_packed);
-      }
+      ds(k_scale, s, dp, ds_packed);
       release(smem.empty[at.stage], part == kSteps - 1);
       last = at;
       last_part = part;
-      if (++part == kSteps) {
-        part = 0;
-        at.advance();
-      }
+      part = part == kSteps - 1 ? 0 : part + 1;
+      at = next;
     }
     smem.k_full[last.stage].wait(last.parity);
     keep_registers(dq);
@@ -285,7 +266,7 @@ struct DqConsumer {
   }
 };
 
-template <int D>
+template <int D, bool kKeyScales>
 __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ DqArgs args) {
   auto& smem = shared_storage<DqStorage<D>>();
   const auto [head, b, h, block] = Work::of_cta(args);  // a block of queries
@@ -302,12 +283,13 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   }
   __syncthreads();
 
-  const int tile = args.tile_of_block[block];
-  trap_if(static_cast<unsigned>(tile) >= static_cast<unsigned>(args.keys.rows));
-  const int64_t first = list_row(args.keys, b, h, tile);
-  const int count = args.keys.num_blocks[first];
-  const int32_t* list = args.keys.indices + first * args.keys.max_blocks;
-  trap_if(count < 0 || count > args.keys.max_blocks);
+  const BlockLists& keys = args.params.kv;
+  const int tile = args.params.tile_of_block[block];
+  trap_if(static_cast<unsigned>(tile) >= static_cast<unsigned>(keys.rows));
+  const int64_t first = list_row(keys, b, h, tile);
+  const int count = keys.num_blocks[first];
+  const int32_t* list = keys.indices + first * keys.max_blocks;
+  trap_if(count < 0 || count > keys.max_blocks);
 
   if (threadIdx.x < kWarpgroupThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
@@ -321,17 +303,13 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int row = accumulator_row(thread, 0);  // of this warpgroup's half block, and row + 8
-  const int64_t half_block = (int64_t(head) * args.num_blocks + block) * kHalves + warpgroup;
-  const QueryRows queries = QueryRows::load(args.row_facts + half_block * kNumRowFacts * kQueryRows, row);
-  DqConsumer<D> consumer(args, smem, warpgroup, queries);
+  const int64_t half_block = (int64_t(head) * args.params.size.num_blocks + block) * kHalves + warpgroup;
+  const QueryRows queries = QueryRows::load(args.space.row_facts + half_block * kNumRowFacts * kQueryRows, row);
+  DqConsumer<D, kKeyScales> consumer(args, smem, warpgroup, queries);
 
   smem.queries_loaded.wait(0);
-  consumer.run(count * DqConsumer<D>::kSteps);
-
-  const Work work = Work::of_cta(args);
-  const int32_t* token = args.token_of_slot + work.block * kBlockSlots + warpgroup * 64 + row;
-  const int tokens[2] = {token[0], token[8]};
-  store_rows<D>(consumer.dq, args.softmax_scale, args.dq, args.head_dim, args.fp16, work.b, work.h, tokens);
+  consumer.run(count * decltype(consumer)::kSteps);
+  store_rows<D>(consumer.dq, args.params.softmax_scale, args, args.params.dq, warpgroup * 64 + row);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -20,11 +20,11 @@ struct Work {
   int b, h;
   int block;
 
-  template <class Args>
-  __device__ __forceinline__ static Work of_cta(const Args& args) {
-    const int head = static_cast<int>(opaque(blockIdx.y)), all_heads = args.first_head + head;
-    return {head, all_heads / args.heads, all_heads % args.heads,
-            args.num_blocks - 1 - static_cast<int>(opaque(blockIdx.x))};
+  __device__ __forceinline__ static Work of_cta(const Round& round) {
+    const int head = static_cast<int>(opaque(blockIdx.y)), all_heads = round.first_head + head;
+    const ProblemSize& size = round.params.size;
+    return {head, all_heads / size.heads, all_heads % size.heads,
+            size.num_blocks - 1 - static_cast<int>(opaque(blockIdx.x))};
   }
 };
 
@@ -69,11 +69,16 @@ __device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offs
       make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Stores the first head_dim columns of factor * accumulator (64 x D) to the rows of tokens[0] (accumulator row g) and
-// tokens[1] (row g + 8); -1: not stored.
+// Stores the columns of factor * accumulator (64 x D) that there are to the tokens of slots `slot` (accumulator row g) and
+// slot + 8 of the CTA's block; of padding, nothing.
 template <int D, class Accumulator>
-__device__ __forceinline__ void store_rows(const Accumulator& accumulator, float factor, const TokenTensor& out,
-                                           int head_dim, bool fp16, int b, int h, const int (&tokens)[2]) {
+__device__ __forceinline__ void store_rows(const Accumulator& accumulator, float factor, const Round& round,
+                                           const TokenTensor& out, int slot) {
+  const Work work = Work::of_cta(round);
+  const int32_t* token = round.params.token_of_slot + work.block * kBlockSlots + slot;
+  const int tokens[2] = {token[0], token[8]};
+  const int head_dim = round.params.size.head_dim;  // fewer than D for 96
+  const bool fp16 = round.params.dtype == DType::kFloat16;
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int columns = 0; columns < D; columns += 32) {
@@ -87,7 +92,7 @@ __device__ __forceinline__ void store_rows(const Accumulator& accumulator, float
       }
       transpose_quad(w);
       if (tokens[r] >= 0 && columns + 8 * quad_lane < head_dim) {
-        store_8(out, token_offset(out, b, h, tokens[r]), columns + 8 * quad_lane, w);
+        store_8(out, token_offset(out, work.b, work.h, tokens[r]), columns + 8 * quad_lane, w);
       }
     }
   }

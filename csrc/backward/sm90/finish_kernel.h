@@ -13,27 +13,19 @@ namespace fpsattn::sm90::backward {
 
 inline constexpr int kFinishThreads = 256;
 
-struct FinishArgs {
-  const float* dq_sum;
-  const int32_t* token_of_slot;
-  TokenTensor dq;
-  bool fp16;
-  float softmax_scale;
-  int head_dim;  // columns of dq
-  int first_head, heads, num_blocks;
-};
-
 // Grid: x = half block, y = head of the workspace.
 template <int D>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs args) {
-  const int all_heads = args.first_head + blockIdx.y, b = all_heads / args.heads, h = all_heads % args.heads;
-  const int64_t half_block = int64_t(blockIdx.y) * args.num_blocks * kHalves + blockIdx.x;
-  const float* sums = args.dq_sum + half_block * kQueryRows * D;
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ Round round) {
+  const BackwardParams& params = round.params;
+  const int all_heads = round.first_head + blockIdx.y, b = all_heads / params.size.heads,
+            h = all_heads % params.size.heads;
+  const int64_t half_block = int64_t(blockIdx.y) * params.size.num_blocks * kHalves + blockIdx.x;
+  const float* sums = round.space.dq_sum + half_block * kQueryRows * D;
   constexpr int kRowThreads = D / 8;
   for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {
     const int row = i / kRowThreads, group = i % kRowThreads;  // group of 8 columns
-    const int token = args.token_of_slot[blockIdx.x * kQueryRows + row];
-    if (token < 0 || 8 * group >= args.head_dim) {
+    const int token = params.token_of_slot[blockIdx.x * kQueryRows + row];
+    if (token < 0 || 8 * group >= params.size.head_dim) {
       continue;
     }
     const int warpgroup = group / (kRowThreads / 2), j = group % (kRowThreads / 2);
@@ -42,9 +34,10 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs
     uint32_t w[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      w[q] = pack_16bit(args.softmax_scale * quad[4 * q], args.softmax_scale * quad[4 * q + 1], args.fp16);
+      w[q] = pack_16bit(params.softmax_scale * quad[4 * q], params.softmax_scale * quad[4 * q + 1],
+                        params.dtype == DType::kFloat16);
     }
-    store_8(args.dq, token_offset(args.dq, b, h, token), group * 8, w);
+    store_8(params.dq, token_offset(params.dq, b, h, token), group * 8, w);
   }
 }
 

@@ -19,18 +19,6 @@ namespace fpsattn::sm90::backward {
 
 inline constexpr int kPrepareThreads = 256;
 
-struct PrepareArgs {
-  const uint8_t *q8, *k8, *v8t;
-  const float *q_scale, *k_scale, *v_scale, *row_max, *row_sum;
-  bool q_scale_per_token, k_scale_per_token, fp16;
-  const int32_t* token_of_slot;
-  TokenTensor out, grad_out;
-  uint16_t *q, *k, *v, *d_out;  // workspace, BF16
-  float *row_facts, *k_scale_of_slot;
-  int head_dim;  // columns of out, grad_out and v_scale: fewer than D for 96, the others are zeros
-  int first_head, heads, num_blocks, num_tokens;  // first_head: of this round, counted over batch and heads
-};
-
 // Eight elements of a token's row as FP32.
 __device__ __forceinline__ void load_8(float (&x)[8], const TokenTensor& in, int64_t offset, bool fp16) {
   const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in.data) + offset);
@@ -54,16 +42,19 @@ __device__ __forceinline__ uint4 widen_8(uint2 bytes) {
 
 // `head`: of the workspace.
 template <int D>
-__device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int head, int block) {
+__device__ __forceinline__ void prepare_rows(const Round& round, int head, int block) {
+  const BackwardParams& params = round.params;
+  const ProblemSize& size = params.size;
+  const bool fp16 = params.dtype == DType::kFloat16;
   constexpr int kRowThreads = D / 8;
   const int part = threadIdx.x % kRowThreads;
-  const int all_heads = args.first_head + head, b = all_heads / args.heads, h = all_heads % args.heads;
-  const int64_t head_block = int64_t(head) * args.num_blocks + block;
-  const int64_t source_block = int64_t(all_heads) * args.num_blocks + block;
+  const int all_heads = round.first_head + head, b = all_heads / size.heads, h = all_heads % size.heads;
+  const int64_t head_block = int64_t(head) * size.num_blocks + block;
+  const int64_t source_block = int64_t(all_heads) * size.num_blocks + block;
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
-    const int token = args.token_of_slot[block * kBlockSlots + i];
-    trap_if(token >= args.num_tokens);  // for the kernels that follow, too: none of them starts after a trap
+    const int token = params.token_of_slot[block * kBlockSlots + i];
+    trap_if(token >= size.num_tokens);  // for the kernels that follow, too: none of them starts after a trap
     const int64_t slot = head_block * kBlockSlots + i;
     const int64_t source_slot = source_block * kBlockSlots + i;
     const int64_t element = slot * D + part * 8, source = source_slot * D + part * 8;
@@ -71,9 +62,9 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int head, 
     float delta = 0.0f;
     if (token >= 0) {
       float o[8] = {}, g[8] = {};
-      if (part * 8 < args.head_dim) {
-        load_8(o, args.out, token_offset(args.out, b, h, token) + part * 8, args.fp16);
-        load_8(g, args.grad_out, token_offset(args.grad_out, b, h, token) + part * 8, args.fp16);
+      if (part * 8 < size.head_dim) {
+        load_8(o, params.out, token_offset(params.out, b, h, token) + part * 8, fp16);
+        load_8(g, params.grad_out, token_offset(params.grad_out, b, h, token) + part * 8, fp16);
       }
       uint32_t w[4];
 #pragma unroll
@@ -83,27 +74,27 @@ __device__ __forceinline__ void prepare_rows(const PrepareArgs& args, int head, 
         delta = fmaf(__uint_as_float(w[e] & 0xffff0000u), o[2 * e + 1], delta);
       }
       d_out = make_uint4(w[0], w[1], w[2], w[3]);
-      q = widen_8(*reinterpret_cast<const uint2*>(args.q8 + source));
-      k = widen_8(*reinterpret_cast<const uint2*>(args.k8 + source));
+      q = widen_8(*reinterpret_cast<const uint2*>(params.q8 + source));
+      k = widen_8(*reinterpret_cast<const uint2*>(params.k8 + source));
     }
 #pragma unroll
     for (int distance = kRowThreads / 2; distance > 0; distance /= 2) {
       delta += __shfl_xor_sync(0xffffffffu, delta, distance);
     }
-    *reinterpret_cast<uint4*>(args.q + element) = q;
-    *reinterpret_cast<uint4*>(args.k + element) = k;
-    *reinterpret_cast<uint4*>(args.d_out + element) = d_out;
+    *reinterpret_cast<uint4*>(round.space.q + element) = q;
+    *reinterpret_cast<uint4*>(round.space.k + element) = k;
+    *reinterpret_cast<uint4*>(round.space.d_out + element) = d_out;
     if (part == 0) {
-      const float l = args.row_sum[source_slot], inverse_sum = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
-      const float q_scale = args.q_scale[args.q_scale_per_token ? source_slot : source_block];
-      float* facts = args.row_facts + slot / kQueryRows * kNumRowFacts * kQueryRows + slot % kQueryRows;
+      const float l = params.row_sum[source_slot], inverse_sum = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
+      const float q_scale = params.q_scale[params.q_scale_per_token ? source_slot : source_block];
+      float* facts = round.space.row_facts + slot / kQueryRows * kNumRowFacts * kQueryRows + slot % kQueryRows;
       facts[kQueryScale * kQueryRows] = q_scale;
-      facts[kExponentShift * kQueryRows] = float(kProbabilityShift) - args.row_max[source_slot];
+      facts[kExponentShift * kQueryRows] = float(kProbabilityShift) - params.row_max[source_slot];
       facts[kInverseSum * kQueryRows] = inverse_sum;
       facts[kDelta * kQueryRows] = -delta * inverse_sum;
       facts[kScaledInverseSum * kQueryRows] = inverse_sum * q_scale;
       facts[kScaledDelta * kQueryRows] = -delta * inverse_sum * q_scale;
-      args.k_scale_of_slot[slot] = args.k_scale[args.k_scale_per_token ? source_slot : source_block];
+      round.space.k_scale[slot] = params.k_scale[params.k_scale_per_token ? source_slot : source_block];
     }
   }
 }
@@ -114,11 +105,13 @@ __device__ __forceinline__ int v_position(int slot) {
 }
 
 template <int D>
-__device__ __forceinline__ void prepare_v(const PrepareArgs& args, int head, int block) {
+__device__ __forceinline__ void prepare_v(const Round& round, int head, int block) {
+  const BackwardParams& params = round.params;
+  const ProblemSize& size = params.size;
   constexpr int kPitch = kBlockSlots + 4;  // bytes; columns of a quad land in different banks
   __shared__ __align__(16) uint8_t rows[D * kPitch];
-  const int64_t all_heads = args.first_head + head;
-  const uint8_t* source = args.v8t + (all_heads * args.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
+  const int64_t all_heads = round.first_head + head;
+  const uint8_t* source = params.v8t + (all_heads * size.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
   for (int i = threadIdx.x; i < D * kBlockSlots / 4; i += kPrepareThreads) {
     const int d = i / (kBlockSlots / 4), word = i % (kBlockSlots / 4);
     *reinterpret_cast<uint32_t*>(rows + d * kPitch + word * 4) = reinterpret_cast<const uint32_t*>(source)[i];
@@ -129,7 +122,7 @@ __device__ __forceinline__ void prepare_v(const PrepareArgs& args, int head, int
   float scale[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    scale[e] = d < args.head_dim ? args.v_scale[all_heads * args.head_dim + d + e] : 1.0f;
+    scale[e] = d < size.head_dim ? params.v_scale[all_heads * size.head_dim + d + e] : 1.0f;
   }
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
@@ -140,16 +133,16 @@ __device__ __forceinline__ void prepare_v(const PrepareArgs& args, int head, int
       const float2 v = e4m3x2_to_float2(pair[0] | uint32_t(pair[kPitch]) << 8);
       w[e] = pack_bf16(v.x * scale[2 * e], v.y * scale[2 * e + 1]);
     }
-    const int64_t slot = (int64_t(head) * args.num_blocks + block) * kBlockSlots + i;
-    *reinterpret_cast<uint4*>(args.v + slot * D + d) = make_uint4(w[0], w[1], w[2], w[3]);
+    const int64_t slot = (int64_t(head) * size.num_blocks + block) * kBlockSlots + i;
+    *reinterpret_cast<uint4*>(round.space.v + slot * D + d) = make_uint4(w[0], w[1], w[2], w[3]);
   }
 }
 
 // Grid: x = block, y = head of the workspace.
 template <int D>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareArgs args) {
-  prepare_rows<D>(args, blockIdx.y, blockIdx.x);
-  prepare_v<D>(args, blockIdx.y, blockIdx.x);
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Round round) {
+  prepare_rows<D>(round, blockIdx.y, blockIdx.x);
+  prepare_v<D>(round, blockIdx.y, blockIdx.x);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -1,6 +1,6 @@
 // The caller's workspace, cut into pieces. All in slot order. It holds some (batch, head) pairs at a time, "heads" here:
 // as many as fit, and the kernels run once per round of them. rows = heads * num_blocks * 128,
-// D = code_dim of the head dimension. Host only.
+// D = code_dim of the head dimension.
 #pragma once
 
 #include <algorithm>
@@ -66,6 +66,14 @@ struct Workspace {
     const size_t rounds = (all + most - 1) / most;
     return (all + rounds - 1) / rounds;
   }
+};
+
+// What every kernel of a round is told.
+struct Round {
+  BackwardParams params;
+  Workspace space;
+  int first_head;    // counted over batch and heads
+  float scale_log2;  // softmax_scale in log2 units
 };
 
 }  // namespace fpsattn::sm90::backward

@@ -168,6 +168,15 @@ class Descriptions(Case):
         self.assertNotEqual(code, 0)
 
 
+class Reductions(Case):
+    def test_they_are_a_floor(self):
+        text, alone = loop([]), self.clocks(loop([]))
+        describe = "reduced_bytes = {}\n[consumer]\nwarpgroups = 1\n".format
+        self.assertEqual(self.clocks(text, describe(int(alone) * 28)), alone)
+        self.assertEqual(self.clocks(text, describe(28000)), 1000)
+        self.assertEqual(self.clocks(text, describe(28000), "--what-if", "reduce_bytes=14"), 2000)
+
+
 class Checks(Case):
     def test_limits_set_the_exit_code(self):
         one = "[consumer]\nwarpgroups = 1\n"
