@@ -118,5 +118,15 @@ def test_gradients_are_those_of_the_fake_quantized_model(name, level, prepare):
     from_plain = {n: float((plain[n] - wanted[n]).norm() / wanted[n].norm()) for n in off}
     # FP32 sums in another order move a value over the border of a code here and there; quantization moves everything.
     median = sorted(off.values())[len(off) // 2]
-    print(name, level, prepare, "median", median, "max", max(off.values()), "plain", sorted(from_plain.values())[len(off) // 2])
+    print(
+        name,
+        level,
+        prepare,
+        "median",
+        median,
+        "max",
+        max(off.values()),
+        "plain",
+        sorted(from_plain.values())[len(off) // 2],
+    )
     assert median < 1e-3 and max(off.values()) < 0.02 and sorted(from_plain.values())[len(off) // 2] > 10 * median
