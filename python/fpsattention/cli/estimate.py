@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,9 +38,9 @@ def command(
 
     sizes = parse_sizes(grid, "estimate: grid")
     with working(f"estimating {grid}", quiet=as_json):
-        common = {"steps": steps, "forwards": forwards, "prepare": prepare}
-        asked = [estimate(model, sizes, gpu, baseline, density, **common) for density in DENSITIES]
-        paper = [estimate(model, sizes, PAPER_GPU, PAPER_BASELINE, density, **common) for density in DENSITIES]
+        of = partial(estimate, model, sizes, steps=steps, forwards=forwards, prepare=prepare)
+        asked = [of(gpu, baseline, density) for density in DENSITIES]
+        paper = [of(PAPER_GPU, PAPER_BASELINE, density) for density in DENSITIES]
     if kernels:
         from ..estimate.document import block_tables
 
