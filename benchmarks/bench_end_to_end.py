@@ -1,7 +1,7 @@
 """End to end: one denoising step of the real Wan2.1 transformers with random weights, dense against ``fps.apply``.
 
 Weights are made on the device, nothing is downloaded. The dense step takes the best SDPA backend and is measured before and
-after the sparse ones (their difference is the drift of the run). Each density runs with the model's own linears and with FP8 linears. Amdahl's
+after the sparse ones (their difference is the drift of the run). Each density runs with the model's own linears, with FP8 linears, and with norms and RoPE in the quantizer too. Amdahl's
 law says what the attention's own speed-up should have made of the whole step; ``benchmarks.tables`` prints the parts in the table of
 ``fpsattn estimate``.
 """
@@ -117,7 +117,9 @@ def schedule_of(density: float, linears: str) -> dict[str, Any]:
     }
 
 
-def floors(model: Model, device: str, density: float, configuration: str) -> dict[str, float | None]:
+def floors(
+    model: Model, device: str, density: float, configuration: str, prepare: bool = False
+) -> dict[str, float | None]:
     """ms at the peaks of this GPU's datasheet, by part; empty for models and GPUs that the estimate does not know."""
     title = torch.cuda.get_device_name() if device == "cuda" else ""
     gpu = next((name for name in ("h200", "h100", "h20") if name.upper() in title), None)
@@ -125,7 +127,7 @@ def floors(model: Model, device: str, density: float, configuration: str) -> dic
         return {}
     grid = (model.latent[0], model.latent[1] // 2, model.latent[2] // 2)
     sizes = replace(estimate.MODELS[model.known], layers=(model.config["num_layers"], 0))
-    found = estimate.estimate(sizes, grid, gpu, density=density, own_linears=False)
+    found = estimate.estimate(sizes, grid, gpu, density=density, own_linears=False, prepare=prepare)
     return {part: time.floor for part, time in found.columns[configuration].items()}
 
 
@@ -186,18 +188,18 @@ def test_step(model: Model, bench, record) -> None:
     dense_peak = peak_bytes(lambda: dense(best), device)
 
     times, splits, peaks, finite, about_run = {}, {}, {}, {}, {}
-    for linears in ("bf16", "fp8"):
+    for linears, prepare in (("bf16", False), ("fp8", False), ("fp8", True)):
         for density in DENSITIES:
-            name = f"fps-{density:g}" + ("-fp8-linears" if linears == "fp8" else "")
-            with fps.apply(transformer, schedule_of(density, linears)), sdpa_backend(backends[best]):
+            name = f"fps-{density:g}" + ("-fp8-prepare" if prepare else "-fp8-linears" if linears == "fp8" else "")
+            with fps.apply(transformer, schedule_of(density, linears), prepare=prepare), sdpa_backend(backends[best]):
                 # cross-attention runs as it did before
                 found = measure({name: lambda: step(0.5)}, budget / 6)
                 if name in found:
                     times[name], splits[name] = found[name], split(lambda: step(0.5))
                     peaks[name], finite[name] = peak_bytes(lambda: step(0.5), device), bool(step(0.5).isfinite().all())
                     configuration = "FP8 linears too" if linears == "fp8" else "attention only"
-                    floor = floors(model, device, density, configuration)
-                    about_run[name] = {"density": density, "linears": linears, "floor_ms": floor}
+                    floor = floors(model, device, density, configuration, prepare)
+                    about_run[name] = {"density": density, "linears": linears, "prepare": prepare, "floor_ms": floor}
     after = measure({best: lambda: dense(best)}, budget / 2)
     for name, ms in before.items():
         baseline = {

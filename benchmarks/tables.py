@@ -165,6 +165,15 @@ def kernel_table(report: Report) -> str:
     return table(head, rows + predictions) if rows or predictions else ""
 
 
+def linears_table(report: Report) -> str:
+    rows = [
+        ["x".join(map(str, row["size"])), row["name"], spread(row["ms"]), number(row["rate"]), number(row["error"])]
+        for row in report.measured("linear")
+    ]
+    head = ["rows x inputs x outputs", "layer", "ms: median (min-max)", "TFLOP/s", "relative error of 64 rows"]
+    return table(head, rows) if rows else ""
+
+
 def steps_table(report: Report) -> str:
     rows = []
     for row in report.measured("step"):
@@ -251,6 +260,7 @@ def markdown(paths: Sequence[Path]) -> str:
         "One denoising step": steps_table(report),
         "One denoising step, part by part": parts_tables(report),
         "Kernels: predicted and measured": kernel_table(report),
+        "Linear layers": linears_table(report),
         "Hardware facts": facts_table(report),
         "Not measured, or not right": unmeasured_table(report),
     }

@@ -101,7 +101,7 @@ def outcome_of(lines: list[dict], name: str) -> set[str]:
 
 @pytest.mark.slow
 def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
-    chosen = "test_own or test_ceilings or test_interleaved or test_facts or (test_forward and tiny-odd)"
+    chosen = "test_own or test_linear or test_ceilings or test_interleaved or test_facts or (test_forward and tiny-odd)"
     status, lines, output = run(tmp_path / "r.jsonl", "-k", f"({chosen}) and not training and not fpsattn-token")
     assert status == 0, output
     (header,) = (line for line in lines if line["type"] == "run")
@@ -116,6 +116,7 @@ def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
     assert len(ours) == 2 and all({"quantize", "attention"} <= line["stages_ms"].keys() for line in ours)
     judged = [line["accuracy"]["rel_l1"] for line in lines if line.get("kind") == "judged"]
     assert all(0.0 < error < 0.07 for error in judged) and len(judged) == 2  # rounded to FP8, so never zero
+    assert {"bf16", "fps-fp8"} <= {line["name"] for line in lines if line.get("kind") == "linear"}
     forward = [line for line in lines if line.get("kind") == "kernel"]
     assert [line["density"] for line in forward[:5]] == list(workloads.DENSITIES)
     skipped = [line for line in lines if line["type"] == "outcome" and line["outcome"] == "skipped"]

@@ -130,6 +130,35 @@ def test_group_offloading_and_layerwise_casting(schedule_first):
     assert hooks  # the names above are its
 
 
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("schedule_first", [True, False])
+def test_group_offloading_of_fp8_linears_and_prepared_attention(kind, schedule_first):
+    """The bits of the same schedule without offloading, whichever came first: weights are where they are read. Norms that are offloaded
+    by themselves run with their own code, and the report says so."""
+    plain, offloaded = model(), model()
+    prepare = "auto" if kind == "block_level" else False
+    with fps.apply(plain, FP8, linears="fp8", prepare=prepare) as handle:
+        want = run(plain)
+        assert handle.report().rows[1].linears == 8
+    settings: dict[str, Any] = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+
+    def attach() -> None:
+        cpu = torch.device("cpu")
+        offloaded.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **settings)
+
+    if not schedule_first:
+        attach()
+    with fps.apply(offloaded, FP8, linears="fp8", prepare="auto") as handle:
+        if schedule_first:
+            attach()
+        assert torch.equal(run(offloaded), want)
+        report = handle.report()
+        assert report.rows[1].linears == 8
+        assert report.prepared["transformer"] == [kind == "block_level"] * LAYERS
+        assert len(report.fallbacks) == (0 if kind == "block_level" else LAYERS), report.fallbacks
+    assert torch.equal(run(offloaded), run(plain))
+
+
 def test_accelerate_offloads_a_pipeline():
     """enable_model_cpu_offload puts hooks of accelerate around the transformer's forward."""
     from accelerate import cpu_offload_with_hook

@@ -1,4 +1,4 @@
-"""The whole path of a block on the CPU: FP8 attention, FP8 linears, tile order, in tiny models of both kinds."""
+"""The whole path of a block on the CPU: FP8 attention, FP8 linears, tile order, norms and RoPE in the quantizer, in tiny models of both kinds."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ class Fake(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("level", ["linears", "both"])
-def test_gradients_are_those_of_the_fake_quantized_model(name, level):
-    """By autograd of the same model with fake-quantized layers in the same places, under the same attention."""
+@pytest.mark.parametrize(("level", "prepare"), [("linears", False), ("both", False), ("both", True)])
+def test_gradients_are_those_of_the_fake_quantized_model(name, level, prepare):
+    """By autograd of the same model with fake-quantized layers in the same places, under the same attention, and through the model's own
+    norms and RoPE where the quantizer has both."""
 
     def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
         model.zero_grad()
@@ -99,20 +100,33 @@ def test_gradients_are_those_of_the_fake_quantized_model(name, level):
 
     model, arguments, tile = MODELS[name]()
     emphasize(model)
+    for parameter in (p for n, p in model.named_parameters() if ".norm_q." in n or ".norm_k." in n):
+        parameter.data.mul_(torch.linspace(0.5, 1.5, len(parameter)))
     plain = gradients(model)
-    with fps.apply(model, schedule(level, tile)) as handle:
+    with fps.apply(model, schedule(level, tile), prepare=prepare) as handle:
         paths = [path.removeprefix("transformer.") for path in handle.installations[0].linears.installed]
         got = gradients(model)
+        assert all(handle.report().prepared["transformer"]) == prepare
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         model.get_submodule(parent)._modules[leaf] = Fake(model.get_submodule(path))
     attention = {"linears": "dense", "both": schedule("attention", tile)}[level]
     with fps.apply(model, attention):
         wanted = gradients(model)
-    assert set(got) == set(wanted)
+    assert set(got) == set(wanted) and any("attn.norm_k" in name or "attn1.norm_k" in name for name in wanted)
     off = {n: float((got[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted if wanted[n].norm() > 1e-6}
     from_plain = {n: float((plain[n] - wanted[n]).norm() / wanted[n].norm()) for n in off}
     # FP32 sums in another order move a value over the border of a code here and there; quantization moves everything.
     median = sorted(off.values())[len(off) // 2]
-    print(name, level, "median", median, "max", max(off.values()), "plain", sorted(from_plain.values())[len(off) // 2])
+    print(
+        name,
+        level,
+        prepare,
+        "median",
+        median,
+        "max",
+        max(off.values()),
+        "plain",
+        sorted(from_plain.values())[len(off) // 2],
+    )
     assert median < 1e-3 and max(off.values()) < 0.02 and sorted(from_plain.values())[len(off) // 2] > 10 * median

@@ -107,6 +107,29 @@ def test_sums_floors_and_order():
     assert estimate(fewer, GRID).total(baseline) == pytest.approx(estimate("wan-14b", GRID).total(baseline) / 2)
 
 
+def test_norms_in_the_quantizer_save_what_they_no_longer_move():
+    """RMSNorm and RoPE wrote q and k and the quantizer read them: 8 bytes an element, of which a norm across heads keeps 4."""
+    for name, grid, kept in (("wan-14b", GRID, 4), ("hunyuanvideo", SMALL, 0)):
+        model = MODELS[name]
+        shape, _ = shape_of(model, grid, 0.143)
+        apart, fused = (block_kernels(model, shape, attention="fp8", linears="fp8", prepare=p) for p in (False, True))
+        assert len(fused) == len(apart) - 1
+        assert sum(k.bytes for k in apart) - sum(k.bytes for k in fused) == pytest.approx(
+            (8 - kept) * shape.tokens * model.width
+        )
+        dense = block_kernels(model, shape, attention="bf16", linears="fp8")
+        assert dense == block_kernels(model, shape, attention="bf16", linears="fp8", prepare=True)
+    (name,) = [k.name for k in fused if k.part == "quantize"]
+    assert name == "RMSNorm, RoPE, quantize to tile order"
+    with_it, without = (estimate("wan-14b", GRID, prepare=p) for p in (True, False))
+    both = CONFIGURATIONS[2].name
+    assert with_it.speedup(both) > without.speedup(both) and with_it.limit(both) == without.limit(both)
+    # docs/kernels/quantize.md: 5,902 MB, without padding slots
+    moved = next(k.bytes for k in block_kernels(MODELS["wan-14b"], shape_of(MODELS["wan-14b"], GRID, 0.143)[0],
+                                                attention="fp8", linears="fp8", prepare=True) if k.part == "quantize")  # fmt: skip
+    assert moved == pytest.approx(5.902e9, rel=0.01)
+
+
 def test_the_attention_rate_is_that_of_the_recorded_predictions():
     tflops = predictions()["kernels"]["fpsattn_forward_d128"]["tflops"]
     rate = GPUS["h200"].attention[128]

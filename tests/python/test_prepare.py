@@ -7,7 +7,8 @@ from cases import NARROW, Case
 
 import fpsattention as fps
 from fpsattention.errors import ConfigError, UnsupportedError
-from fpsattention.ops import cpu, reference
+from fpsattention.ops import cpu, hidden, reference
+from fpsattention.ops.attend import attend
 from fpsattention.ops.norm_rope import NORMS, norm_rope, norm_rope_backward, ordered_sum
 
 VIDEO = Case("text_suffix", (3, 5, 7), (3, 4, 4), (1, 1, 2), text_len=9, batch=2)
@@ -165,6 +166,36 @@ def test_attention_of_raw_projections_is_attention_of_what_norm_rope_gives():
     assert torch.equal(got, want)
     half = fps.attention(*(x.bfloat16() for x in qkv), rope=rope, tensor_layout="HND", **VIDEO.kwargs())
     assert half.dtype == torch.bfloat16 and half.shape == want.shape
+
+
+def test_hidden_keys_are_those_of_attention_of_what_norm_rope_gives():
+    """Hidden text keys repeat a raw key of the text, which no rotation touches, so it is the prepared one that counts; the norm's weights
+    get nothing from them."""
+    _, (q, k, v), tensors = arguments(VIDEO, NORMS["rms"], torch.float32, two_rows=True)
+    hide = torch.zeros(VIDEO.batch, q.shape[2], dtype=torch.bool)
+    hide[0, -4:], hide[1, -8:] = True, True
+    options = {"norm": NORMS["rms"], "eps": EPS, "rope_halves": False, "first_rotated": 0}
+    mask, results = VIDEO.mask(), []
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k = k.masked_fill(hide[:, :, None, None], 50.0)
+    for fused in (True, False):
+        raw = [x.clone().requires_grad_() for x in (q, k, v)]
+        weights = [x.clone().requires_grad_() for x in tensors[:2]]
+        filled = hidden.fill(*raw[1:], hide, False)
+        if fused:
+            extra = {"norm": fps.Norm("rms", *weights, eps=EPS), "rope": fps.Rope(*tensors[4:])}
+            given = (raw[0], filled[0])
+        else:
+            pairs = zip((raw[0], filled[0]), weights, strict=True)
+            given = [norm_rope(x.transpose(1, 2), w, None, *tensors[4:], **options).transpose(1, 2) for x, w in pairs]
+            extra = {}
+        out, _ = attend(*given, filled[1], mask, hidden=hide, **extra)
+        results.append((out, torch.autograd.grad(out[:, :-9].square().sum(), (*raw, *weights))))
+    (out, grads), (want, wanted) = results
+    assert torch.equal(out, want)
+    for a, b in zip(grads, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    assert not grads[1][hide].any() and grads[1].any()
 
 
 def test_op_is_well_formed_and_compiles():

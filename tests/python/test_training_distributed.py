@@ -65,6 +65,23 @@ def schedule(tmp_path_factory):
     return str(path)
 
 
+def test_sharded_weights_of_fp8_linears_train_like_replicated_ones(latents, tmp_path):
+    """FSDP2 gathers the 16-bit master weights, whose rows are quantized whole, and shards their straight-through gradients."""
+    losses = {}
+    for linears in ("fp8", "bf16"):
+        schedule = fps.Schedule(
+            {"it": fps.Level("it", "fp8", "block", linears=linears)}, (fps.Phase(1.0, 0.0, "it"),), own_linears=()
+        )
+        schedule.save(tmp_path / f"{linears}.json")
+        settings = {"schedule": str(tmp_path / f"{linears}.json")}
+        losses[linears] = run("ddp", latents, tmp_path / linears, 0, **settings)[0]
+        if linears == "fp8":
+            sharded = run("fsdp2", latents, tmp_path / "sharded", 0, **settings)[0]
+    # Sums in another order move a code here and there.
+    assert sharded == pytest.approx(losses["fp8"], rel=1e-3)
+    assert losses["bf16"][0] != pytest.approx(losses["fp8"][0], rel=1e-4)
+
+
 def test_processes_that_share_a_sample_train_like_one_and_resume_exactly(latents, schedule, tmp_path):
     """One process, then two that share its samples, weights sharded, with accumulation and checkpointing."""
     settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "schedule": schedule}

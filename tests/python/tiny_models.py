@@ -158,7 +158,7 @@ def cogvideox(
         sample_width=24, sample_height=16, sample_frames=5, patch_size=2, max_text_seq_length=TEXT,
         use_rotary_positional_embeddings=True, **config,
     )  # fmt: skip
-    angles = rand(GRID[0] * GRID[1] * GRID[2], 64)
+    angles = rand(GRID[0] * GRID[1] * GRID[2], 32).repeat_interleave(2, 1)
     return model, {
         "hidden_states": latents(batch).transpose(1, 2),
         "timestep": timestep(batch),

@@ -1,6 +1,6 @@
 """Where the time of a call goes: quantization, self-attention, linear layers, everything else; by torch's profiler.
 
-FPSAttention's self-attention is the op ``fpsattn::quantize`` followed by ``fpsattn::forward``; the model's own is torch's SDPA with
+FPSAttention's self-attention is the op ``fpsattn::quantize``, or ``fpsattn::prepare`` with norms and RoPE in it, followed by ``fpsattn::forward``; the model's own is torch's SDPA with
 as many keys as queries (cross-attention has fewer, and is part of the rest). The profiler sees all of them by name.
 """
 
@@ -25,7 +25,7 @@ FINE_PARTS = (
 )  # as fpsattention.estimate; norms: what is left
 _SELF_ATTENTION, _CROSS_ATTENTION = "fpsattention: self-attention", "fpsattention: cross-attention"
 _PART_OF = {
-    "fpsattn::quantize": "quantize", "fpsattn::forward": "attention", _SELF_ATTENTION: "attention", _CROSS_ATTENTION: "cross-attention",
+    "fpsattn::quantize": "quantize", "fpsattn::prepare": "quantize", "fpsattn::forward": "attention", _SELF_ATTENTION: "attention", _CROSS_ATTENTION: "cross-attention",
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::_scaled_mm"), "linears"),
 }  # fmt: skip
 T = TypeVar("T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,9 @@ def command(
     baseline: Annotated[str, typer.Option(help="Dense BF16 attention before: cudnn, fa3 or fa2.")] = "cudnn",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a video.")] = 50,
     forwards: Annotated[int, typer.Option(min=1, help="Forwards per step: 2 with classifier-free guidance.")] = 2,
+    prepare: Annotated[
+        bool, typer.Option(help="Norms and RoPE of q and k run in the quantizer (apply(prepare=True)).")
+    ] = True,
     kernels: Annotated[
         bool, typer.Option(help="One block before and after, as lists of kernels, in Markdown.")
     ] = False,
@@ -34,8 +38,9 @@ def command(
 
     sizes = parse_sizes(grid, "estimate: grid")
     with working(f"estimating {grid}", quiet=as_json):
-        asked = [estimate(model, sizes, gpu, baseline, density, steps, forwards) for density in DENSITIES]
-        paper = [estimate(model, sizes, PAPER_GPU, PAPER_BASELINE, density, steps, forwards) for density in DENSITIES]
+        of = partial(estimate, model, sizes, steps=steps, forwards=forwards, prepare=prepare)
+        asked = [of(gpu, baseline, density) for density in DENSITIES]
+        paper = [of(PAPER_GPU, PAPER_BASELINE, density) for density in DENSITIES]
     if kernels:
         from ..estimate.document import block_tables
 
@@ -59,6 +64,7 @@ def text(asked: list[Estimate], paper: list[Estimate], lines: list[tuple[str, li
     out = [
         f"{one.model.name}, grid {'x'.join(map(str, one.grid))} ({tokens:,} tokens), {one.model.num_layers} blocks, one {one.gpu.title}",
         f"one forward, batch 1; baseline {BASELINES[one.baseline]}, dense BF16; density {one.asked:g} ({one.density:.3f})",
+        "norms and RoPE of q and k: " + ("in the quantizer" if one.prepare else "kernels of their own"),
         "",
         *render(one.columns),
         "",
@@ -117,6 +123,7 @@ def _as_json(
 
     return {
         "model": one.model.name, "grid": list(one.grid), "gpu": one.gpu.name, "baseline": one.baseline, "kind": "predicted",
+        "prepare": one.prepare,
         "estimates": [of(e) for e in asked], "rates": rates(one),
         "paper": {"gpu": paper[0].gpu.name, "baseline": paper[0].baseline, "estimates": [of(e) for e in paper], "rates": rates(paper[0])},
         "lines": [{"what": what, "speedups": speedups, "limit": limit} for what, speedups, limit in lines],

@@ -16,7 +16,10 @@ def block_tables(estimate: Estimate) -> str:
     blocks = []
     for title, configuration in (("Before", CONFIGURATIONS[0]), ("After", CONFIGURATIONS[2])):
         rows, total = [], [0.0, 0.0, 0.0, 0.0]
-        for kernel in block_kernels(model, shape, attention=configuration.attention, linears=configuration.linears):
+        kernels = block_kernels(
+            model, shape, attention=configuration.attention, linears=configuration.linears, prepare=estimate.prepare
+        )
+        for kernel in kernels:
             floor = kernel.floor(gpu.peak_bf16, gpu.peak_fp8, gpu.peak_memory)
             seconds = max(kernel.flops / rates[kernel.engine].value, kernel.bytes / gpu.memory.value)
             numbers = (kernel.flops / 1e12, kernel.bytes / 1e9, 1e3 * floor, 1e3 * seconds)

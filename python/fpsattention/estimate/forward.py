@@ -40,6 +40,7 @@ class Estimate:
     Attributes:
         density: computed share of the block pairs; asked: the density that the window was chosen for.
         columns: configuration to part to :class:`Time`, of one forward with batch 1.
+        apart: likewise, with norms and RoPE of q and k in kernels of their own: what stays where attention takes no time.
         video: configuration to part to seconds: all forwards, the VAE's decoder, the text encoder.
         sources: every rate that was used, by name.
     """
@@ -51,8 +52,10 @@ class Estimate:
     asked: float
     density: float
     columns: dict[str, dict[str, Time]]
+    apart: dict[str, dict[str, Time]]
     video: dict[str, dict[str, float]]
     sources: dict[str, Rate]
+    prepare: bool
 
     def total(self, configuration: str) -> float:
         """Predicted ms of a forward."""
@@ -64,9 +67,7 @@ class Estimate:
 
     def limit(self, configuration: str) -> float:
         """The speed-up if self-attention and its quantization took no time."""
-        rest = sum(
-            time.ms for part, time in self.columns[configuration].items() if part not in ("attention", "quantize")
-        )
+        rest = sum(time.ms for part, time in self.apart[configuration].items() if part not in ("attention", "quantize"))
         return self.total("baseline") / rest
 
 
@@ -79,6 +80,7 @@ def estimate(
     steps: int = 50,
     forwards: int = 2,
     own_linears: bool = True,
+    prepare: bool = True,
 ) -> Estimate:
     """Floor and predicted time of every part, before and after.
 
@@ -87,6 +89,7 @@ def estimate(
         density: the largest window of whole tiles within it is taken, as a schedule takes it.
         steps, forwards: of a video; classifier-free guidance has 2 forwards a step.
         own_linears: the first and the last block keep BF16 linears, as they do by default.
+        prepare: norms and RoPE of q and k run in the quantizer of FP8 attention.
 
     Raises:
         ConfigError: an unknown name, or a size below 1.
@@ -107,9 +110,11 @@ def estimate(
         "bf16": device.bf16, "fp8": device.fp8, "memory": device.memory,
         "attention bf16": device.baselines[baseline], "attention fp8": device.attention[model.head_dim],
     }  # fmt: skip
-    columns, video = {}, {}
+    columns, apart, video = {}, {}, {}
     for configuration in CONFIGURATIONS:
-        columns[configuration.name] = _forward(model, shape, configuration, device, rates, own_linears)
+        columns[configuration.name], apart[configuration.name] = (
+            _forward(model, shape, configuration, device, rates, own_linears, inside) for inside in (prepare, False)
+        )
         seconds = sum(time.ms for time in columns[configuration.name].values()) / 1e3
         video[configuration.name] = {
             "transformer": steps * forwards * seconds,
@@ -120,7 +125,7 @@ def estimate(
     names = {"bf16": "BF16 products", "fp8": "FP8 products", "memory": "memory", "attention bf16": BASELINES[baseline],
              "attention fp8": "FP8 attention"}  # fmt: skip
     sources = {names[key]: rate for key, rate in rates.items()}
-    return Estimate(model, grid, device, baseline, density, computed, columns, video, sources)
+    return Estimate(model, grid, device, baseline, density, computed, columns, apart, video, sources, prepare)
 
 
 @lru_cache(maxsize=64)
@@ -140,7 +145,7 @@ def shape_of(model: Model, grid: tuple[int, int, int], density: float) -> tuple[
 
 
 def kernels_of(
-    model: Model, shape: Shape, configuration: Configuration, own_linears: bool
+    model: Model, shape: Shape, configuration: Configuration, own_linears: bool, prepare: bool = False
 ) -> list[tuple[int, list[Kernel]]]:
     """(number of such blocks, kernels of one) for all blocks."""
     own = Configuration("", configuration.attention, "bf16")
@@ -150,16 +155,22 @@ def kernels_of(
         key = (layer >= model.layers[0], own if kept else configuration)
         counts[key] = counts.get(key, 0) + 1
     return [
-        (count, block_kernels(model, shape, attention=c.attention, linears=c.linears, single=single))
+        (count, block_kernels(model, shape, attention=c.attention, linears=c.linears, single=single, prepare=prepare))
         for (single, c), count in counts.items()
     ]
 
 
 def _forward(
-    model: Model, shape: Shape, configuration: Configuration, gpu: Gpu, rates: dict[str, Rate], own_linears: bool
+    model: Model,
+    shape: Shape,
+    configuration: Configuration,
+    gpu: Gpu,
+    rates: dict[str, Rate],
+    own_linears: bool,
+    prepare: bool,
 ) -> dict[str, Time]:
     parts = {part: Time(0.0, 0.0, "predicted") for part in PARTS}
-    for count, kernels in kernels_of(model, shape, configuration, own_linears):
+    for count, kernels in kernels_of(model, shape, configuration, own_linears, prepare):
         for kernel in kernels:
             floor = kernel.floor(gpu.peak_bf16, gpu.peak_fp8, gpu.peak_memory)
             seconds = max(kernel.flops / rates[kernel.engine].value, kernel.bytes / gpu.memory.value)

@@ -46,17 +46,21 @@ class Shape:
     pairs: float
 
 
-def block_kernels(model: Model, shape: Shape, *, attention: str, linears: str, single: bool = False) -> list[Kernel]:
+def block_kernels(
+    model: Model, shape: Shape, *, attention: str, linears: str, single: bool = False, prepare: bool = False
+) -> list[Kernel]:
     """The kernels of one block.
 
     Args:
         attention: "bf16" (dense) or "fp8" (block-sparse).
         linears: "bf16" or "fp8".
         single: the second kind of block of a joint model.
+        prepare: norms and RoPE of q and k run in the quantizer, where attention is FP8.
     """
     if model.blocks == "cross":
-        return list(_cross(model, shape, attention, linears))
-    return list(_single(model, shape, attention, linears) if single else _double(model, shape, attention, linears))
+        return list(_cross(model, shape, attention, linears, prepare))
+    block = _single if single else _double
+    return list(block(model, shape, attention, linears, prepare))
 
 
 def _linear(name: str, rows: int, k: int, n: int, precision: str, reads: int = 1) -> Iterator[Kernel]:
@@ -68,13 +72,25 @@ def _linear(name: str, rows: int, k: int, n: int, precision: str, reads: int = 1
     yield Kernel(name, "linears", 2.0 * rows * k * n, moved, precision)
 
 
-def _attention(model: Model, shape: Shape, tokens: int, precision: str) -> Iterator[Kernel]:
+def _attention(
+    model: Model, shape: Shape, tokens: int, precision: str, prepare: bool, beside: float = 0
+) -> Iterator[Kernel]:
+    """From projections on. ``beside``: elements of text and video that are put beside each other, after the norms and before."""
     d = model.width
+    prepared = prepare and precision == "fp8"
+    if not prepared:
+        yield _norm("RMSNorm and RoPE of q and k", 2.0 * (tokens if not beside else shape.tokens) * d, 2, 2)
+    if beside:
+        yield _norm("text beside video: q, k, v", beside, 2, 2)
     if precision == "bf16":
         yield Kernel("self-attention, dense", "attention", 4.0 * tokens**2 * d, 8.0 * tokens * d, "attention bf16")
         return
-    # q, k, v once, v a second time for its maximum, every eighth k for its mean; three tensors of e4m3 out.
-    yield Kernel("quantize to tile order", "quantize", 0, (6 + 2 + 0.25) * tokens * d + 3.0 * shape.slots * d, "memory")
+    # q, k, v once, v a second time for its maximum, every eighth k for its mean; three tensors of e4m3 out. A norm across heads reads q
+    # and k a second time.
+    name = "RMSNorm, RoPE, quantize to tile order" if prepared else "quantize to tile order"
+    again = 4 if prepared and model.blocks == "cross" else 0
+    moved = (6 + 2 + 0.25 + again) * tokens * d + 3.0 * shape.slots * d
+    yield Kernel(name, "quantize", 0, moved, "memory")
     moved = 3.0 * shape.slots * d + 2.0 * tokens * d
     yield Kernel("self-attention, block-sparse", "attention", 4.0 * shape.pairs * d, moved, "attention fp8")
 
@@ -84,14 +100,13 @@ def _norm(name: str, elements: float, read: float, written: float) -> Kernel:
     return Kernel(name, "norms", 0, elements * (read + written), "memory")
 
 
-def _cross(model: Model, shape: Shape, attention: str, linears: str) -> Iterator[Kernel]:
+def _cross(model: Model, shape: Shape, attention: str, linears: str, prepare: bool) -> Iterator[Kernel]:
     s, d, f, text = shape.tokens, model.width, model.ffn, model.text
     out = 1 if linears == "fp8" else 2  # bytes of the next product's input
     rows = " and rows to e4m3" if linears == "fp8" else ""
     yield _norm(f"norm, modulation{rows}", s * d, 2, out)
     yield from _linear("q, k, v", s, d, 3 * d, linears, reads=3)
-    yield _norm("RMSNorm and RoPE of q and k", 2 * s * d, 2, 2)
-    yield from _attention(model, shape, s, attention)
+    yield from _attention(model, shape, s, attention, prepare)
     if linears == "fp8":
         yield _norm("rows to e4m3", s * d, 2, 1)
     yield from _linear("attention output", s, d, d, linears)
@@ -110,15 +125,13 @@ def _cross(model: Model, shape: Shape, attention: str, linears: str) -> Iterator
     yield _norm("gate, residual", s * d, 4, 2)
 
 
-def _double(model: Model, shape: Shape, attention: str, linears: str) -> Iterator[Kernel]:
+def _double(model: Model, shape: Shape, attention: str, linears: str, prepare: bool) -> Iterator[Kernel]:
     s, d, f, text = shape.tokens, model.width, model.ffn, model.text
     out = 1 if linears == "fp8" else 2
     rows = " and rows to e4m3" if linears == "fp8" else ""
     yield _norm(f"norm, modulation{rows}", s * d, 2, out)
     yield from _linear("q, k, v", s, d, 3 * d, linears, reads=3)
-    yield _norm("RMSNorm and RoPE of q and k", 2 * s * d, 2, 2)
-    yield _norm("text beside video: q, k, v", 3 * (s + text) * d, 2, 2)
-    yield from _attention(model, shape, s + text, attention)
+    yield from _attention(model, shape, s + text, attention, prepare, beside=3.0 * (s + text) * d)
     if linears == "fp8":
         yield _norm("rows to e4m3", s * d, 2, 1)
     yield from _linear("attention output", s, d, d, linears)
@@ -130,15 +143,14 @@ def _double(model: Model, shape: Shape, attention: str, linears: str) -> Iterato
     yield from _linear("text: projections and feed-forward", text, d, 4 * d + 2 * f, "bf16", reads=5)
 
 
-def _single(model: Model, shape: Shape, attention: str, linears: str) -> Iterator[Kernel]:
+def _single(model: Model, shape: Shape, attention: str, linears: str, prepare: bool) -> Iterator[Kernel]:
     n, d, f = shape.tokens + model.text, model.width, model.ffn
     out = 1 if linears == "fp8" else 2
     rows = " and rows to e4m3" if linears == "fp8" else ""
     yield _norm(f"text beside video, norm, modulation{rows}", n * d, 2, 2 + out)
     yield from _linear("q, k, v", n, d, 3 * d, linears, reads=3)
     yield from _linear("feed-forward, up", n, d, f, linears)
-    yield _norm("RMSNorm and RoPE of q and k", 2 * n * d, 2, 2)
-    yield from _attention(model, shape, n, attention)
+    yield from _attention(model, shape, n, attention, prepare)
     yield _norm(f"GELU, beside the attention's output{rows}", n * (d + f), 2, out)
     yield from _linear("output and feed-forward, down", n, d + f, d, linears)
     yield _norm("gate, residual", n * d, 4, 2)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from .state import CURRENT
+
+if TYPE_CHECKING:
+    from .prepared import Raw
 
 Core = Callable[..., Tensor]
 
@@ -24,7 +27,8 @@ Core = Callable[..., Tensor]
 class CoreCall:
     """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
     samples, where there is a mask, with theirs as fourth argument. ``parallel``: diffusers' config, where tokens are spread over ranks.
-    ``heads``: which of ``num_heads`` these are, where heads are (``fpsattention.parallel``)."""
+    ``heads``: which of ``num_heads`` these are, where heads are (``fpsattention.parallel``). ``raw``: q and k are projections, which lack
+    this, and ``dense`` wants it applied."""
 
     q: Tensor
     k: Tensor
@@ -37,12 +41,20 @@ class CoreCall:
     parallel: Any = None
     heads: tuple[int, ...] | None = None
     num_heads: int = 0
+    raw: Raw | None = None
+
+    def finished(self) -> CoreCall:
+        """With q and k as the model makes them."""
+        if self.raw is None:
+            return self
+        q, k = self.raw.finish(self.q, self.k)
+        return replace(self, q=q, k=k, raw=None)
 
 
 def _run(call: CoreCall) -> Tensor:
     site = CURRENT.site
     assert site is not None  # set by the processor that called
-    return site.attend(call)
+    return site.attend(call if CURRENT.raw is None else replace(call, raw=CURRENT.raw))
 
 
 def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

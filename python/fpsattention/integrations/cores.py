@@ -71,13 +71,17 @@ def _swapped_class(original: type, core: str) -> type:
     function: Any = original.__call__
     run = _clone(function, core)
 
+    names = function.__code__.co_varnames[2 : function.__code__.co_argcount]  # after self and the module
+
     @functools.wraps(function)  # diffusers filters keyword arguments by the signature
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before, CURRENT.site = CURRENT.site, self.site
+    def call(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        before, CURRENT.site = (CURRENT.site, CURRENT.raw), self.site
         try:
-            return run(self, *args, **kwargs)
+            if self.site.prepare is not None:
+                module, args, kwargs = self.site.bare(module, names, args, kwargs)
+            return run(self, module, *args, **kwargs)
         finally:
-            CURRENT.site = before
+            CURRENT.site, CURRENT.raw = before
 
     members = {"__slots__": ("site", "original"), "__call__": call, "__reduce__": _reduce, "__setstate__": _set_state}
     swapped = type(f"FPS{original.__name__}", (original,), members)

@@ -27,6 +27,7 @@ def apply(
     *,
     linears: str | None = None,
     token_order: str | None = None,
+    prepare: bool | str = False,
     adapter: Adapter | None = None,
     exact: Sequence[int] = (),
     replace: bool = False,
@@ -46,6 +47,9 @@ def apply(
             None: as the levels say. Layers in ``Schedule.own_linears``, by default the first and the last, keep their own.
         token_order: "tile": tokens go to tile order once per forward, where the blocks begin, and back where they end; "raster": they stay
             as they are. None: tile for the families that are known to allow it. Forwards with dense attention stay in raster order.
+        prepare: True: norms and RoPE of q and k run inside of the quantizer, in FP32 without the roundings to 16 bits that the model's own
+            code has in between, wherever attention is FP8 under a window or a static pattern; an error where they cannot. "auto":
+            wherever they can, and the model's own elsewhere, with a line in the report.
         adapter: what is known of a model of another class than those of ``integrations.adapters``.
         exact: frames of the token grid that attend everything and are attended by everything, whatever the schedule says: (0,) for the
             first frame of image-to-video, -1 for the last. What shares a tile with them does, too: take tiles of few frames. Text,
@@ -103,7 +107,7 @@ def apply(
         for name, transformer in transformers.items():
             known = adapters[name]
             if name not in skipped and known is not None:
-                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order, tuple(exact))
+                arguments = (scheduler, num_train_timesteps, on_unsupported, debug, token_order, tuple(exact), prepare)
                 installations.append(Installation(transformer, known, resolved, name, *arguments))
     except BaseException:
         for installation in installations:

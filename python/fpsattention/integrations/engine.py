@@ -81,9 +81,12 @@ class Engine:
         self.refused_linears: Counter[str] = Counter()  # that ran as the model's own, and why, to the number of times
         self._host_counts: Counter[tuple[Tokens, int, Executed]] = Counter()  # (tokens, segment, executed) -> samples
         self._device_counts: dict[tuple[Tokens, torch.device, Executed], Tensor] = {}  # int64 [segments]
+        self._prepared: Counter[int] = Counter()  # layer to samples whose norm and RoPE ran in the quantizer
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = dict.fromkeys(("_lock", "nonfinite", "refused_linears", "_host_counts", "_device_counts"))
+        dropped = dict.fromkeys(
+            ("_lock", "nonfinite", "refused_linears", "_host_counts", "_device_counts", "_prepared")
+        )
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -96,6 +99,7 @@ class Engine:
             return
         executed = None if forward.graph_calls else tuple(forward.executed)
         with self._lock:
+            self._prepared.update(forward.prepared)
             if isinstance(forward.segments, Tensor):
                 self._count_on_device(forward.tokens, forward.segments, executed)
             else:
@@ -170,6 +174,10 @@ class Engine:
         for (_, _, executed), n in counts.items():
             totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
         return totals
+
+    def prepared(self) -> list[int] | None:
+        """Of each layer, samples whose norm and RoPE ran in the quantizer; None where some ran compiled."""
+        return None if self.executions() is None else [self._prepared[layer] for layer in range(len(self.sites))]
 
     def own_linears(self) -> Mapping[str, str]:
         """Linear layers that stay the model's own under FP8 linears, and why."""

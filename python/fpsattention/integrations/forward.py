@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class Forward:
     parallel: ForwardShard | None = None  # how its tokens are spread over ranks
     linears: tuple[Mode, ...] = ()  # of each group of layers; empty: all the model's own
     shared: Shared | None = None
+    text_first: bool = False  # tokens beyond the grid come before it
+    prepare: tuple[bool, ...] = ()  # of each group of layers: norm and RoPE run in the quantizer; empty: nowhere
+    prepared: Counter[int] = field(
+        default_factory=Counter
+    )  # layer to samples for which they did, outside of compiled code
+    rope: tuple[Any, Tensor, Tensor] | None = (
+        None  # rotary tables as the model made them, and as the quantizer takes them
+    )
     order: Order | None = None  # the tokens are in tile order
     places: int = 0  # where they were moved so far
 

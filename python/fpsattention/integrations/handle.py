@@ -181,6 +181,7 @@ def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Repor
     for installation in installations:
         result.rows.extend(installation.rows())
         result.executions[installation.name] = installation.executions()
+        result.prepared[installation.name] = installation.prepared()
         result.forwards[installation.name] = installation.forwards()
         result.nonfinite.update(installation.nonfinite)
         result.replaced.update(installation.replaced())

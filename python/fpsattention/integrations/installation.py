@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter, Geometry, refusal
@@ -21,6 +21,7 @@ from .engine import Engine
 from .forward import Forward
 from .levels import LevelTables, Tokens
 from .linears import Linears
+from .prepared import MODES, head_dim_of, why_not
 from .sigmas import SchedulerOf, SigmaReader
 from .state import CURRENT
 from .token_order import Order
@@ -53,6 +54,7 @@ class Installation(Engine):
         debug: bool,
         token_order: str | None = None,
         exact: tuple[int, ...] = (),
+        prepare: bool | str = False,
     ):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
@@ -75,6 +77,7 @@ class Installation(Engine):
         self._blocks = _containers(transformer, attentions)
         self.modules: list[Any] = list(attentions.values())
         self.linears = Linears(self, _layers_with_linears(self.tables, list(attentions)))
+        self._prepare(prepare)
         order_hooks = token_order_hooks(self, token_order)
         if debug:
             for site in self.sites:
@@ -105,6 +108,24 @@ class Installation(Engine):
         self.linears.remove()
         plain_checkpoints(self.transformer)
         self.selections.clear()
+
+    def _prepare(self, mode: bool | str) -> None:
+        """Let the sites run norm and RoPE in the quantizer, where their models are known to allow it."""
+        if mode not in MODES:
+            raise ConfigError(f"fpsattention.apply: prepare {mode!r}, wanted one of {MODES}")
+        preparation = self.adapter.prepare
+        strict = mode is True and self.on_unsupported == "raise"
+        if mode is True and preparation is None:
+            raise UnsupportedError(
+                f"fpsattention.apply: prepare: norms and RoPE of {self.adapter.name} are not known to be those of the quantizer, wanted a "
+                "family whose adapter tells them (fpsattn models): leave prepare out"
+            )
+        if mode is False or preparation is None:
+            return
+        for site, module in zip(self.sites, self.modules, strict=True):
+            if strict and (reason := why_not(preparation, module)) is not None:
+                raise UnsupportedError(f'fpsattention.apply: {site.name} {reason}: use apply(..., prepare="auto")')
+            site.prepare, site.prepare_strict = preparation, strict
 
     # Every forward ---------------------------------------------------------------------------------------------------------
 
@@ -179,6 +200,10 @@ class Installation(Engine):
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
+        if whole and any(site.prepare is not None for site in self.sites):
+            graph = compiled or self.compiled_modules()  # which has branches for all levels
+            forward.prepare = self.tables.prepares(None if graph else segments)
+            forward.text_first = geometry.text_position == "prefix"
         forward.step = None if run is None else (run, tuple(sigmas))
         if compiled or self.compiled_modules():
             reason = self.tables.eager_only()
@@ -235,6 +260,9 @@ class Installation(Engine):
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
         if tokens.order == "tile":
             CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
+        if any(site.prepare is not None for site in self.sites):
+            CURRENT.forward.prepare = self.tables.prepares(None)
+            CURRENT.forward.text_first = geometry.text_position == "prefix"
         if self.linears.installed:
             CURRENT.forward.linears = self.tables.linears(segments, device)
 
@@ -418,15 +446,10 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
             core_of(module, adapter.core)
         except UnsupportedError as error:
             return f"{path} {error}"
-        head_dim = _head_dim(module)
+        head_dim = head_dim_of(module)
         if head_dim is not None and kernel_dim(head_dim) is None:
             return f"head dimension {head_dim}, wanted at most {HEAD_DIMS[-1]}"
     return None
-
-
-def _head_dim(module: Any) -> int | None:
-    inner, heads = getattr(module, "inner_dim", None), getattr(module, "heads", None)
-    return inner // heads if isinstance(inner, int) and isinstance(heads, int) else None
 
 
 def check_not_compiled(installation: Installation) -> None:

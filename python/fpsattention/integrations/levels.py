@@ -352,6 +352,20 @@ class LevelTables:
                 modes.append(samples[0] if len(set(samples)) == 1 else mask_of(samples, device))
         return tuple(modes) if any(mode is not False for mode in modes) else ()
 
+    def prepares(self, segments: Tensor | Sequence[int] | None) -> tuple[bool, ...]:
+        """Of each group: whether the attention of some sample quantizes q and k that nothing else reads, so that norm and RoPE can run in
+        the quantizer. ``segments`` on the device, or None: at any level. Empty: nowhere."""
+
+        def alone(level: Level) -> bool:
+            return level.precision == "fp8" and not level.dynamic and not level.hadamard
+
+        known = None if segments is None or isinstance(segments, Tensor) else set(segments)
+        found = tuple(
+            any(alone(level) for i, level in enumerate(levels) if known is None or i in known)
+            for levels in self.group_levels
+        )
+        return found if any(found) else ()
+
     def segments_on_device(self, sigma: Tensor, edges: tuple[float, ...]) -> Tensor:
         """Segment of every sample, ``[B]`` int64, from FP64 ``sigma [B]``, without a host sync."""
         if torch.compiler.is_compiling():

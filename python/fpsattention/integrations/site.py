@@ -19,11 +19,13 @@ from ..patterns import Clustered, clustered_attention
 from . import padding
 from .graph import Packed
 from .levels import Call, Part, index_of
+from .prepared import WithoutNorms, raw_of, why_not
 from .selection import Selector
 from .state import CURRENT
 from .token_order import moved
 
 if TYPE_CHECKING:
+    from .adapters import Preparation
     from .core_calls import CoreCall
     from .engine import Engine
     from .forward import Forward
@@ -53,6 +55,8 @@ class Site:
         self.on_unsupported = on_unsupported
         self.observers: list[Observer] = []
         self.check: Observer | None = None  # sees the tensors of the graph themselves, in whatever order
+        self.prepare: Preparation | None = None  # how norm and RoPE of q and k go to the quantizer
+        self.prepare_strict = False  # an error where they cannot, whatever on_unsupported says of attention
         self.fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -61,6 +65,41 @@ class Site:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+    def bare(
+        self, module: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """``module`` and the arguments of its code, by position (``names``) and by name, without norms and rotary tables where the
+        quantizer of this forward does both; then ``CURRENT.raw`` says what q and k lack."""
+        forward, compiling, preparation = CURRENT.forward, torch.compiler.is_compiling(), self.prepare
+        CURRENT.raw = None
+        unchanged = module, args, kwargs
+        if preparation is None or self.owner.paused or forward is None or not forward.prepare:
+            return unchanged
+        if not compiling and (
+            forward.owner is not self.owner or self.observers
+        ):  # they see q and k as the model makes them
+            return unchanged
+        if not forward.prepare[self.group] or forward.refused is not None:
+            return unchanged
+        if (reason := why_not(preparation, module)) is not None:
+            self._not_prepared(reason)
+            return unchanged
+        place = names.index(preparation.argument)
+        tables = args[place] if place < len(args) else kwargs.get(preparation.argument)
+        CURRENT.raw = raw_of(preparation, module, tables, forward)
+        if place < len(args):
+            args = (*args[:place], None, *args[place + 1 :])
+        else:
+            kwargs = {**kwargs, preparation.argument: None}
+        return WithoutNorms(module), args, kwargs
+
+    def _not_prepared(self, reason: str) -> None:
+        if self.prepare_strict:
+            raise UnsupportedError(f'fpsattention.apply: {self.name} {reason}: use apply(..., prepare="auto")')
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                self.fallbacks[f"norm and RoPE outside of the quantizer: {reason}"] += 1
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
@@ -89,7 +128,7 @@ class Site:
         if reason is None and core.mask is not None:
             reason = padding.unexplained(core, self.owner.text_mask)
         if reason is not None:
-            return self.refused(reason, lambda: _dense(core, own))
+            return self.refused(reason, lambda: _dense(core.finished(), own))
         if own is None:
             raise self._no_forward()
         if torch.compiler.is_compiling():
@@ -170,6 +209,9 @@ class Site:
         Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
         next, so the cast costs nothing that counts.
         """
+        raw = None if core.raw is None else core.raw.select(part.samples)
+        if raw is not None and part.dense:
+            q, k = raw.finish(q, k)
         if part.dense:
             return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
         hidden = None
@@ -179,6 +221,8 @@ class Site:
                 raise UnsupportedError(
                     f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
                 )
+        if raw is not None and (part.precision != "fp8" or part.lists is None or part.hadamard):  # such a level, beside others
+            q, k, raw = *raw.finish(q, k), None
         dtype = v.dtype
         if dtype == torch.float32 and v.device.type != "cpu":
             dtype = torch.bfloat16
@@ -214,6 +258,10 @@ class Site:
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
             index = index_of(core.heads, q.device)
             lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
+        if raw is not None:
+            options |= {"norm": raw.norm(), "rope": raw.rope(q.shape[1])}
+            if not torch.compiler.is_compiling() and CURRENT.forward is not None:
+                CURRENT.forward.prepared[self.layer] += q.shape[0]
         return attend(q, k, v, lists, hidden=hidden, **options)[0]
 
     def _made(self, call: Call, select: Selector, *given: Any) -> tuple[BlockMask | Clustered | Lists, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .forward import Forward
+    from .prepared import Raw
     from .site import Site
 
 
@@ -19,6 +20,7 @@ class _Current(threading.local):
     def __init__(self) -> None:  # runs in every thread; compiled code relies on both being there
         self.forward: Forward | None = None
         self.site: Site | None = None
+        self.raw: Raw | None = None  # what q and k lack where that site calls its core
 
 
 CURRENT = _Current()

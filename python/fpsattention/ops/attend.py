@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import UnsupportedError
 from ..layout.masks import BlockMask, Lists
 from . import autograd, prepare, published
 from .backends import reference_attention, resolve_backend
@@ -160,10 +160,19 @@ def _attend(
     elif precision == "paper":
         out, lse = published.attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
     elif prepared:
-        if hidden is not None:
-            raise ConfigError("fpsattention.attention: hidden is given with norm or rope, wanted them applied before")
         out, lse = prepare.attend(
-            q, k, v, lists, norm, rope, k_mean, v_absmax, backend=backend, deterministic=deterministic, **options
+            q,
+            k,
+            v,
+            lists,
+            norm,
+            rope,
+            k_mean,
+            v_absmax,
+            hidden,
+            backend=backend,
+            deterministic=deterministic,
+            **options,
         )
     elif backend == "reference":
         out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)

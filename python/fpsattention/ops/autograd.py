@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ConfigError, UnsupportedError
 from . import vmap
+from .norm_rope import norm_rope_backward
 
 _NUM_OUTPUTS = 10  # of attention
 _ONCE = "only first derivatives are supported: those of fpsattention.attention are not differentiable"
@@ -57,11 +58,7 @@ class _Attention(torch.autograd.Function):
         out, lse, *saved = output[:_NUM_OUTPUTS]  # q8 .. v_scale, row_max, row_sum
         made = output[_NUM_OUTPUTS:]  # lists and densities
         kv_num_blocks, kv_indices, q_num_blocks, q_indices = (made or others)[:4]
-        if any(ctx.needs_input_grad[:3]) and (q_num_blocks is None or q_indices is None or q_indices.dim() != 4):
-            raise ConfigError(
-                "fpsattention.attention: q_num_blocks and q_indices are missing, but q, k or v requires grad: the backward walks "
-                "the transposed block lists; pass those of block_mask.transpose(), or call under torch.no_grad()"
-            )
+        _check_transposed(ctx, q_num_blocks, q_indices)
         ctx.mark_non_differentiable(lse, *saved, *made)
         ctx.set_materialize_grads(False)
         ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
@@ -96,6 +93,50 @@ class _Attention(torch.autograd.Function):
         *args, options = inputs
         op = _COMPOSITES[len(args)]
         return vmap.rule(op, partial(call, op))(info, in_dims[:-1], *args, **options)
+
+
+class _AttentionPrepared(torch.autograd.Function):
+    """``fpsattn::attention_prepared``: straight through the quantizers, then through RoPE and norm as they are."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *args, options = inputs
+        return _below_autograd("attention_prepared", *args, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, _v, token_of_slot, tile_of_block, _offsets, *lists = inputs[:10]
+        _check_transposed(ctx, *lists[2:])
+        out, lse, *saved = output
+        ctx.mark_non_differentiable(lse, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.num_inputs, ctx.options = len(inputs), inputs[-1]
+        ctx.save_for_backward(q, k, *inputs[10:16], out, *saved, token_of_slot, tile_of_block, *lists)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * ctx.num_inputs
+        q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, out, *saved = ctx.saved_tensors
+        options = dict(ctx.options)
+        attention = {name: options[name] for name in ("softmax_scale", "deterministic")}
+        position = {name: options[name] for name in ("norm", "eps", "rope_halves", "first_rotated")}
+        d_q, d_k, d_v = call("backward", _like(grad_out, out), out, *saved, **attention)
+        d_q, d_q_weight, d_q_bias = norm_rope_backward(d_q, q, q_weight, q_bias, cos, sin, **position)
+        d_k, d_k_weight, d_k_bias = norm_rope_backward(d_k, k, k_weight, k_bias, cos, sin, **position)
+        of_tokens, of_weights = (d_q.to(q.dtype), d_k.to(k.dtype), d_v), (d_q_weight, d_k_weight, d_q_bias, d_k_bias)
+        wanted = [None] * ctx.num_inputs
+        for place, gradient in (*enumerate(of_tokens), *enumerate(of_weights, 10)):
+            wanted[place] = gradient if ctx.needs_input_grad[place] else None
+        return tuple(wanted)
+
+
+def _check_transposed(ctx: Any, q_num_blocks: Tensor | None, q_indices: Tensor | None) -> None:
+    if any(ctx.needs_input_grad) and (q_num_blocks is None or q_indices is None or q_indices.dim() != 4):
+        raise ConfigError(
+            "fpsattention.attention: q_num_blocks and q_indices are missing, but q, k or v requires grad: the backward walks "
+            "the transposed block lists; pass those of block_mask.transpose(), or call under torch.no_grad()"
+        )
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
@@ -137,6 +178,7 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "attention": _Attention,
     "attention_masked": _Attention,
     "attention_selected": _Attention,
+    "attention_prepared": _AttentionPrepared,
     **{op: refusing(op, partial(_below_autograd, op)) for op in MESSAGES},
 }
 

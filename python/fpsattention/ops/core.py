@@ -33,6 +33,8 @@ q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q
 head_dim, ...) -> (..., row_sum, kv_num_blocks, kv_indices, q_num_blocks, q_indices, densities)``
     quantize with block_sums, the lists that a pattern makes of these sums (``selection.py``), forward: q and k are read once. head_dim:
     channels that count, the others are zeros; densities f64 [B, 2], selected and kernel. Derivatives as of ``attention``; the lists have none.
+``attention_prepared(q, k, v, ..., q_indices, q_weight, k_weight, q_bias, k_bias, cos, sin, k_mean, v_absmax, hidden, *, norm, eps, ...)``
+    prepare, then forward, likewise; without hidden keys where ``hidden`` is given. Differentiable in q, k, v, weights and biases.
 ``lists(grid, tile, window, text_len, text_position, device) -> (token_of_slot, ..., q_indices)``
     the tables of a planned grid: see ``lists.py``.
 ``select_blocks(values, ...)``, ``transpose_blocks(kv_num_blocks, ...)``
@@ -79,6 +81,15 @@ MASKED_SCHEMA = (
     "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? k_mean, Tensor? v_absmax, Tensor hidden, *, int granularity, "
     "float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, "
     "Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
+)
+
+PREPARED_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, Tensor kv_num_blocks, "
+    "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
+    "Tensor? cos, Tensor? sin, Tensor? k_mean, Tensor? v_absmax, Tensor? hidden, *, int norm, float eps, bool rope_halves, "
+    "SymInt first_rotated, int granularity, float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride, "
+    "bool deterministic) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
+    "Tensor row_max, Tensor row_sum)"
 )
 
 
@@ -210,6 +221,46 @@ def _attention(
     )  # fmt: skip
     if select is not None:
         kv_num_blocks, kv_indices, q_num_blocks, q_indices = select(z.q_block_sum, z.k_block_sum)
+    lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_indices)
+    return _of_quantized(z, q, *lists, hidden, softmax_scale)
+
+
+def _attention_prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    tile_block_offsets: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_num_blocks: Tensor | None,
+    q_indices: Tensor | None,
+    *tensors: Tensor | None,
+    softmax_scale: float,
+    deterministic: bool,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The composite of ``prepare``; ``tensors``: weights to ``v_absmax``, then ``hidden``."""
+    tables = (token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices)
+    _keep_for_stream(q, *tables, q_num_blocks, q_indices)
+    *prepared, hidden = tensors
+    z = Quantized(*torch.ops.fpsattn.prepare(q, k, v, token_of_slot, tile_block_offsets, *prepared, **options))
+    lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_indices)
+    return _of_quantized(z, q, *lists, hidden, softmax_scale)
+
+
+def _of_quantized(
+    z: Quantized,
+    q: Tensor,
+    token_of_slot: Tensor,
+    tile_of_block: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_indices: Tensor | None,
+    hidden: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, ...]:
     if hidden is not None:
         checks.check_hidden(q, hidden)
         hidden = slots(hidden, token_of_slot)
@@ -286,6 +337,8 @@ def _register() -> None:
         impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
     impl("fpsattn::attention_selected", "CompositeExplicitAutograd")(_attention_selected)
     torch.library.register_fake("fpsattn::attention_selected")(partial(_attention_selected, make=fake_lists_of_sums))
+    torch.library.define("fpsattn::attention_prepared", PREPARED_SCHEMA)
+    impl("fpsattn::attention_prepared", "CompositeExplicitAutograd")(_attention_prepared)
     if not _on_host:
         for op in KERNEL_OPS:
             impl(f"fpsattn::{op}", "CPU")(_checked(op, getattr(cpu, op)))

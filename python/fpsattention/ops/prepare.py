@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import Lists
-from . import autograd
 from .backends import reference_attention
-from .norm_rope import NORMS, norm_rope, norm_rope_backward
+from .norm_rope import NORMS, norm_rope
 
 NORM_KINDS = tuple(kind for kind in NORMS if kind != "none")
 ROPE_STYLES = ("pairs", "halves")
@@ -87,6 +86,7 @@ def attend(
     rope: Rope | None,
     k_mean: Tensor | None,
     v_absmax: Tensor | None,
+    hidden: Tensor | None,
     *,
     backend: str,
     deterministic: bool,
@@ -108,7 +108,7 @@ def attend(
             for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias))
         )
         out, lse = reference_attention(
-            q32, k32, v.cpu().float(), lists.to("cpu"), k_mean=k_mean, v_absmax=v_absmax, **options
+            q32, k32, v.cpu().float(), lists.to("cpu"), k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options
         )
         return out.to(q.device, q.dtype), lse.to(q.device)
     if torch._C._are_functorch_transforms_active():
@@ -116,9 +116,9 @@ def attend(
             "fpsattention.attention: norm or rope inside a transform of torch.func was asked for, which it has not: apply them "
             "before, or use torch.autograd"
         )
-    out, lse, *_ = _PreparedAttention.apply(
-        q, k, v, q_weight, k_weight, q_bias, k_bias, cos, sin, k_mean, v_absmax, *lists, position,
-        {**options, "deterministic": deterministic},
+    out, lse, *_ = torch.ops.fpsattn.attention_prepared(
+        q, k, v, *lists, q_weight, k_weight, q_bias, k_bias, cos, sin, k_mean, v_absmax, hidden,
+        **position, **options, deterministic=deterministic,
     )  # fmt: skip
     return out, lse
 
@@ -126,47 +126,3 @@ def attend(
 def _rows(x: Tensor | None) -> Tensor | None:
     """A weight as FP32 ``[1 or 2, n]``."""
     return x if x is None else (x if x.dim() == 2 else x.reshape(1, -1)).float()
-
-
-class _PreparedAttention(torch.autograd.Function):
-    """prepare, then forward. Derivatives pass the quantizers as identity, then RoPE and norm as they are (``norm_rope_backward``)."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        q, k, v, *tensors = inputs[:11]
-        token_of_slot, tile_of_block, offsets, kv_num_blocks, kv_indices, *_, position, options = inputs[11:]
-        softmax_scale = options["softmax_scale"]
-        others = {name: x for name, x in options.items() if name not in ("softmax_scale", "deterministic")}
-        ops = torch.ops.fpsattn
-        z = ops.prepare(q, k, v, token_of_slot, offsets, *tensors, **position, **others)
-        out, lse, row_max, row_sum = ops.forward(
-            *z[:6], token_of_slot, tile_of_block, kv_num_blocks, kv_indices, z[7],
-            num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype,
-        )  # fmt: skip
-        return (out, lse, *z[:6], row_max, row_sum)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, _v, *tensors = inputs[:11]
-        token_of_slot, tile_of_block, _offsets, kv_num_blocks, kv_indices, *transposed, position, options = inputs[11:]
-        out, lse, *saved = output
-        ctx.mark_non_differentiable(lse, *saved)
-        ctx.set_materialize_grads(False)
-        ctx.position, ctx.options = position, options
-        lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, *transposed)
-        ctx.save_for_backward(q, k, *tensors[:6], out, *saved, *lists)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * len(ctx.needs_input_grad)
-        q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, out, *saved = ctx.saved_tensors
-        d_q, d_k, d_v = autograd.call(
-            "backward", autograd._like(grad_out, out), out, *saved,
-            softmax_scale=ctx.options["softmax_scale"], deterministic=ctx.options["deterministic"],
-        )  # fmt: skip
-        d_q, d_q_weight, d_q_bias = norm_rope_backward(d_q, q, q_weight, q_bias, cos, sin, **ctx.position)
-        d_k, d_k_weight, d_k_bias = norm_rope_backward(d_k, k, k_weight, k_bias, cos, sin, **ctx.position)
-        gradients = (d_q.to(q.dtype), d_k.to(k.dtype), d_v, d_q_weight, d_k_weight, d_q_bias, d_k_bias)
-        wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:7], strict=True))
-        return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 7))

@@ -23,12 +23,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import cogvideo, hunyuan, images, ltx, others, wan
-from .adapter import Adapter, Geometry, Place, latents_grid, submodules
+from .adapter import Adapter, Geometry, Place, Preparation, latents_grid, submodules
 from .outside import OUTSIDE, WAN_DIFFSYNTH, WAN_ORIGINAL
 
 __all__ = [
-    "ADAPTERS", "OUTSIDE", "REFUSED", "WAN_DIFFSYNTH", "WAN_ORIGINAL", "Adapter", "Geometry", "Place", "find", "latents_grid", "refusal",
-    "submodules",
+    "ADAPTERS", "OUTSIDE", "REFUSED", "WAN_DIFFSYNTH", "WAN_ORIGINAL", "Adapter", "Geometry", "Place", "Preparation", "find",
+    "latents_grid", "refusal", "submodules",
 ]  # fmt: skip
 
 ADAPTERS: tuple[Adapter, ...] = (

@@ -91,6 +91,24 @@ def raster_only(model: Any) -> tuple[Place, ...]:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What the code of an attention does to q and k between their projections and its core: norms ``norm_q`` and ``norm_k`` (of text
+    with projections of its own: ``norm_added_q``, ``norm_added_k``), then rotation of the video tokens.
+
+    Attributes:
+        kind: of the norms: "rms", "rms_across_heads" or "layer" (:class:`fpsattention.Norm`).
+        argument: of the code, that brings the rotary tables; None there means no rotation.
+        tables: what it brings, and the number of heads, to ``(cos, sin)``, each ``(1 or B, 1 or H, video tokens, D/2)``.
+        style: which channels are a pair (:class:`fpsattention.Rope`).
+    """
+
+    kind: str
+    argument: str
+    tables: Callable[[Any, int], tuple[Tensor, Tensor]]
+    style: str = "pairs"
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One model family: a row of the table in ``adapters/``.
 
@@ -114,6 +132,7 @@ class Adapter:
             tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
         token_order: model to the places where its tokens go to tile order and come back, everything that is said per token (rotary
             tables, modulation) with them; empty where nothing is known of such a model, whose tokens then stay in raster order.
+        prepare: how norms and RoPE of q and k can move into the quantizer; None: they stay the model's own.
     """
 
     name: str
@@ -129,6 +148,7 @@ class Adapter:
     note: str = ""
     linears: tuple[str, ...] = ()
     token_order: Callable[[Any], tuple[Place, ...]] = raster_only
+    prepare: Preparation | None = None
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""
@@ -153,6 +173,12 @@ def attention_linears(attention: str) -> tuple[str, ...]:
 def feed_forward_linears(feed_forward: str) -> tuple[str, ...]:
     """Both layers of a feed-forward of diffusers."""
     return (f"{feed_forward}.net.0.proj", f"{feed_forward}.net.2")
+
+
+def each_twice(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """Tables ``(n, D)`` with every angle twice, side by side."""
+    cos, sin = (x[:, 0::2][None, None] for x in tables)
+    return cos, sin
 
 
 def submodules(**attributes: str) -> Callable[[Any], dict[str, torch.nn.Module]]:

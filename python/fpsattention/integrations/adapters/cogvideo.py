@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError
-from .adapter import Adapter, Arguments, Geometry, latents_grid, patches, submodules
+from .adapter import Adapter, Arguments, Geometry, Preparation, each_twice, latents_grid, patches, submodules
 
 PROXY = "phases go by the index of the DDPM step, which stands for sigma"
 
@@ -38,12 +38,16 @@ def video_only(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"])
 
 
+PREPARE = Preparation("layer", "image_rotary_emb", each_twice)
+
 COGVIDEOX = Adapter(
-    "CogVideoX 1.0, 1.5", ("CogVideoXTransformer3DModel",), submodules(transformer_blocks="attn1"), text_then_frames, note=PROXY
+    "CogVideoX 1.0, 1.5", ("CogVideoXTransformer3DModel",), submodules(transformer_blocks="attn1"), text_then_frames, note=PROXY,
+    prepare=PREPARE,
 )  # fmt: skip
 CONSISID = Adapter(
-    "ConsisID", ("ConsisIDTransformer3DModel",), submodules(transformer_blocks="attn1"), text_then_frames, note=PROXY
-)
+    "ConsisID", ("ConsisIDTransformer3DModel",), submodules(transformer_blocks="attn1"), text_then_frames, note=PROXY,
+    prepare=PREPARE,
+)  # fmt: skip
 EASYANIMATE = Adapter(
     "EasyAnimate", ("EasyAnimateTransformer3DModel",), submodules(transformer_blocks="attn1"), two_texts_then_video
 )

@@ -12,7 +12,9 @@ from .adapter import (
     Geometry,
     Move,
     Place,
+    Preparation,
     attention_linears,
+    each_twice,
     feed_forward_linears,
     first_argument,
     latents_grid,
@@ -70,18 +72,21 @@ def embedder_to_norm(model: Any) -> tuple[Place, ...]:
 #: Of both kinds of blocks: a single block has the feed-forward's second layer and the output projection in one.
 LINEARS = (*attention_linears("attn"), *feed_forward_linears("ff"), "proj_mlp", "proj_out")
 
+PREPARE = Preparation("rms", "image_rotary_emb", each_twice)
+
 HUNYUAN = Adapter(
     "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
     submodules(transformer_blocks="attn", single_transformer_blocks="attn"), video_then_text,
     text_mask=True, note="padding of the text is left out, sample by sample", linears=LINEARS, token_order=embedder_to_norm,
+    prepare=PREPARE,
 )  # fmt: skip
 HUNYUAN_15 = Adapter(
     "HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), submodules(transformer_blocks="attn"), video_then_three_texts,
-    text_mask=True, note="as HunyuanVideo; the model itself builds two S x S masks per layer", linears=LINEARS,
+    text_mask=True, note="as HunyuanVideo; the model itself builds two S x S masks per layer", linears=LINEARS, prepare=PREPARE,
 )  # fmt: skip
 MOTIF = Adapter(
     "Motif-Video", ("MotifVideoTransformer3DModel",), encoder_blocks, video_then_image_and_text,
-    text_mask=True, note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense", linears=LINEARS,
+    text_mask=True, note="padding as HunyuanVideo; decoder blocks (num_decoder_layers) stay dense", linears=LINEARS, prepare=PREPARE,
 )  # fmt: skip
 
 ADAPTERS = (HUNYUAN, HUNYUAN_15, MOTIF)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import UnsupportedError
-from .adapter import Adapter, Arguments, Geometry, submodules
+from .adapter import Adapter, Arguments, Geometry, Preparation, submodules
 
 
 def grid_of_arguments(model: Any, arguments: Arguments) -> Geometry:
@@ -26,7 +28,16 @@ def grid_of_arguments(model: Any, arguments: Arguments) -> Geometry:
     return Geometry((t, h, w), latents, arguments["timestep"], others)
 
 
-LTX = Adapter("LTX-Video", ("LTXVideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments)
+def tables_of_all_heads(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """``(B, S, H D)`` with every angle twice, side by side."""
+    cos, sin = (x[..., 0::2].unflatten(2, (heads, -1)).transpose(1, 2) for x in tables)
+    return cos, sin
+
+
+LTX = Adapter(
+    "LTX-Video", ("LTXVideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments,
+    prepare=Preparation("rms_across_heads", "image_rotary_emb", tables_of_all_heads),
+)  # fmt: skip
 LTX2 = Adapter(
     "LTX-2", ("LTX2VideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments,
     note="video self-attention; audio, and attention between audio and video, stay the model's own",

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapter import (
     Adapter,
     Arguments,
     Geometry,
+    Preparation,
     inverted_sigma,
     latents_grid,
     own_sigma,
@@ -66,9 +68,16 @@ def history_then_video(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(grid, latents, arguments["timestep"], history, "prefix")
 
 
+def tables_per_head(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """``(S, H, D/2)``."""
+    cos, sin = (x.transpose(0, 1)[None] for x in tables)
+    return cos, sin
+
+
 MOCHI = Adapter(
     "Mochi", ("MochiTransformer3DModel",), submodules(transformer_blocks="attn1"), video_then_valid_text, inverted_sigma,
     per_sample=True, note="time runs from noise to clean; one attention per sample; not under torch.compile",
+    prepare=Preparation("rms", "image_rotary_emb", tables_per_head),
 )  # fmt: skip
 COSMOS = Adapter(
     "Cosmos 1, 2, 2.5",

@@ -13,6 +13,7 @@ from .adapter import (
     Geometry,
     Move,
     Place,
+    Preparation,
     attention_linears,
     feed_forward_linears,
     first_argument,
@@ -65,6 +66,14 @@ def patches_to_blocks(model: Any) -> tuple[Place, ...]:
     )
 
 
+def rotary_tables(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """``(1, S, 1, D)``, of which the code takes every other column."""
+    cos, sin = tables
+    return cos[..., 0::2].transpose(1, 2), sin[..., 1::2].transpose(1, 2)
+
+
+PREPARE = Preparation("rms_across_heads", "rotary_emb", rotary_tables)
+
 #: Keys and values of the cross-attention are of the text.
 LINEARS = (*attention_linears("attn1"), "attn2.to_q", "attn2.to_out.0", *feed_forward_linears("ffn"))
 
@@ -75,22 +84,24 @@ WAN = Adapter(
     video_latents,
     linears=LINEARS,
     token_order=patches_to_blocks,
+    prepare=PREPARE,
 )
 VACE = Adapter(
     "Wan VACE", ("WanVACETransformer3DModel",), submodules(blocks="attn1", vace_blocks="attn1"), video_latents,
-    linears=LINEARS,
+    linears=LINEARS, prepare=PREPARE,
 )  # fmt: skip
 ANIMATE = Adapter(
-    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), reference_first, linears=LINEARS,
+    "Wan Animate", ("WanAnimateTransformer3DModel",), submodules(blocks="attn1"), reference_first, linears=LINEARS, prepare=PREPARE,
     note="the reference frame is dense in both directions",
 )  # fmt: skip
 SKYREELS = Adapter(
     "SkyReels-V2", ("SkyReelsV2Transformer3DModel",), submodules(blocks="attn1"), video_latents,
-    note="dense under the mask of diffusion forcing (num_frame_per_block > 1)", linears=LINEARS,
+    note="dense under the mask of diffusion forcing (num_frame_per_block > 1)", linears=LINEARS, prepare=PREPARE,
 )  # fmt: skip
 CHRONOEDIT = Adapter(
-    "ChronoEdit", ("ChronoEditTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS
-)
+    "ChronoEdit", ("ChronoEditTransformer3DModel",), submodules(blocks="attn1"), video_latents, linears=LINEARS,
+    prepare=PREPARE,
+)  # fmt: skip
 ANYFLOW = Adapter("AnyFlow", ("AnyFlowTransformer3DModel",), submodules(blocks="attn1"), frames_first, linears=LINEARS)
 
 ADAPTERS = (WAN, VACE, ANIMATE, SKYREELS, CHRONOEDIT, ANYFLOW)
