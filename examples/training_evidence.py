@@ -54,6 +54,11 @@ class Evidence:
     def __init__(self, args):
         self.args, self.work = args, Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "name", "rates", "seeds")}
+        kept = self.work / "settings.json"
+        if kept.exists() and json.loads(kept.read_text()) != settings:
+            raise SystemExit(f"{self.work} holds runs of other settings: {kept.read_text()}")
+        kept.write_text(json.dumps(settings))
         folder = args.data or str(self.work / "latents")
         if not args.data and not Path(folder).is_dir():
             write_synthetic(folder, num_samples=args.samples, latent_shape=LATENTS, lighting=args.lighting, seed=1)
