@@ -193,12 +193,17 @@ def write(rows, tried, evidence, args):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    gaps = ends(rows, "gap_percent")
     result = {
         "date": str(date.today()), "machine": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}", "torch": torch.__version__,
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "work", "data")}, "data": "given" if args.data else "synthetic",
         "tile": TILE, "windows": WINDOWS, "model": MODEL, "teacher_loss": evidence.teacher_loss,
         "gap_at_the_start_percent": 100 * (evidence.loss(evidence.velocities(evidence.start, sparse=True)) / evidence.teacher_loss - 1),
-        "gap_at_the_end_percent": ends(rows, "gap_percent"), "distance_at_the_end_percent": ends(rows, "distance_percent"),
+        "gap_at_the_end_percent": gaps,
+        "at_training_aware's_gap_in_half_the_steps": {
+            name: [a <= b for a, b in zip(gaps[name], gaps["training-aware"], strict=True)] for name in SPARSE[1:]
+        },
+        "distance_at_the_end_percent": ends(rows, "distance_percent"),
         "loss_at_the_end_by_learning_rate": {name: {f"{r:g}": v for r, v in losses.items()} for name, (_, losses) in tried.items()},
         "learning_rates": {name: rate for name, (rate, _) in tried.items()},
     }  # fmt: skip

@@ -23,6 +23,9 @@ def test_all_runs_and_none_again(tmp_path, monkeypatch):
         "--pretrain-steps", "11", "--steps", "22", "--every", "11", "--rates", "1e-4,1e-3", "--seeds", "0",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["training_evidence.py", *arguments])
+    monkeypatch.setattr(training_evidence, "LATENTS", (8, 3, 8, 12))  # 2 x 3 tiles
+    monkeypatch.setattr(training_evidence, "TILE", (3, 2, 2))
+    monkeypatch.setattr(training_evidence, "WINDOWS", {"0": {"0": [1, 1, 3]}, "1": {"0": [1, 2, 1]}})
     training_evidence.main()
     with (tmp_path / "synthetic.csv").open() as file:
         rows = {(row["run"], int(row["step"])): row for row in csv.DictReader(file)}
@@ -36,6 +39,8 @@ def test_all_runs_and_none_again(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "synthetic.json").read_text())
     tried = result["loss_at_the_end_by_learning_rate"]["velocity"]
     assert len(tried) == 2 and result["learning_rates"]["velocity"] == float(min(tried, key=tried.get))
+    ended = [float(rows[name, step]["gap_percent"]) for name, step in (("velocity", 11), ("training-aware", 22))]
+    assert result["at_training_aware's_gap_in_half_the_steps"]["velocity"] == [ended[0] <= ended[1]]
     assert (tmp_path / "synthetic.png").stat().st_size > 5_000
     monkeypatch.setattr(training_evidence, "train", None)
     training_evidence.main()
