@@ -71,12 +71,12 @@ def measured(side: int, heads: int, dim: int, window: tuple[int, int, int]) -> d
     grid, tile = (side, 16, 16), (4, 4, 8)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, side * 256, heads, dim, generator=generator) for _ in range(3))
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
     found = {}
     with torch.no_grad():
         for name, backend in (("SDPA, flash", SDPBackend.FLASH_ATTENTION), ("SDPA, math", SDPBackend.MATH)):
             with sdpa_kernel([backend]):
-                found[name] = peak(lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first))
+                found[name] = peak(lambda: torch.nn.functional.scaled_dot_product_attention(q_, k_, v_))
         fps.attention(q, k, v, grid, tile=tile, window=window)  # makes its lists
         found["fpsattention"] = peak(lambda: fps.attention(q, k, v, grid, tile=tile, window=window))
     return found

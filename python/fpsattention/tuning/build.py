@@ -10,7 +10,7 @@ from ..analysis.metrics import jsonable
 from ..schedule import Level, Phase, Schedule, Window
 from .allocate import Allocation
 from .candidates import RATIOS
-from .settings import TuneSettings
+from .settings import ROTATED, TuneSettings
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def build(space: Space, allocation: Allocation, provenance: Mapping[str, Any]) -
                 alike = len(set(chosen)) == 1
                 suffix = _windows_name(chosen[0]) if alike else "heads"
                 name = f"phase{phase}-{choice.kind}-{suffix}"
-                levels[name] = Level(name, granularity=choice.kind, window=chosen[0] if alike else None)
+                granularity, window = choice.kind.removesuffix(ROTATED), chosen[0] if alike else None
+                rotated = choice.kind.endswith(ROTATED)
+                levels[name] = Level(name, granularity=granularity, window=window, hadamard=rotated)
                 for head, window in enumerate(chosen if not alike else ()):
                     heads.setdefault((layer, head), {})[name] = window
             # Whole numbers of phases, so that the borders of all layers are the same numbers.

@@ -28,8 +28,10 @@ from ..integrations.state import CURRENT
 from ..layout.masks import BlockMask, sliding_tile_mask
 from ..layout.tiles import TileLayout, plan
 from ..ops.checks import GRANULARITIES, kernel_dim
+from ..ops.rotation import rotate
 from ..patterns import get
 from .candidates import RATIOS
+from .settings import ROTATED
 
 #: Called with q, k, v, output ``(B, S, H, D)`` and the softmax scale of one layer.
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]
@@ -209,7 +211,7 @@ def measure_phase(
     rows: int,
     seed: int,
     windows_of: Callable[[TileLayout], list[Grid]],
-    granularities: Sequence[str],
+    kinds: Sequence[str],
     patterns: Sequence[str],
     weights: tuple[dict[int, Tensor], float] | None,
     wanted: Callable[[int], bool],
@@ -229,7 +231,7 @@ def measure_phase(
         if wanted(layer):
             at = chosen[0]
             weight, total = (None, None) if weights is None else (weights[0].get(layer), weights[1])
-            squares, own = cell_errors(q, k, v, at, windows_of(at.layout), granularities, scale, weight, patterns)
+            squares, own = cell_errors(q, k, v, at, windows_of(at.layout), kinds, scale, weight, patterns)
             if weights is not None and weight is None:  # the output does not depend on this layer
                 squares = {name: torch.zeros_like(x) for name, x in squares.items()}
             norm = own if total is None else total
@@ -245,13 +247,13 @@ def cell_errors(
     v: Tensor,
     rows: Rows,
     windows: Sequence[Grid],
-    granularities: Sequence[str],
+    kinds: Sequence[str],
     scale: float,
     weight: Tensor | None,
     patterns: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], float]:
-    """Squared errors ``[heads, windows]`` of the FP8 op against FP32 attention, by granularity, summed over the rows; those of a pattern's ratios, with
-    the first granularity, summed over the heads as well: ``[1, ratios]``; and, scaled up to all rows, the sum of the output's squares.
+    """Squared errors ``[heads, windows]`` of the FP8 op against FP32 attention, by kind, summed over the rows; those of a pattern's ratios, with
+    the first kind's scales, summed over the heads as well: ``[1, ratios]``; and, scaled up to all rows, the sum of the output's squares.
 
     Args:
         q, k, v: ``(B, S, H, D)``.
@@ -290,13 +292,13 @@ def cell_errors(
         return (square if factor is None else square * factor).sum((0, 2, 3)).cpu()
 
     found = {}
-    for granularity in reversed(granularities):  # the first one's stay for the patterns
+    for kind in reversed(kinds):  # the first one's stay for the patterns
+        granularity = GRANULARITIES[kind.removesuffix(ROTATED)]
+        rotated = (rotate(q), rotate(k)) if kind.endswith(ROTATED) else (q, k)
         quantized = torch.ops.fpsattn.quantize(
-            q, k, v, token_of_slot, offsets, granularity=GRANULARITIES[granularity], smooth_k=True, pow2_scales=False
+            *rotated, v, token_of_slot, offsets, granularity=granularity, smooth_k=True, pow2_scales=False
         )
-        found[granularity] = torch.stack(
-            [squares(quantized, sliding_tile_mask(layout, window)) for window in windows], 1
-        )
+        found[kind] = torch.stack([squares(quantized, sliding_tile_mask(layout, window)) for window in windows], 1)
     on_device = layout.to(device)
     for name in patterns:
         masks = (get(name, ratio=ratio)(q[..., :dim], k[..., :dim], on_device) for ratio in RATIOS)

@@ -16,11 +16,13 @@ from ..schedule.schedule import GRANULARITIES
 #: loads per block, taken as 2 %, as is the making of lists from q and k (both assumed, not measured).
 COST = {"block": 1.0, "tile": 1.0, "token": 1.02, "bf16": 2.0}
 SCORED_COST = 1.02
+ROTATED = "+hadamard"  # after a granularity: q and k are rotated first
 
 
 def cost_of(kind: str) -> float:
-    """Per block pair: of FP8 with scales of a granularity, of BF16, or of the pattern of that name."""
-    return COST.get(kind, SCORED_COST)
+    """Per block pair: of FP8 with scales of a granularity (what a rotation takes grows with the tokens, not with the pairs), of BF16, or of the
+    pattern of that name."""
+    return COST.get(kind.removesuffix(ROTATED), SCORED_COST)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class TuneSettings:
         granularities: FP8 scales that are tried; coarser ones win where they are as good.
         patterns: names of patterns with a ``ratio`` ("topk_mean") that are tried beside windows, for all heads of a layer, with the first of
             ``granularities``.
+        hadamard: windows are tried with q and k rotated, too (``hadamard`` of a level).
         tile: tokens ``(t, h, w)``; None: the planner's.
         rows: query tokens per head at which errors are measured (whole tiles, chosen by seed).
         per_head: windows per head; False: one per layer and phase.
@@ -105,6 +108,7 @@ class TuneSettings:
     phases: int = 4
     granularities: tuple[str, ...] = ("block", "token")
     patterns: tuple[str, ...] = ()
+    hadamard: bool = False
     tile: tuple[int, int, int] | None = None
     rows: int = 512
     per_head: bool = True
@@ -132,9 +136,14 @@ class TuneSettings:
         if self.sensitivity not in ("gradient", "none"):
             raise _wrong("sensitivity", self.sensitivity, "'gradient' or 'none'")
 
+    @property
+    def windowed(self) -> tuple[str, ...]:
+        """The kinds whose options are windows."""
+        return (*self.granularities, *(g + ROTATED for g in self.granularities if self.hadamard))
+
     def describe(self) -> dict[str, Any]:
         """What decides what is measured."""
-        names = ("phases", "granularities", "patterns", "tile", "rows", "sensitivity", "probes", "seed")
+        names = ("phases", "granularities", "patterns", "hadamard", "tile", "rows", "sensitivity", "probes", "seed")
         return {name: getattr(self, name) for name in names}
 
 

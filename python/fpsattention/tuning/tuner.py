@@ -24,7 +24,7 @@ from .build import Space, build
 from .candidates import RATIOS, windows
 from .measure import Inputs, measure_phase, phase_starts, sensitivities
 from .runs import Item, Runner, dense
-from .settings import Target, TuneSettings, seconds
+from .settings import ROTATED, Target, TuneSettings, seconds
 from .state import State, call_hash, model_hash, write_json
 
 #: progress(what, done, total)
@@ -255,7 +255,7 @@ class Tuner:
 
                 measure_phase(
                     installation, arguments, tile=settings.tile, rows=settings.rows, seed=seed, windows_of=self._windows,
-                    granularities=settings.granularities, patterns=settings.patterns, weights=weights,
+                    kinds=settings.windowed, patterns=settings.patterns, weights=weights,
                     wanted=partial(self._wanted, frozenset(known)), found=found,
                 )  # fmt: skip
         self.progress("errors of attention", total, total)
@@ -276,7 +276,7 @@ class Tuner:
 
     def _shares(self, space: Mapping[str, Any]) -> dict[str, list[float]]:
         """Kind -> densities of its options. How much a ``ratio`` attends is a matter of the layout alone, so any q and k will do."""
-        shares = dict.fromkeys(self.settings.granularities, space["densities"])
+        shares = dict.fromkeys(self.settings.windowed, space["densities"])
         if self.settings.patterns:
             layout = plan(space["grid"], space["tile"], space["text_len"], space["text_position"])
             q, k = torch.randn(2, 1, 1, layout.num_tokens, 64, generator=torch.Generator().manual_seed(0))
@@ -327,13 +327,13 @@ class Tuner:
         """Mean over the items that were measured, of one (layer, phase): kind to ``[heads, options]``."""
         found = [(self.state.get("errors", f"{item.name}/{phase}") or {}).get(str(layer)) for item in self.items]
         tables = [table for table in found if table is not None]
-        kinds = (*self.settings.granularities, *self.settings.patterns) if tables else ()
+        kinds = (*self.settings.windowed, *self.settings.patterns) if tables else ()
         errors = {kind: np.mean([table[kind] for table in tables], axis=0) for kind in kinds}
         return errors if self.settings.per_head else {kind: e.sum(0, keepdims=True) for kind, e in errors.items()}
 
     def _rounding(self, errors: Mapping[str, np.ndarray], kind: str) -> np.ndarray:
         """What a kind's errors ``[heads, 1]`` are where nothing is skipped."""
-        if kind in self.settings.granularities:
+        if kind in self.settings.windowed:
             return errors[kind][:, -1:]
         return errors[self.settings.granularities[0]][:, -1:].sum(0, keepdims=True)
 
@@ -562,7 +562,8 @@ class Tuner:
             densities = [] if kind is None else [self.shares[kind][option] for option in choice.options]
             rows.append({
                 "layer": layer, "phase": phase, "precision": "bf16" if kind is None else "fp8",
-                "granularity": self.space.granularity if scored else kind,
+                "granularity": self.space.granularity if scored else kind and kind.removesuffix(ROTATED),
+                "hadamard": kind is not None and kind.endswith(ROTATED),
                 "pattern": {"name": kind, "ratio": RATIOS[choice.options[0]]} if scored else None,
                 "windows": [] if scored else [self.space.windows[w] for w in choice.options], "densities": densities,
                 "density": float(np.mean(densities)) if densities else 1.0,
