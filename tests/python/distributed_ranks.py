@@ -49,6 +49,7 @@ class Ranks:
                 CONTEXT.Process(
                     target=_rank,
                     args=(folder, {**common, "RANK": rank, "LOCAL_RANK": rank}, target, arguments, grouped),
+                    daemon=True,
                 )
                 for rank in range(size)
             ]
