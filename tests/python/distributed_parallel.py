@@ -310,7 +310,7 @@ def more_ranks_than_heads_and_two_meshes():
 def lost_ranks():
     """Rank 1 ends, rank 2 is stuck: rank 0 gets an error from both, in time."""
     rank = dist.get_rank()
-    groups = [dist.new_group([0, other], timeout=datetime.timedelta(seconds=8)) for other in (1, 2)]
+    groups = [dist.new_group([0, other], timeout=datetime.timedelta(seconds=15)) for other in (1, 2)]
     layout, mask, qkv, _ = problem((4, 8, 16), (2, 8, 8))
     for other, why in ((1, "another rank ended"), (2, "Timed out")):
         if rank not in (0, other):
@@ -321,12 +321,12 @@ def lost_ranks():
         if rank == 1:
             os._exit(17)
         if rank == 2:
-            time.sleep(12)
+            time.sleep(20)
             os._exit(17)
         started = time.monotonic()
         with failing(RuntimeError, rf"fpsattention\.parallel: exchange of \w+ failed on rank 0 of 2 .*{why}"):
             parallel.attention(*local, sharding, block_mask=mask)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 25
 
 
 def run(folder, names):

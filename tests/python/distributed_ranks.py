@@ -56,7 +56,7 @@ class Ranks:
             for process in self._processes:
                 process.start()
 
-    def wait(self, timeout: float = 400) -> list[str]:
+    def wait(self, timeout: float = 500) -> list[str]:
         """What each rank printed; a rank that failed, or did not end in time, says so last."""
         end = time.monotonic() + timeout
         for process in self._processes:
@@ -70,7 +70,7 @@ class Ranks:
             texts.append(text + f"rank {rank} {'did not end' if late else f'exit status {process.exitcode}'}\n")
         return texts
 
-    def finish(self, timeout: float = 400) -> list[str]:
+    def finish(self, timeout: float = 500) -> list[str]:
         """What each rank printed; all must end well."""
         texts = self.wait(timeout)
         assert all(p.exitcode == 0 for p in self._processes), "\n".join(text[-3000:] for text in texts)
@@ -88,7 +88,7 @@ def _rank(
         if grouped:
             dist.init_process_group(
                 "gloo", init_method=f"file://{folder}/store", rank=environment["RANK"],
-                world_size=environment["WORLD_SIZE"], timeout=datetime.timedelta(seconds=120),
+                world_size=environment["WORLD_SIZE"], timeout=datetime.timedelta(seconds=300),
             )  # fmt: skip
         target(*arguments)
     except BaseException:
