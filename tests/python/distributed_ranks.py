@@ -82,8 +82,9 @@ def _rank(
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     log = os.open(folder / f"{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    status = 0
     try:
         if grouped:
             dist.init_process_group(
@@ -91,9 +92,12 @@ def _rank(
                 world_size=environment["WORLD_SIZE"], timeout=datetime.timedelta(seconds=300),
             )  # fmt: skip
         target(*arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else bool(error.code)
+        print(error.code or "", file=sys.stderr)
     except BaseException:
+        status = 1
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)  # without the handlers of the server
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)  # without the handlers of the server

@@ -16,7 +16,8 @@ from distributed_ranks import Ranks
 from safetensors.torch import load_file
 
 import fpsattention as fps
-from fpsattention.training import read_losses, write_synthetic
+from fpsattention.training import write_synthetic
+from fpsattention.training.trainer import read_losses
 
 pytestmark = pytest.mark.slow
 
