@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import fpsattention as fps
 
-TILE = (2, 4, 8)
+TILE = (2, 8, 8)
 SCHEMES = {
     "Ulysses, BF16 exchange": {"exchange": "bf16"},
     "Ulysses, FP8 exchange": {},
@@ -36,7 +36,7 @@ def tiny_wan():
 
 def schedule():
     """Dense FP8 at first, then a sliding tile window."""
-    levels = {"dense": fps.Level("dense", "fp8", "block"), "window": fps.Level("window", "fp8", "block", (3, 1, 2))}
+    levels = {"dense": fps.Level("dense", "fp8", "block"), "window": fps.Level("window", "fp8", "block", (3, 1, 1))}
     return fps.Schedule(levels, (fps.Phase(1.0, 0.7, "dense"), fps.Phase(0.7, 0.0, "window")), tile=TILE)
 
 

@@ -49,13 +49,14 @@ class Ranks:
                 CONTEXT.Process(
                     target=_rank,
                     args=(folder, {**common, "RANK": rank, "LOCAL_RANK": rank}, target, arguments, grouped),
+                    daemon=True,
                 )
                 for rank in range(size)
             ]
             for process in self._processes:
                 process.start()
 
-    def wait(self, timeout: float = 400) -> list[str]:
+    def wait(self, timeout: float = 500) -> list[str]:
         """What each rank printed; a rank that failed, or did not end in time, says so last."""
         end = time.monotonic() + timeout
         for process in self._processes:
@@ -69,7 +70,7 @@ class Ranks:
             texts.append(text + f"rank {rank} {'did not end' if late else f'exit status {process.exitcode}'}\n")
         return texts
 
-    def finish(self, timeout: float = 400) -> list[str]:
+    def finish(self, timeout: float = 500) -> list[str]:
         """What each rank printed; all must end well."""
         texts = self.wait(timeout)
         assert all(p.exitcode == 0 for p in self._processes), "\n".join(text[-3000:] for text in texts)
@@ -81,18 +82,22 @@ def _rank(
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     log = os.open(folder / f"{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    status = 0
     try:
         if grouped:
             dist.init_process_group(
                 "gloo", init_method=f"file://{folder}/store", rank=environment["RANK"],
-                world_size=environment["WORLD_SIZE"], timeout=datetime.timedelta(seconds=120),
+                world_size=environment["WORLD_SIZE"], timeout=datetime.timedelta(seconds=300),
             )  # fmt: skip
         target(*arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else bool(error.code)
+        print(error.code or "", file=sys.stderr)
     except BaseException:
+        status = 1
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)  # without the handlers of the server
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)  # without the handlers of the server

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from fpsattention.cli import app
 from fpsattention.training import TrainConfig, train
 
 FSDP2 = {
@@ -33,3 +34,9 @@ def run(mode, settings):
         (Path(config.output) / "run.json").write_text(json.dumps([result.train, list(result.validation.values())]))
     if mode == "fsdp2":
         assert AcceleratorState().distributed_type == DistributedType.FSDP
+
+
+def command_line(*arguments):
+    """``fpsattn`` with these arguments, on every process of a torchrun."""
+    PartialState(cpu=True)
+    app(list(arguments), standalone_mode=False)

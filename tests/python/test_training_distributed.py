@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import fpsattention as fps
 from fpsattention.training import write_synthetic
+from fpsattention.training.trainer import read_losses
 
 pytestmark = pytest.mark.slow
 
@@ -82,12 +83,27 @@ def test_sharded_weights_of_fp8_linears_train_like_replicated_ones(latents, tmp_
     assert losses["bf16"][0] != pytest.approx(losses["fp8"][0], rel=1e-4)
 
 
-def test_processes_that_share_a_sample_train_like_one_and_resume_exactly(latents, schedule, tmp_path):
-    """One process, then two that share its samples, weights sharded, with accumulation and checkpointing."""
+def test_processes_that_share_samples_train_like_others_and_resume_exactly(latents, schedule, tmp_path):
+    """Two processes, then a mesh of two samples by two shares of their tokens, weights sharded over all four; accumulation and checkpointing."""
     settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "schedule": schedule}
-    losses, validation = run("ddp", latents, tmp_path / "one", 0, processes=1, **settings)
+    losses, validation = run("ddp", latents, tmp_path / "two", 0, **settings)
     settings["sequence_parallel"] = 2
-    both = run("fsdp2", latents, tmp_path / "two", 0, **settings)
-    assert both[0] == pytest.approx(losses, rel=1e-4) and both[1] == pytest.approx(validation, rel=1e-4)
-    shutil.rmtree(tmp_path / "two" / "checkpoint-000004")
-    assert run("fsdp2", latents, tmp_path / "two", 0, **settings, resume=True) == [both[0][2:], both[1][1:]]
+    four = run("fsdp2", latents, tmp_path / "four", 0, processes=4, **settings)
+    assert four[0] == pytest.approx(losses, rel=1e-4) and four[1] == pytest.approx(validation, rel=1e-4)
+    shutil.rmtree(tmp_path / "four" / "checkpoint-000004")
+    assert run("fsdp2", latents, tmp_path / "four", 0, processes=4, **settings, resume=True) == [
+        four[0][2:],
+        four[1][1:],
+    ]
+
+
+def test_command_line_shares_samples(latents, schedule, tmp_path):
+    """``fpsattn train --sequence-parallel 2`` in two processes, against one."""
+    arguments = ["train", "--data", str(latents), "--schedule", schedule, "--steps", "2", "--json"]
+    losses = {}
+    for processes, more in ((1, []), (2, ["--sequence-parallel", "2", "--sequence-parallel-scheme", "halo"])):
+        output = tmp_path / str(processes)
+        ranks = Ranks(tmp_path / f"ranks {processes}", processes, distributed_training.command_line, *arguments, "--output", str(output), *more)  # fmt: skip
+        ranks.finish()
+        losses[processes] = [row["loss"] for row in read_losses(output / "loss.csv")]
+    assert len(losses[1]) == 2 and losses[2] == pytest.approx(losses[1], rel=1e-4)

@@ -205,14 +205,15 @@ class Installation(Engine):
             forward.prepare = self.tables.prepares(None if graph else segments)
             forward.text_first = geometry.text_position == "prefix"
         forward.step = None if run is None else (run, tuple(sigmas))
-        if compiled or self.compiled_modules():
+        in_graphs = whole and (compiled or self.compiled_modules())  # of several ranks, attention stays eager
+        if in_graphs:
             reason = self.tables.eager_only()
             forward.refused = None if reason is None else self._refused_compiled(reason)
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
-            if compiled or self.compiled_modules():
+            if in_graphs:
                 forward.refused = self._refused_compiled("the text length of this model shows at its attention only")
-        elif compiled or self.compiled_modules():
+        elif in_graphs:
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)

@@ -115,45 +115,6 @@ def choose(
     Raises:
         ConfigError: an argument is wrong.
     """
-    found = estimates(
-        layout, ranks, heads=heads, head_dim=head_dim, window=window, block_mask=block_mask, dynamic=dynamic, density=density,
-        batch=batch, network=network, backward=backward,
-    )  # fmt: skip
-    usable = [e for e in found if not e.problem and (e.exact or not exact)]
-    best = min(usable, key=lambda e: (e.seconds, e.sent))
-    reasons = [
-        f"{best.name}: {best.seconds * 1e3:.3f} ms per layer ({best.exchange_seconds * 1e3:.3f} exchange, {best.compute_seconds * 1e3:.3f} "
-        f"attention), {best.sent / 1e6:.1f} MB sent per rank"
-    ]
-    for other in found:
-        if other is best:
-            continue
-        if other.problem:
-            reasons.append(f"{other.name}: cannot: {other.problem}")
-        elif exact and not other.exact:
-            reasons.append(
-                f"{other.name}: {other.seconds * 1e3:.3f} ms, but not the bits of one process (exact=False allows it)"
-            )
-        else:
-            reasons.append(f"{other.name}: {other.seconds * 1e3:.3f} ms, {other.sent / 1e6:.1f} MB")
-    return Choice(best, tuple(found), tuple(reasons))
-
-
-def estimates(
-    layout: TileLayout,
-    ranks: int,
-    *,
-    heads: int,
-    head_dim: int,
-    window: Sequence[int] | None = None,
-    block_mask: BlockMask | None = None,
-    dynamic: bool = False,
-    density: float | None = None,
-    batch: int = 1,
-    network: str | Network = "nvlink",
-    backward: bool = False,
-) -> list[Estimate]:
-    """An :class:`Estimate` of every scheme; arguments and errors as in :func:`choose`."""
     layout = check_layout(layout, "parallel.choose").cpu()
     for name, value in (("ranks", ranks), ("heads", heads), ("head_dim", head_dim), ("batch", batch)):
         if integer(value, f"parallel.choose: {name}") < 1:
@@ -183,12 +144,34 @@ def estimates(
     tiles = f"{layout.num_video_tiles} video tiles for {ranks} ranks: use a smaller tile" if few else ""
     fetched = (0, (0,) * ranks) if few else _fetched_tokens(layout, mask, ranks)
     static = tiles or ("the lists need all tokens of a head" if dynamic else "")
-    return [
+    found = (
         work.ulysses("bf16", ""),
         work.ulysses("fp8", tiles or ("the lists are made from unquantized q and k" if dynamic else "")),
         work.halo(fetched[0], static),
         work.ring(fetched[1], static),
+    )
+    usable = [e for e in found if not e.problem and (e.exact or not exact)]
+    best = min(usable, key=lambda e: (e.seconds, e.sent))
+    return Choice(best, found, _reasons(best, found, exact))
+
+
+def _reasons(best: Estimate, found: Sequence[Estimate], exact: bool) -> tuple[str, ...]:
+    reasons = [
+        f"{best.name}: {best.seconds * 1e3:.3f} ms per layer ({best.exchange_seconds * 1e3:.3f} exchange, {best.compute_seconds * 1e3:.3f} "
+        f"attention), {best.sent / 1e6:.1f} MB sent per rank"
     ]
+    for other in found:
+        if other is best:
+            continue
+        if other.problem:
+            reasons.append(f"{other.name}: cannot: {other.problem}")
+        elif exact and not other.exact:
+            reasons.append(
+                f"{other.name}: {other.seconds * 1e3:.3f} ms, but not the bits of one process (exact=False allows it)"
+            )
+        else:
+            reasons.append(f"{other.name}: {other.seconds * 1e3:.3f} ms, {other.sent / 1e6:.1f} MB")
+    return tuple(reasons)
 
 
 @dataclass(frozen=True)

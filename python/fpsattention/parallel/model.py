@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from ..integrations.levels import Call, Part
     from ..integrations.site import Site
 
+# Sizes differ by rank and shards are made once per forward, so exchanges stay out of graphs: compiled blocks break where tokens are cut and at their
+# attention, and are graphs in between.
+_eager = torch.compiler.disable(
+    reason="fpsattention.parallel exchanges tokens outside of graphs: leave out fullgraph=True"
+)
+
 
 @dataclass(eq=False)
 class ForwardShard:
@@ -89,9 +95,8 @@ class ShardedModel:
             hook.remove()
         self._hooks = []
 
+    @_eager
     def _begin(self, transformer: Any, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("fpsattention.parallel.shard: the model is being compiled, wanted an eager one")
         from ..integrations.installation import installation_of
 
         if installation_of(transformer) is None:
@@ -104,6 +109,7 @@ class ShardedModel:
         """For a forward that begins."""
         return ForwardShard(self.group, self.scheme, self.exchange, self.output)
 
+    @_eager
     def _cut(
         self, stack: Stack, first: bool, names: tuple[str, ...], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
@@ -136,6 +142,7 @@ class ShardedModel:
             **changed,
         }
 
+    @_eager
     def _join(self, at_output: bool, module: Any, args: Any, output: Any) -> Any:
         forward, state = _running()
         here = self.plan.output != "" and not state.modulated
@@ -238,10 +245,9 @@ def sharded(transformer: Any) -> ShardedModel | None:
 # Attention -------------------------------------------------------------------------------------------------------------------
 
 
+@_eager
 def attend(site: Site, core: CoreCall, forward: Forward) -> Tensor:
     """The output of a core that sees the tokens of this rank, ``(B, S_local, H, D)``."""
-    if torch.compiler.is_compiling():
-        raise UnsupportedError(f"fpsattention.parallel: {site.name} is compiled, wanted an eager model")
     state = forward.parallel or _of_diffusers(core, forward)
     if state is None or forward.owner is not site.owner:
         return site.attend_whole(core)  # which refuses
@@ -303,7 +309,10 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
 
 
 def _whole(core: CoreCall, sharding: Sharding, heads: Heads, run: Any) -> Tensor:
-    """``run`` on all tokens of this rank's heads."""
+    """``run`` on all tokens of this rank's heads; a mask over this rank's keys becomes one over all."""
+    mask = core.mask
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 1 and mask.shape[3] == sharding.num_local:
+        core = replace(core, mask=sharding.gather(mask, 3))
     q, k, v = to_heads(core.q, core.k, core.v, sharding, heads)
     if q.shape[2]:
         out = run(replace(core, q=q, k=k, v=v, heads=heads.of[sharding.rank], num_heads=heads.total))

@@ -76,7 +76,7 @@ REFUSED: dict[str, str] = {
     "ConsisIDTransformer3DModel": "its face features are mixed in between the blocks",
     "AnyFlowTransformer3DModel": "its blocks get a row of modulation per frame",
     "HeliosTransformer3DModel": "its plan of diffusers serves it: enable_parallelism()",
-    "LTX2VideoTransformer3DModel": "its plan of diffusers serves it: enable_parallelism()",
+    "LTX2VideoTransformer3DModel": "its plan of diffusers serves it, with cross_attn_rope added (docs/scale.md): enable_parallelism()",
     "FluxTransformer2DModel": "its plan of diffusers serves it: enable_parallelism()",
     "Flux2Transformer2DModel": "its plan of diffusers serves it: enable_parallelism()",
     "QwenImageTransformer2DModel": "its plan of diffusers serves it: enable_parallelism()",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..layout.tiles import plan
-from .choose import BACKWARD_FLOPS, FORWARD_FLOPS, NETWORKS, Network, choose, estimates
+from .choose import BACKWARD_FLOPS, FORWARD_FLOPS, NETWORKS, Network, choose
 
 LINEAR_FLOPS = 0.6e15  # BF16 matrix products per second: an assumption, 60 % of the data sheet
 
@@ -93,17 +96,12 @@ def training_step(
     attention = pairs * (2 / FORWARD_FLOPS + 2.5 / BACKWARD_FLOPS)
     exchange = 0.0
     if sequence_parallel > 1:
-        network = NETWORKS["nvlink"] if sequence_parallel <= NODE else NETWORKS["400g"]
-        times = [
-            next(
-                e for e in estimates(
-                    plan(model.grid), sequence_parallel, heads=model.heads, head_dim=model.head_dim, dynamic=False, network=network,
-                    backward=backward,
-                ) if e.exchange == "fp8"
-            ).exchange_seconds
-            for backward in (False, True)
-        ]  # fmt: skip
-        exchange = sum(times) * model.layers * samples / groups
+        network = "nvlink" if sequence_parallel <= NODE else "400g"
+        layer = partial(
+            choose, plan(model.grid), sequence_parallel, heads=model.heads, head_dim=model.head_dim, network=network
+        )
+        ulysses = (layer(backward=backward).estimates[1] for backward in (False, True))
+        exchange = sum(each.exchange_seconds for each in ulysses) * model.layers * samples / groups
     weights = max(0.0, _weights(model, gpus, hybrid) - linear - attention)
     sharded = min(gpus, NODE) if hybrid else gpus
     states = model.parameters * 16 / sharded  # BF16 weight and gradient, FP32 weight, two moments
@@ -188,3 +186,16 @@ TABLES = {
     "training, 14B": training_table,
     "training, 1.3B": lambda: training_table(WAN_1_3B, 4),
 }
+
+
+def with_tables(text: str) -> str:
+    """A document whose tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are computed anew."""
+    for name, make in TABLES.items():
+        begin, rest = text.split(f"<!-- table: {name} -->\n")
+        text = f"{begin}<!-- table: {name} -->\n{make()}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return text
+
+
+if __name__ == "__main__":  # python -m fpsattention.parallel.scaling docs/scale.md
+    document = Path(sys.argv[1])
+    document.write_text(with_tables(document.read_text()))
