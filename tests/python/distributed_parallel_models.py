@@ -58,7 +58,8 @@ def models_are_whole_again():
                 assert counter["gather"] > 0, (name, how)
                 equal = distance(out, one) < RING if how.get("scheme") == "ring" else torch.equal(out, one)
                 assert equal, (name, how, distance(out, one))
-            assert torch.equal(model(**arguments, return_dict=False)[0], one)
+            if len(schemes) > 1:
+                assert torch.equal(model(**arguments, return_dict=False)[0], one)
 
 
 def levels_and_heads_of_a_schedule():
