@@ -124,7 +124,9 @@ class _AttentionPrepared(torch.autograd.Function):
         d_q, d_k, d_v = call("backward", _like(grad_out, out), out, *saved, **attention)
         d_q, d_q_weight, d_q_bias = norm_rope_backward(d_q, q, q_weight, q_bias, cos, sin, **position)
         d_k, d_k_weight, d_k_bias = norm_rope_backward(d_k, k, k_weight, k_bias, cos, sin, **position)
-        of_tokens, of_weights = (d_q.to(q.dtype), d_k.to(k.dtype), d_v), (d_q_weight, d_k_weight, d_q_bias, d_k_bias)
+        # In (B, S, H, D) memory, as the op's own gradients: branches of a graph must agree.
+        d_q, d_k = (x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (d_q, d_k))
+        of_tokens, of_weights = (d_q, d_k, d_v), (d_q_weight, d_k_weight, d_q_bias, d_k_bias)
         wanted = [None] * ctx.num_inputs
         for place, gradient in (*enumerate(of_tokens), *enumerate(of_weights, 10)):
             wanted[place] = gradient if ctx.needs_input_grad[place] else None
