@@ -221,7 +221,9 @@ class Site:
                 raise UnsupportedError(
                     f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
                 )
-        if raw is not None and (part.precision != "fp8" or part.lists is None or part.hadamard):  # such a level, beside others
+        if raw is not None and (
+            part.precision != "fp8" or part.lists is None or part.hadamard
+        ):  # such a level, beside others
             q, k, raw = *raw.finish(q, k), None
         dtype = v.dtype
         if dtype == torch.float32 and v.device.type != "cpu":

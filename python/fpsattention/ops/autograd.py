@@ -111,20 +111,24 @@ class _AttentionPrepared(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, *saved)
         ctx.set_materialize_grads(False)
         ctx.num_inputs, ctx.options = len(inputs), inputs[-1]
-        ctx.save_for_backward(q, k, *inputs[10:16], out, *saved, token_of_slot, tile_of_block, *lists)
+        ctx.save_for_backward(inputs[18], q, k, *inputs[10:16], out, *saved, token_of_slot, tile_of_block, *lists)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * ctx.num_inputs
-        q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, out, *saved = ctx.saved_tensors
+        hidden, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, out, *saved = ctx.saved_tensors
         options = dict(ctx.options)
         attention = {name: options[name] for name in ("softmax_scale", "deterministic")}
         position = {name: options[name] for name in ("norm", "eps", "rope_halves", "first_rotated")}
         d_q, d_k, d_v = call("backward", _like(grad_out, out), out, *saved, **attention)
+        if hidden is not None:  # the kernels leave a gradient there, which is of no key, and no weight may see
+            d_k = d_k.masked_fill(hidden[:, None, :, None], 0)
         d_q, d_q_weight, d_q_bias = norm_rope_backward(d_q, q, q_weight, q_bias, cos, sin, **position)
         d_k, d_k_weight, d_k_bias = norm_rope_backward(d_k, k, k_weight, k_bias, cos, sin, **position)
-        of_tokens, of_weights = (d_q.to(q.dtype), d_k.to(k.dtype), d_v), (d_q_weight, d_k_weight, d_q_bias, d_k_bias)
+        # In (B, S, H, D) memory, as the op's own gradients: branches of a graph must agree.
+        d_q, d_k = (x.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (d_q, d_k))
+        of_tokens, of_weights = (d_q, d_k, d_v), (d_q_weight, d_k_weight, d_q_bias, d_k_bias)
         wanted = [None] * ctx.num_inputs
         for place, gradient in (*enumerate(of_tokens), *enumerate(of_weights, 10)):
             wanted[place] = gradient if ctx.needs_input_grad[place] else None
