@@ -317,8 +317,9 @@ class Site:
         if raw is not None:
             options |= {"norm": raw.norm(), "rope": raw.rope(q.shape[1])}
             if not torch.compiler.is_compiling() and CURRENT.forward is not None:
-                CURRENT.forward.prepared[self.layer] += q.shape[0]
-                return attend(q, k, v, lists, hidden=hidden, **options)[0], lists
+                prepared = CURRENT.forward.prepared
+                prepared[self.layer] = prepared.get(self.layer, 0) + q.shape[0]
+        return attend(q, k, v, lists, hidden=hidden, **options)[0], lists
 
     def _kept(self, part: Part) -> Tensor:
         """The buffer that the lists of a part stay in."""
