@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,8 @@ class Forward:
     shared: Shared | None = None
     text_first: bool = False  # tokens beyond the grid come before it
     prepare: tuple[bool, ...] = ()  # of each group of layers: norm and RoPE run in the quantizer; empty: nowhere
-    prepared: Counter[int] = field(
-        default_factory=Counter
+    prepared: dict[int, int] = field(
+        default_factory=dict
     )  # layer to samples for which they did, outside of compiled code
     rope: tuple[Any, Tensor, Tensor] | None = (
         None  # rotary tables as the model made them, and as the quantizer takes them

@@ -66,7 +66,7 @@ def _shaped(counts: Tensor, indices: Tensor, batch: int, heads: int, rows: int) 
 def pack(mask: BlockMask, backward: bool, per_sample: bool, layout: Packed | None = None) -> Packed:
     """The tables of a mask, on its device; ``layout``: of another mask, whose tables of the layout are taken over."""
     lists = mask.lists(backward)
-    packed = [None if x is None else _dynamic(_longer(x)) for x in lists[3:]]
+    packed = [None if x is None else dynamic(_longer(x)) for x in lists[3:]]
     if layout is not None:
         return Packed(*layout[:3], *packed, per_sample, mask.shape[1] > 1)  # type: ignore[call-arg, arg-type]
     # Copies, as these are shared with code that takes them for constants, and are marked.
@@ -76,7 +76,7 @@ def pack(mask: BlockMask, backward: bool, per_sample: bool, layout: Packed | Non
 def pack_layout(layout: TileLayout, *more: Tensor) -> tuple[Tensor, ...]:
     """``token_of_slot``, ``tile_of_block`` (with an element that means nothing), ``tile_block_offsets``, ``more``: as inputs of graphs."""
     tables = (layout.token_of_slot.clone(), _longer(layout.tile_of_block), layout.tile_block_offsets.clone(), *more)
-    return tuple(map(_dynamic, tables))
+    return tuple(map(dynamic, tables))
 
 
 def _longer(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _longer(x: Tensor) -> Tensor:
     return torch.cat([x.flatten(), x.new_zeros(1)])
 
 
-def _dynamic(x: Tensor) -> Tensor:
+def dynamic(x: Tensor) -> Tensor:
     """``x``, whose length Dynamo shall take as dynamic from the first compilation on."""
     from torch._dynamo import maybe_mark_dynamic
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..ops.checks import HEAD_DIMS, kernel_dim
-from ..schedule import Schedule
+from ..schedule import Level, Schedule
 from .adapters import ADAPTERS, Adapter, Geometry, refusal
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, installed, restore, swap
@@ -22,6 +23,7 @@ from .forward import Forward
 from .levels import LevelTables, Tokens
 from .linears import Linears
 from .prepared import MODES, head_dim_of, why_not
+from .selection import Selector, Step
 from .sigmas import SchedulerOf, SigmaReader
 from .state import CURRENT
 from .token_order import Order
@@ -209,18 +211,35 @@ class Installation(Engine):
         if in_graphs:
             reason = self.tables.eager_only()
             forward.refused = None if reason is None else self._refused_compiled(reason)
+        if in_graphs and compiled and reason is None and (level := self.tables.refreshed) is not None:
+            forward.refused = self._refused_compiled(_keeps(level))
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if in_graphs:
                 forward.refused = self._refused_compiled("the text length of this model shows at its attention only")
         elif in_graphs:
-            forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward)
+            rows = (tokens, device, geometry.latents.shape[0])
+            due = None if run is None else partial(self._due, forward.step, rows)
+            forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward, due)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
         CURRENT.forward = forward
         if backward:
             snapshot_checkpoints(transformer, self._paths())
         self._notice_replaced()
+
+    def _due(
+        self, step: Step, of: tuple[Tokens, torch.device, int], group: int, select: Selector, wanted: bool
+    ) -> bool | None:
+        """Whether compiled layers of a group make their lists at a step; gives them the buffers that hold these until they are due. None: the
+        buffers are another thread's, so lists are made every time."""
+        if not self.selections.owned():
+            return None
+        size = select.kept_size(of[2] * (self.tables.num_heads or 0))
+        for site in self.sites:
+            if site.group == group:
+                site.reserve(select.level, size, of[1])
+        return wanted and self.selections.due((group, select.level), of, select.refresh, step)
 
     def _exact(self, geometry: Geometry) -> tuple[int, ...]:
         if not geometry.exact and not self.exact:
@@ -253,6 +272,10 @@ class Installation(Engine):
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
             )
+        if (level := self.tables.refreshed) is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} is compiled, and {_keeps(level)}, wanted this model eager"
+            )
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
         if self.places and self.tables.all_fp8(segments):
@@ -277,6 +300,8 @@ class Installation(Engine):
         if forward is None or forward.owner is not self:  # the pre-hook failed
             return
         CURRENT.forward, forward.shared = forward.before, None
+        if output is None:
+            self.selections.forget()  # lists that were due may not have been made
         if 0 < forward.places < self.places and output is not None and forward.tokens is not None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
@@ -373,6 +398,11 @@ def _is_compiled(module: Any) -> bool:
         or "_orig_mod" in module._modules
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
     )
+
+
+def _keeps(level: Level) -> str:
+    """Why a graph of more than a block cannot run a level whose lists stay for some steps."""
+    return f"level {level.name!r} keeps a mask for {level.refresh} steps, which blocks do that are compiled one by one (compile_repeated_blocks)"
 
 
 def _constant(size: int) -> int:

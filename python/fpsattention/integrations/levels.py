@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -104,6 +104,11 @@ class Part:
     def dense(self) -> bool:
         """The model's own attention."""
         return self.lists is None and self.select is None
+
+    @property
+    def keeps(self) -> bool:
+        """In a graph: its lists stay for some steps."""
+        return self.select is not None and self.select.fresh is not None
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class LevelTables:
     def __init__(self, schedule: Schedule, num_layers: int, num_heads: int | None):
         self.schedule = schedule
         self.edges = schedule.edges
-        self._num_heads = num_heads
+        self.num_heads = num_heads
         self.group_of_layer: list[int] = []
         self.group_levels: list[tuple[Level, ...]] = []  # group -> segment -> level
         self._rules: list[
@@ -304,13 +309,20 @@ class LevelTables:
         patterns = [level for levels in self.group_levels for level in levels if level.pattern is not None]
         return any(level.refresh > 1 or level.pattern.pattern.permutes for level in patterns)  # type: ignore[union-attr]
 
+    @property
+    def refreshed(self) -> Level | None:
+        """A level whose masks stay for some steps, or None."""
+        return next((level for levels in self.group_levels for level in levels if level.refresh > 1), None)
+
     def eager_only(self) -> str | None:
         """Why compiled layers cannot run under the schedule, or None."""
         for level in (level for levels in self.group_levels for level in levels):
             if level.precision == "paper":
                 return f"level {level.name!r} has precision 'paper', which runs outside of graphs only"
-            if level.refresh > 1:
-                return f"level {level.name!r} keeps a mask for {level.refresh} steps, which a graph does not remember"
+            if level.refresh > 1 and self.num_heads is None:
+                return (
+                    f"level {level.name!r} keeps a mask for {level.refresh} steps, of layers whose heads are not known"
+                )
             if level.pattern is not None and level.pattern.pattern.permutes:
                 return f"level {level.name!r} permutes the tokens of every head ({level.pattern.name})"
         return None
@@ -386,7 +398,7 @@ class LevelTables:
         with self._lock:
             if tokens not in self._tables:
                 with plain_tensors():
-                    self._tables[tokens] = TokenTables(tokens, self.schedule, self._rules, self._num_heads)
+                    self._tables[tokens] = TokenTables(tokens, self.schedule, self._rules, self.num_heads)
                 while len(self._tables) > CACHED_GRIDS:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(tokens)
@@ -455,9 +467,17 @@ class LevelTables:
         return tuple(calls)
 
     def graph_calls(
-        self, tokens: Tokens, device: torch.device, segments: Tensor | Sequence[int], backward: bool
+        self,
+        tokens: Tokens,
+        device: torch.device,
+        segments: Tensor | Sequence[int],
+        backward: bool,
+        due: Callable[[int, Selector, bool], bool | None] | None = None,
     ) -> tuple[Call, ...]:
-        """:meth:`calls` for compiled layers under hooks that are not: one graph for all levels, and for all grids."""
+        """:meth:`calls` for compiled layers under hooks that are not: one graph for all levels, and for all grids.
+
+        ``due``: of a step of a run, whether a group's lists that stay for some steps, and are wanted or not, are to be made. None, or its result None: made every time.
+        """
         slot_of_token = self.tables(tokens).on(device).slot_of_token
         index, known = segments, None
         if not isinstance(index, Tensor):
@@ -470,10 +490,15 @@ class LevelTables:
                 mask, packed = self._packed(tokens, group, None if switched else 0, device, backward)
                 if switched:
                     packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
-            selectors = {
-                self._classes[group][i]: self._selector(tokens, levels[i], device, backward, in_graph=True)
-                for i in self._dynamic[group]
-            }
+            selectors = {}
+            for i in self._dynamic[group]:
+                select = self._selector(tokens, levels[i], device, backward, in_graph=True)
+                if select.refresh > 1 and due is not None:
+                    of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
+                    wanted = known is None or any(segment in of_class for segment in known)
+                    now = due(group, select, wanted)
+                    select = select if now is None else replace(select, fresh=flag(now))
+                selectors[self._classes[group][i]] = select
             parts = _branches(self._classes[group], packed, index, known, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..layout.masks import BlockMask, Lists
 from ..layout.plain import plain_tensors
 from ..layout.tiles import BLOCK, TileLayout
-from ..ops.selection import Selection, measured
+from ..ops.selection import Selection, measured, width_of
 from ..patterns import BoundPattern, Clustered
 from ..schedule import Level
 
@@ -33,6 +34,7 @@ class Selector:
         transposed: a backward may follow.
         pools: means over blocks are all that the pattern reads: its lists are made where q and k are quantized.
         pattern, layout: outside of graphs; the layout on the device.
+        fresh: in a graph whose lists stay for some steps, whether they are due: a bool scalar on the CPU. None: made every time.
     """
 
     level: str
@@ -44,6 +46,24 @@ class Selector:
     pools: bool
     pattern: BoundPattern | None = None
     layout: TileLayout | None = None
+    fresh: Tensor | None = None
+
+    def kept_size(self, rows: int) -> int:
+        """Elements of the buffer of :meth:`pack`, for ``rows`` samples times heads."""
+        return rows * (self.tables[2].shape[0] - 1) * (1 + width_of(self.tables[3])) + 1
+
+    def pack(self, lists: Lists) -> Tensor:
+        """Lengths and lists in one flat tensor, with an element that means nothing (see :mod:`.graph`)."""
+        flat = (lists.kv_num_blocks.flatten(), lists.kv_indices.flatten())
+        return torch.cat([*flat, flat[0].new_zeros(1)])
+
+    def unpack(self, kept: Tensor, batch: int, heads: int) -> Lists:
+        """The lists of :meth:`pack`, without a transpose: views."""
+        tiles, width = self.tables[2].shape[0] - 1, width_of(self.tables[3])
+        strides = (heads * tiles * width, tiles * width, width, 1)
+        counts = kept.as_strided((batch, heads, tiles), (heads * tiles, tiles, 1))
+        indices = kept.as_strided((batch, heads, tiles, width), strides, batch * heads * tiles)
+        return Lists(*self.selection()[:3], counts, indices, None, None)
 
     def selection(self) -> Selection:
         """What makes the lists from sums over blocks."""
@@ -82,6 +102,7 @@ class Selections:
     def __init__(self) -> None:
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._owner: weakref.ref[threading.Thread] | None = None
         self._sums: dict[
             tuple[int, str, torch.device], Tensor
         ] = {}  # f64 [3]: selected, kernel, both times samples; samples
@@ -91,7 +112,7 @@ class Selections:
 
     def clear(self) -> None:
         """Forget the masks of this thread, and all counts."""
-        self._local.__dict__.clear()
+        self.forget()
         with self._lock:
             self._sums.clear()
 
@@ -134,6 +155,28 @@ class Selections:
                 kept[key] = entry
         self._count(layer, selector.level, entry.densities, q.shape[0])
         return entry.made, out
+
+    def due(self, key: Hashable, signature: Hashable, refresh: int, step: Step) -> bool:
+        """Whether the lists ``key`` that graphs keep in buffers are to be made at a step, as :meth:`make` decides it."""
+        kept, index = self._of_run(step)
+        entry: Any = kept.get(key)
+        if entry is not None and entry[0] == signature and index - entry[1] < refresh:
+            return False
+        kept[key] = (signature, index)  # type: ignore[assignment]
+        return True
+
+    def owned(self) -> bool:
+        """Whether the buffers of compiled layers are this thread's: they are one set, and the first thread's until it ends."""
+        with self._lock:
+            owner = None if self._owner is None else self._owner()
+            if owner is None or not owner.is_alive():
+                self._owner = weakref.ref(threading.current_thread())
+                return True
+            return owner is threading.current_thread()
+
+    def forget(self) -> None:
+        """Nothing that this thread keeps is used again."""
+        self._local.__dict__.clear()
 
     def _of_run(self, step: Step) -> tuple[dict[Hashable, _Kept], int]:
         """What this thread keeps of the run, and the place of the step in it."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
+from ..layout.plain import plain_tensors
 from ..ops.attend import attend, attend_selected
 from ..ops.checks import HEAD_DIMS, kernel_dim
 from ..patterns import Clustered, clustered_attention
 from . import padding
-from .graph import Packed
+from .graph import Packed, dynamic
 from .levels import Call, Part, index_of
 from .prepared import WithoutNorms, raw_of, why_not
 from .selection import Selector
@@ -58,10 +59,13 @@ class Site:
         self.prepare: Preparation | None = None  # how norm and RoPE of q and k go to the quantizer
         self.prepare_strict = False  # an error where they cannot, whatever on_unsupported says of attention
         self.fallbacks: Counter[str] = Counter()
+        self.kept: dict[
+            str, Tensor
+        ] = {}  # lists that compiled layers keep from step to step, of each level: read and written by graphs
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "observers": [], "fallbacks": Counter(), "_lock": None}
+        return {**self.__dict__, "observers": [], "fallbacks": Counter(), "kept": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -100,6 +104,13 @@ class Site:
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[f"norm and RoPE outside of the quantizer: {reason}"] += 1
+
+    def reserve(self, level: str, size: int, device: torch.device) -> None:
+        """A buffer of this size in :attr:`kept`, int32; one that is there keeps what it holds if it is of this size."""
+        known = self.kept.get(level)
+        if known is None or known.shape[0] != size or known.device != device:
+            with plain_tensors():
+                self.kept[level] = dynamic(torch.zeros(size, dtype=torch.int32, device=device))
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
@@ -182,6 +193,11 @@ class Site:
             forward = CURRENT.forward
             masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
         run = run or partial(self.launch, call)
+        if len(call.parts) == 1 and call.parts[0].keeps:
+            kept = self._kept(call.parts[0])
+            out, later = self._launch_kept(call, core, call.parts[0], kept, core.q, core.k, core.v, masked)
+            kept.copy_(later)
+            return out
         if len(call.parts) == 1:
             return run(core, call.parts[0], core.q, core.k, core.v, *([masked] if masked else []))
         if call.parts[0].chosen is not None:
@@ -209,11 +225,49 @@ class Site:
         Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
         next, so the cast costs nothing that counts.
         """
+        return self._launch(call, core, part, q, k, v, masked)[0]
+
+    def _launch_kept(
+        self,
+        call: Call,
+        core: CoreCall,
+        part: Part,
+        kept: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masked: padding.Masked | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One launch in a graph whose lists stay for some steps: contiguous output, and what their buffer, ``kept``, holds from now on."""
+        select = part.select
+        assert select is not None and select.fresh is not None
+
+        def run(again: bool, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, *masked: Tensor) -> tuple[Tensor, Tensor]:
+            known = select.unpack(kept, q.shape[0], q.shape[2]) if again else None
+            of_mask = padding.Masked(*masked) if masked else None
+            out, lists = self._launch(call, core, part, q, k, v, of_mask, known)
+            out = out.to(v.dtype).flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
+            return out, kept.clone() if lists is None or again else select.pack(lists)
+
+        return torch.cond(select.fresh, partial(run, False), partial(run, True), (q, k, v, kept, *(masked or ())))  # type: ignore[no-any-return]
+
+    def _launch(
+        self,
+        call: Call,
+        core: CoreCall,
+        part: Part,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masked: padding.Masked | None,
+        known: Lists | None = None,
+    ) -> tuple[Tensor, Lists | None]:
+        """The output, and the lists that a graph made or was given (``known``)."""
         raw = None if core.raw is None else core.raw.select(part.samples)
         if raw is not None and part.dense:
             q, k = raw.finish(q, k)
         if part.dense:
-            return core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)
+            return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
         hidden = None
         if masked is not None:
             k, v, hidden, _ = masked
@@ -233,14 +287,14 @@ class Site:
             "granularity": part.granularity, "precision": part.precision, "scale": core.scale, "hadamard": part.hadamard,
             "smooth_k": part.precision != "paper",
         }  # fmt: skip
-        lists = part.lists
+        lists = known or part.lists
         if isinstance(lists, Packed):
             lists = lists.unpack(q.shape[0], core.num_heads or q.shape[2])
         if lists is None:  # made here, of the heads at hand
             assert part.select is not None
             heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             if torch.compiler.is_compiling() and part.select.pools:
-                return attend_selected(q, k, v, part.select.selection(), hidden=hidden, **options)[0]
+                return attend_selected(q, k, v, part.select.selection(), hidden=hidden, **options)[:2]
             if torch.compiler.is_compiling():
                 lists = part.select.traced(*heads_first)
             else:
@@ -249,13 +303,13 @@ class Site:
                     lambda selection: attend_selected(q, k, v, selection, hidden=hidden, **options),
                 )  # fmt: skip
                 if out is not None:
-                    return out
+                    return out, None
                 if isinstance(made, Clustered):
                     if hidden is not None:
                         raise UnsupportedError(
                             f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
                         )
-                    return clustered_attention(*heads_first, made, **options).transpose(1, 2)
+                    return clustered_attention(*heads_first, made, **options).transpose(1, 2), None
                 lists = made if isinstance(made, Lists) else made.lists(torch.is_grad_enabled())
         elif core.heads is not None and lists.kv_num_blocks.shape[1] > 1:
             index = index_of(core.heads, q.device)
@@ -263,8 +317,14 @@ class Site:
         if raw is not None:
             options |= {"norm": raw.norm(), "rope": raw.rope(q.shape[1])}
             if not torch.compiler.is_compiling() and CURRENT.forward is not None:
-                CURRENT.forward.prepared[self.layer] += q.shape[0]
-        return attend(q, k, v, lists, hidden=hidden, **options)[0]
+                prepared = CURRENT.forward.prepared
+                prepared[self.layer] = prepared.get(self.layer, 0) + q.shape[0]
+        return attend(q, k, v, lists, hidden=hidden, **options)[0], lists
+
+    def _kept(self, part: Part) -> Tensor:
+        """The buffer that the lists of a part stay in."""
+        assert part.select is not None
+        return self.kept[part.select.level]
 
     def _made(self, call: Call, select: Selector, *given: Any) -> tuple[BlockMask | Clustered | Lists, Tensor | None]:
         forward = CURRENT.forward
@@ -274,19 +334,26 @@ class Site:
     def _branches(self, core: CoreCall, call: Call, masked: padding.Masked | None) -> Tensor:
         """Every launch that some sample wants, by branches of the graph; each sample takes the output of its own."""
         out: Tensor | None = None
-        operands = (core.q, core.k, core.v, *(masked or ()))
         for part in call.parts:
             assert part.chosen is not None and part.wanted is not None
+            kept = [self._kept(part)] if part.keeps else []
 
-            def run(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor, part: Part = part) -> Tensor:
+            def run(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, part: Part = part) -> tuple[Tensor, ...]:
+                masked = others[part.keeps :]
                 of_mask = padding.Masked(*masked) if masked else None
+                if part.keeps:
+                    return self._launch_kept(call, core, part, others[0], q, k, v, of_mask)
                 out = self.launch(call, core, part, q, k, v, of_mask).to(v.dtype)
-                return out.flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
+                return (out.flatten().view(v.shape),)  # contiguous(), and by the book where a size is 1
 
-            def skip(q: Tensor, k: Tensor, v: Tensor, *masked: Tensor) -> Tensor:
-                return torch.zeros_like(v, memory_format=torch.contiguous_format)
+            def skip(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, part: Part = part) -> tuple[Tensor, ...]:
+                out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+                return (out, others[0].clone()) if part.keeps else (out,)
 
-            one = torch.cond(part.wanted, run, skip, operands)
+            operands = (core.q, core.k, core.v, *kept, *(masked or ()))
+            one, *later = torch.cond(part.wanted, run, skip, operands)
+            if part.keeps:
+                kept[0].copy_(later[0])
             out = one if out is None else torch.where(part.chosen.view(-1, 1, 1, 1), one, out)
         assert out is not None
         return out

@@ -221,6 +221,7 @@ def _attention(
     )  # fmt: skip
     if select is not None:
         kv_num_blocks, kv_indices, q_num_blocks, q_indices = select(z.q_block_sum, z.k_block_sum)
+    assert kv_num_blocks is not None and kv_indices is not None  # given or made
     lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_indices)
     return _of_quantized(z, q, *lists, hidden, softmax_scale)
 
@@ -246,6 +247,7 @@ def _attention_prepared(
     _keep_for_stream(q, *tables, q_num_blocks, q_indices)
     *prepared, hidden = tensors
     z = Quantized(*torch.ops.fpsattn.prepare(q, k, v, token_of_slot, tile_block_offsets, *prepared, **options))
+    assert kv_num_blocks is not None and kv_indices is not None  # given or made
     lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_indices)
     return _of_quantized(z, q, *lists, hidden, softmax_scale)
 

@@ -32,6 +32,11 @@ ATTENTION_SCHEMA = (
 _NUM_SIZES = 8
 
 
+def width_of(sizes: Tensor) -> int:
+    """Width of the lists that :func:`sizes_of` was told."""
+    return sizes.shape[0] - _NUM_SIZES
+
+
 class Selection(NamedTuple):
     """In the place of lists: the pattern that makes them from sums over blocks.
 
