@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 from unittest import mock
 
 import torch
 
 import fpsattention as fps
+from fpsattention.analysis.environment import environment
 from fpsattention.integrations.core_calls import CoreCall
 from fpsattention.integrations.state import CURRENT
 from fpsattention.ops import autograd
@@ -25,7 +28,7 @@ LAYERS = 40
 SCHEDULES = ("paper", "training_free")
 
 
-def best(function: Callable[[], Any], calls: int, repeats: int = 7) -> float:
+def best(function: Callable[[], Any], calls: int, repeats: int = 15) -> float:
     """Microseconds of CPU time per call: the best of some repeats, since everything else only adds."""
     times = []
     for _ in range(repeats):
@@ -63,7 +66,7 @@ def measure(schedule: str, batch: int) -> dict[str, float]:
         installation._before_forward(model, (), arguments)
         site = installation.sites[0]
         core = CoreCall(q, q, q, dense=lambda q, k, v: q)
-        layer = best(lambda: site.attend(core), calls=2000)
+        layer = best(lambda: site.attend(core), calls=1000)
         CURRENT.forward = None
         per_forward = best(hooks, calls=100)
         return {"layer_us": layer, "hooks_us": per_forward, "hooks_us_per_layer": per_forward / LAYERS}
@@ -77,11 +80,15 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {f"{schedule}, batch {batch}": measure(schedule, batch) for schedule in SCHEDULES for batch in (1, 2)}
     if arguments.json:
-        print(
-            json.dumps(
-                {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "results": results}
-            )
-        )
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        facts = {
+            "date": date.today().isoformat(),
+            "command": "python -m benchmarks.host_cost --json",
+            "commit": commit.stdout.strip(),
+            "load": os.getloadavg()[0],
+            "environment": environment("cpu"),
+        }
+        print(json.dumps({**facts, "results": results}, indent=1))
         return
     for name, row in results.items():
         print(

@@ -9,7 +9,8 @@ import torch
 from test_adapters import SPARSE, build, observe, run
 
 import fpsattention as fps
-from fpsattention.errors import ConfigError
+from fpsattention import patterns
+from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.layout import masks, tiles
 
 GRID, TILE, WINDOW, TEXT = (5, 7, 6), (2, 4, 4), (1, 1, 1), 3
@@ -117,3 +118,72 @@ def test_references_of_adapters_are_exact():
             t, h, w = tokens.grid
             dense = 1 - (1 - 1 / t) ** 2  # rows or columns of one frame of t
             assert _density(handle) > dense
+
+
+def _content(pattern: dict, tile=SPARSE["tile"], **more) -> dict:
+    level = {"precision": "fp8", "pattern": pattern, **more}
+    return {
+        **SPARSE,
+        "format": "fpsattn-schedule/3",
+        "tile": list(tile),
+        "levels": {"narrow": level, "dense": {"precision": "bf16"}},
+    }
+
+
+@pytest.mark.parametrize("name", ["wan", "animate"])
+@pytest.mark.parametrize(
+    "pattern",
+    [{"name": "topk_mean", "ratio": 0.2}, {"name": "sparge", "mass": None, "ratio": 0.2, "similarity": -0.1}],
+    ids=["topk_mean", "sparge"],
+)
+def test_frames_under_patterns_that_read_the_content(name, pattern):
+    """Told by apply (Wan) or by the adapter (Animate's reference): their rows and columns are dense, all else is what the pattern chose."""
+    model, arguments = build(tiny_models.FAMILIES[name], 1, 0.9)
+    with fps.apply(model, _content(pattern), exact=(0,) if name == "wan" else ()) as handle:
+        seen = observe(handle)
+        run(model, arguments)
+        _, q, k, v, out = seen[0]
+        t, h, w = next(iter(handle.installations[0].counts()))[0].grid
+        row = next(row for row in handle.report().rows if row.level == "narrow" and row.layer == 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    layout = tiles.plan((t, h, w), tile=SPARSE["tile"])
+    chosen = patterns.from_dict(pattern)(q, k, layout, v=v).to_token_mask()
+    allowed = chosen.clone()
+    allowed[:, :, : h * w] = allowed[:, :, :, : h * w] = True
+    assert not chosen[:, :, : h * w].all() and not allowed.all()
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    assert (out - want).abs().mean() < 0.06 * want.abs().mean()
+    assert row.density == pytest.approx(allowed.float().mean().item(), abs=1e-6)
+    assert row.selected < row.density + 1e-9
+
+
+def test_frames_and_a_pattern_that_permutes_are_refused():
+    model, arguments = build(tiny_models.FAMILIES["wan"], 1, 0.9)
+    schedule = _content({"name": "svg2", "q_clusters": 2, "k_clusters": 4})
+    with (
+        fps.apply(model, schedule, exact=(0,)),
+        pytest.raises(UnsupportedError, match="exact under svg2, which permutes"),
+    ):
+        run(model, arguments)
+    plain = run(model, arguments)
+    with fps.apply(model, schedule, exact=(0,), on_unsupported="dense") as handle:
+        assert torch.equal(run(model, arguments), plain)
+        assert "permutes tokens" in next(iter(handle.report().fallbacks))
+
+
+@pytest.mark.parametrize("name, content", [("wan", True), ("animate", False), ("cogvideox", False)])
+def test_compiled_models_with_exact_frames(name, content):
+    """Whole, with the hooks around the graph and in it: one graph, the eager bits. Frames told by ``apply``, Animate's by its adapter."""
+    model, arguments = build(tiny_models.FAMILIES[name], 1, 0.9)
+    schedule = _content({"name": "topk_mean", "ratio": 0.2}) if content else SPARSE
+    with fps.apply(model, schedule):
+        sparse = run(model, arguments)
+    with fps.apply(model, schedule, exact=(1,), replace=True), torch.no_grad():
+        eager = run(model, arguments)
+        assert not torch.equal(eager, sparse)
+        hooks_in_it = name != "animate"
+        compiled = torch.compile(
+            (lambda **given: model(**given)) if hooks_in_it else model, fullgraph=True, backend="eager"
+        )
+        assert torch.equal(compiled(**arguments, return_dict=False)[0], eager)
+    torch._dynamo.reset()

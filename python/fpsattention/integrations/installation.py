@@ -61,10 +61,6 @@ class Installation(Engine):
         attentions = adapter.attentions(transformer)
         heads = _num_heads(attentions)
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
-        if exact and any(level.dynamic for level in schedule.levels.values()):
-            raise UnsupportedError(
-                f"fpsattention.apply: exact {exact} under a pattern that reads the content, wanted windows or static patterns"
-            )
         cores = [core_of(module, adapter.core) for module in attentions.values()]
         super().__init__(
             name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
@@ -163,6 +159,7 @@ class Installation(Engine):
             if getattr(transformer, "_is_parallelized", False):  # since
                 raise UnsupportedError(f"fpsattention.apply: {self.name}: {parallelized(transformer)}, wanted it whole")
             geometry = self._geometry(transformer, args, kwargs)
+            self._check_exact(geometry)
         except UnsupportedError as error:
             if self.on_unsupported == "raise":
                 raise
@@ -246,6 +243,12 @@ class Installation(Engine):
             return ()
         frames = int(geometry.grid[0])
         return tuple(sorted({*geometry.exact, *(frame + frames if frame < 0 else frame for frame in self.exact)}))
+
+    def _check_exact(self, geometry: Geometry) -> None:
+        if self._exact(geometry) and (pattern := self.tables.permuting()) is not None:
+            raise UnsupportedError(
+                f"fpsattention.apply: {self.name} has frames that are exact under {pattern}, which permutes tokens, wanted another pattern"
+            )
 
     def _refused_compiled(self, reason: str) -> str:
         """Compiled attention counts nothing, so what it refuses is counted here, per forward."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..layout.exact import frames, with_exact
+from ..layout.exact import frames, held_blocks, with_exact
 from ..layout.masks import BlockMask, Lists, sliding_tile_mask
 from ..layout.plain import Cache, constant, plain_tensors
 from ..layout.tiles import TileLayout, plan
@@ -149,6 +149,10 @@ class TokenTables:
 
         return self.made.get(("order", device), make)
 
+    def exact_blocks(self) -> Tensor | None:
+        """Blocks that hold a token of the exact frames, bool ``[num_blocks]`` on the CPU; None: no frame is exact."""
+        return held_blocks(self.layout, frames(self._exact, self._raster), self._raster) if self._exact else None
+
     def on(self, device: torch.device) -> TileLayout:
         """The layout on a device."""
         if device == self.layout.device:
@@ -199,6 +203,10 @@ class TokenTables:
             return mask.to(device)
 
         return self.made.get(("mask on", device, group, segment, backward), make)
+
+    def sizes(self, pattern: BoundPattern) -> Tensor:
+        """What a graph is told of the lists of a pattern that reads q and k."""
+        return sizes_of(self.layout, pattern.list_width(self.layout), self.exact_blocks())
 
     def density(self, group: int, segment: int) -> float:
         """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
@@ -288,9 +296,9 @@ class LevelTables:
         def sizes_on(
             grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, group: int
         ) -> tuple[Tensor, ...]:
-            layout = self.tables(Tokens(grid, text_len, text_position, exact, order)).layout
+            tables = self.tables(Tokens(grid, text_len, text_position, exact, order))
             patterns = [self.group_levels[group][i].pattern for i in self._dynamic[group]]
-            return tuple(sizes_of(layout, pattern.list_width(layout)) for pattern in patterns if pattern is not None)
+            return tuple(tables.sizes(pattern) for pattern in patterns if pattern is not None)
 
         self._constant, self._constant_edges = tables_on, edges_on
         self._constant_order, self._constant_sizes = order_on, sizes_on
@@ -313,6 +321,11 @@ class LevelTables:
     def refreshed(self) -> Level | None:
         """A level whose masks stay for some steps, or None."""
         return next((level for levels in self.group_levels for level in levels if level.refresh > 1), None)
+
+    def permuting(self) -> str | None:
+        """The pattern that permutes tokens, if a level has one: frames are no tiles then."""
+        names = [level.pattern for levels in self.group_levels for level in levels if level.pattern is not None]
+        return next((pattern.name for pattern in names if pattern.pattern.permutes), None)
 
     def eager_only(self) -> str | None:
         """Why compiled layers cannot run under the schedule, or None."""
@@ -437,13 +450,16 @@ class LevelTables:
         def make() -> Selector:
             layout = tables.on(device)
             assert level.pattern is not None
-            sizes = sizes_of(layout, level.pattern.list_width(layout))
+            sizes = tables.sizes(level.pattern)
             plain = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes)
             given = pack_layout(layout, sizes) if in_graph else plain
             named = (level.name, level.granularity, text_of(level), level.refresh)
             pools = level.pattern.pattern.pools and level.precision != "paper"
-            eager = (None, None) if in_graph else (level.pattern, layout)
-            return Selector(*named, given, backward, pools, *eager)
+            if in_graph:
+                return Selector(*named, given, backward, pools)
+            exact = tables.exact_blocks()
+            exact = exact if exact is None else exact.to(device)
+            return Selector(*named, given, backward, pools, level.pattern, layout, exact)
 
         return tables.made.get(("selector", level, device, backward, in_graph), make)
 

@@ -34,6 +34,7 @@ class Selector:
         transposed: a backward may follow.
         pools: means over blocks are all that the pattern reads: its lists are made where q and k are quantized.
         pattern, layout: outside of graphs; the layout on the device.
+        exact: outside of graphs, bool ``[num_blocks]`` on the device: blocks of frames that are dense in both directions.
         fresh: in a graph whose lists stay for some steps, whether they are due: a bool scalar on the CPU. None: made every time.
     """
 
@@ -46,6 +47,7 @@ class Selector:
     pools: bool
     pattern: BoundPattern | None = None
     layout: TileLayout | None = None
+    exact: Tensor | None = None
     fresh: Tensor | None = None
 
     def kept_size(self, rows: int) -> int:
@@ -136,7 +138,7 @@ class Selections:
         pattern = selector.pattern
         assert pattern is not None
         key = (layer, samples, selector.level)
-        signature = (selector.text, id(selector.layout), tuple(q.shape), q.device)
+        signature = (selector.text, id(selector.layout), id(selector.exact), tuple(q.shape), q.device)
         kept, index = self._of_run(step)
         entry, out = kept.get(key), None
         stays = selector.refresh > 1 and entry is not None and index - entry.index < selector.refresh
@@ -149,7 +151,9 @@ class Selections:
                 before = {}
                 if pattern.pattern.permutes and entry is not None and entry.signature == signature:
                     before = {"previous": entry.made}
-                made, densities = measured(pattern, selector.granularity, selector.layout, q, k, v, **before)
+                made, densities = measured(
+                    pattern, selector.granularity, selector.layout, q, k, v, selector.exact, **before
+                )
             entry = _Kept(made, densities, signature, index)
             if step is not None:
                 kept[key] = entry

@@ -282,7 +282,8 @@ class Site:
         dtype = v.dtype
         if dtype == torch.float32 and v.device.type != "cpu":
             dtype = torch.bfloat16
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         options: dict[str, Any] = {
             "granularity": part.granularity, "precision": part.precision, "scale": core.scale, "hadamard": part.hadamard,
             "smooth_k": part.precision != "paper",

@@ -46,15 +46,9 @@ def frames(exact: Sequence[int], layout: TileLayout) -> tuple[Range, ...]:
     return tuple((first + frame % t * h * w, first + (frame % t + 1) * h * w) for frame in exact)
 
 
-def with_exact(mask: BlockMask, ranges: Sequence[Range], numbering: TileLayout | None = None) -> BlockMask:
-    """``mask`` and, for the tiles and blocks that hold a token of ``ranges``, every block and every tile. On the device of the mask,
-    which waits for it unless that is the CPU. ``numbering``: the same tiles with the tokens in the order that ranges number; None: the
-    mask's own."""
-    from .masks import BlockMask
-
-    layout = mask.layout
-    if not ranges:
-        return mask
+def held_blocks(layout: TileLayout, ranges: Sequence[Range], numbering: TileLayout | None = None) -> torch.Tensor:
+    """The blocks that hold a token of ``ranges``, bool ``[num_blocks]`` on the CPU. ``numbering``: the same tiles with the tokens in the
+    order that ranges number; None: the layout's own."""
     with plain_tensors():
         chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
         for start, stop in ranges:
@@ -62,9 +56,29 @@ def with_exact(mask: BlockMask, ranges: Sequence[Range], numbering: TileLayout |
         held = ((numbering or layout).cpu().slot_of_token.long()[chosen] // BLOCK).unique()
         blocks = torch.zeros(layout.num_blocks, dtype=torch.bool)
         blocks[held] = True
-        tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)
-        tiles[layout.cpu().tile_of_block.long()[held]] = True
-        keep = mask.to_blocks() | blocks.to(mask.device) | tiles.to(mask.device)[:, None]
+        return blocks
+
+
+def exact_keep(layout: TileLayout, blocks: torch.Tensor) -> torch.Tensor:
+    """Every row of a tile that has one of ``blocks``, and every column of one of them: bool ``[num_tiles, num_blocks]`` on their device,
+    without waiting for it."""
+    tile_of_block = layout.tile_of_block.to(blocks.device).long()
+    tiles = torch.zeros(layout.num_tiles, dtype=torch.int32, device=blocks.device)
+    tiles = tiles.scatter_reduce(0, tile_of_block, blocks.to(torch.int32), "amax").bool()
+    return blocks | tiles[:, None]
+
+
+def with_exact(mask: BlockMask, ranges: Sequence[Range], numbering: TileLayout | None = None) -> BlockMask:
+    """``mask`` and, for the tiles and blocks that hold a token of ``ranges``, every block and every tile. On the device of the mask,
+    which waits for it unless that is the CPU. ``numbering``: as of :func:`held_blocks`."""
+    from .masks import BlockMask
+
+    layout = mask.layout
+    if not ranges:
+        return mask
+    with plain_tensors():
+        blocks = held_blocks(layout, ranges, numbering).to(mask.device)
+        keep = mask.to_blocks() | exact_keep(layout, blocks)
         return BlockMask.from_keep(layout, keep, int(keep.sum(-1).max())).with_transpose()
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout.exact import exact_keep
 from ..layout.masks import BlockMask, _transpose_on_device
 from ..layout.tiles import BLOCK, TileLayout, cached_plan
 
@@ -55,14 +56,18 @@ class Selection(NamedTuple):
     transposed: bool
 
 
-def sizes_of(layout: TileLayout, width: int) -> Tensor:
-    """A layout and the width of lists, as an input of graphs: int64 ``[8 + width]`` on the CPU, whose length says the width.
+def sizes_of(layout: TileLayout, width: int, exact: Tensor | None = None) -> Tensor:
+    """A layout and the width of lists, as an input of graphs: int64 ``[8 + width]`` on the CPU, whose length says the width. With
+    ``exact``, bool ``[num_blocks]``, the width is that of all blocks, and which of them are exact is told behind the numbers.
 
     Numbers would be constants of a graph, and every grid a compilation.
     """
+    width = width if exact is None else layout.num_blocks
     numbers = (*layout.grid, *layout.tile, layout.text_len, layout.text_position == "prefix")
     sizes = torch.zeros(_NUM_SIZES + width, dtype=torch.int64, device="cpu")
     sizes[:_NUM_SIZES] = torch.tensor([int(number) for number in numbers], device="cpu")
+    if exact is not None:
+        sizes[_NUM_SIZES:] = exact.cpu()
     return sizes
 
 
@@ -82,7 +87,8 @@ def _kernel(
     from ..patterns import from_dict
 
     layout = _layout(sizes, q.device)
-    mask, _ = measured(from_dict(json.loads(pattern)), granularity, layout, q, k, v)
+    exact = _exact(sizes, q.device)
+    mask, _ = measured(from_dict(json.loads(pattern)), granularity, layout, q, k, v, exact)
     return _lists(mask, sizes, transposed)
 
 
@@ -102,6 +108,7 @@ def lists_of_sums(
     # Autocast reaches into the products of a rule, whose scores must stay FP32.
     with torch.no_grad(), torch.autocast(q_block_sum.device.type, enabled=False):
         mask, densities = bound.pattern.of_sums(q_block_sum, k_block_sum, layout, **bound.hyperparameters)
+        mask, densities = _with_exact(mask, densities, layout, _exact(sizes, layout.device))
         return _lists(mask, sizes, transposed), densities.repeat(q_block_sum.shape[0], 1)
 
 
@@ -111,15 +118,33 @@ def _layout(sizes: Tensor, device: torch.device) -> TileLayout:
     return cached_plan(tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], position).to(device)
 
 
+def _exact(sizes: Tensor, device: torch.device) -> Tensor | None:
+    flags = sizes[_NUM_SIZES:].bool()
+    return flags.to(device) if flags.any() else None
+
+
+def _with_exact(
+    made: BlockMask, densities: Tensor, layout: TileLayout, exact: Tensor | None
+) -> tuple[BlockMask, Tensor]:
+    """Every block of the rows, and every row of the columns, of ``exact``; what they add counts as selected."""
+    if exact is None:
+        return made, densities
+    kept, whole = made.to_blocks(), exact_keep(layout, exact)
+    pairs = ((whole & ~kept).float() @ layout.block_tokens.float()).double() @ layout.tile_tokens.double()
+    return BlockMask.from_keep(layout, kept | whole), densities + pairs.mean() / layout.num_tokens**2
+
+
 def _lists(mask: BlockMask, sizes: Tensor, transposed: bool) -> tuple[Tensor, ...]:
     lists = [mask.kv_num_blocks, mask.kv_indices[..., : sizes.shape[0] - _NUM_SIZES].contiguous()]
     lists += _transpose_on_device(mask) if transposed else [lists[0].new_empty(0) for _ in range(2)]
     return tuple(lists)
 
 
-def measured(bound, granularity, layout, q, k, v, **given):  # type: ignore[no-untyped-def]
+def measured(bound, granularity, layout, q, k, v, exact=None, **given):  # type: ignore[no-untyped-def]
     """What a bound pattern makes of q, k, v ``(B, H, S, D)``, and its densities, f64 ``[2]``.
 
+    ``exact``: bool ``[num_blocks]`` on the device of q, blocks that are dense in both directions whatever the pattern finds; what
+    they add counts as selected.
     A rule that reads ``lse`` is given that of dense attention at ``granularity``: a search costs as much as a dense step.
     """
     from ..layout.masks import dense_mask
@@ -131,7 +156,8 @@ def measured(bound, granularity, layout, q, k, v, **given):  # type: ignore[no-u
         if "lse" in bound.pattern.inputs:
             tensors["lse"] = attend(q, k, v, dense_mask(layout), granularity=granularity, tensor_layout="HND")[1]
         wanted = {name: tensors[name] for name in bound.pattern.inputs}
-        return bound.pattern.measured(layout=layout, **wanted, **bound.hyperparameters, **given)
+        made, densities = bound.pattern.measured(layout=layout, **wanted, **bound.hyperparameters, **given)
+        return _with_exact(made, densities, layout, exact)
 
 
 def _fake(

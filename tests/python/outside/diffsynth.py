@@ -1,4 +1,5 @@
-"""Call shapes of modelscope/DiffSynth-Studio (models/wan_video_dit.py, pipelines/wan_video.py, core/attention/attention.py)."""
+"""Call shapes of modelscope/DiffSynth-Studio (models/wan_video_dit.py, pipelines/wan_video.py, core/attention/attention.py); the
+first was read at commit 01bb567."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""Call shapes of kohya-ss/musubi-tuner (wan/modules, modules/attention.py): q, k, v in lists that the callee empties."""
+"""Call shapes of kohya-ss/musubi-tuner (wan/modules, modules/attention.py): q, k, v in lists that the callee
+empties, as in hunyuan_model/attention.py, which was read at commit 1b21831."""
 
 import torch
 

@@ -1,4 +1,7 @@
-"""Stubs of the interfaces of vLLM-Omni and SGLang that attention backends see, as modules to put into ``sys.modules``."""
+"""Stubs of the interfaces of vLLM-Omni and SGLang that attention backends see, as modules to put into ``sys.modules``.
+
+Read at commits 02952af and 0217da5 of vllm-project/vllm-omni, 035d6e7 and 0809d0d of sgl-project/sglang. ``latent_shape`` and ``patch_size``
+are in the forward context of some versions of vLLM-Omni only; without them a video needs ``video_layout``."""
 
 import enum
 import sys
