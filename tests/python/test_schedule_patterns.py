@@ -422,7 +422,8 @@ def test_compiled_blocks_keep_lists_for_steps_of_a_run(data, dynamo):
         assert kept[0].any() and not torch.equal(*kept)
         before = [buffer.clone() for buffer in kept]
         tiny_wan.sample(pipe, 2)  # a new run: its lists are made at its first step
-        assert not any(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+        if data is KEEPING:  # level l0 of the other is at the first, equal step of every run alone
+            assert not any(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
     if data is KEEPING:
         with fps.apply(pipe, schedule(fp8(TOPK), tile=[1, 2, 2])):
             assert not torch.equal(tiny_wan.sample(pipe, 5), eager[0])  # what is compared can tell

@@ -94,8 +94,11 @@ def dynamic(x: Tensor) -> Tensor:
     return x
 
 
-@lru_cache(maxsize=2)
-def flag(value: bool) -> Tensor:
-    """A predicate that the host knows: a branch on it waits for no device."""
+@lru_cache(maxsize=256)
+def flag(value: bool, which: int) -> Tensor:
+    """A predicate that the host knows: a branch on it waits for no device.
+
+    ``which``: of a graph's predicates. One tensor for two of them would be another graph than two tensors.
+    """
     with plain_tensors():
         return torch.tensor(value)

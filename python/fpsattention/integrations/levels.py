@@ -513,7 +513,7 @@ class LevelTables:
                     of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
                     wanted = known is None or any(segment in of_class for segment in known)
                     now = due(group, select, wanted)
-                    select = select if now is None else replace(select, fresh=flag(now))
+                    select = select if now is None else replace(select, fresh=flag(now, -1 - i))
                 selectors[self._classes[group][i]] = select
             parts = _branches(self._classes[group], packed, index, known, selectors)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
@@ -611,7 +611,9 @@ def _branches(
             chosen = segments == members[0]
             for segment in members[1:]:
                 chosen = chosen | (segments == segment)
-            wanted = chosen.any() if known is None else flag(any(segment in members for segment in known))
+            wanted = chosen.any()
+            if known is not None:
+                wanted = flag(any(segment in members for segment in known), len(parts))
         precision, granularity, rotated = kernel_class[:3]
         parts.append(Part(own, granularity, precision, None, chosen, wanted, select, bool(rotated)))
     return tuple(parts)
