@@ -309,6 +309,7 @@ def test_the_command_lists_every_family():
 # torch.compile -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cogvideox", "ltx", "kandinsky"]
 )  # both cores, text or none; the other families: the same code
@@ -327,6 +328,7 @@ def test_compiled_blocks_are_eager_ones(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hunyuan", "qwen"])
 def test_compiled_blocks_with_padded_text(name):
     """One graph for all lengths of text: nothing of a mask is read on the host."""
@@ -344,6 +346,7 @@ def test_compiled_blocks_with_padded_text(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_mochi_are_refused():
     """It calls its attention once per sample, with the text of that sample."""
     model, arguments = build(FAMILIES["mochi"], 1, 0.9)

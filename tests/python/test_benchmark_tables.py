@@ -143,6 +143,7 @@ def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert tables.main([str(tmp_path / "none.jsonl")]) == 2
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_and_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     import matplotlib.axes

@@ -47,6 +47,7 @@ def test_help_is_quick_and_does_without_torch():
     assert float(seconds) < 1 and torch == numpy == "False"
 
 
+@pytest.mark.slow
 def test_import_costs_little_above_torch():
     code = (
         "import sys, time, torch\n"
@@ -212,6 +213,7 @@ def test_output_to_a_pipe_is_not_folded():
     assert console.is_terminal or long.strip() in capture.get()
 
 
+@pytest.mark.slow
 def test_pictures_are_what_their_names_say(tmp_path):
     for suffix, magic in ((".png", b"\x89PNG"), (".jpg", b"\xff\xd8\xff"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
         path = tmp_path / "made" / f"plan{suffix}"
@@ -230,6 +232,7 @@ def test_missing_package_in_demo(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_analyze(tmp_path):
     save_capture(tmp_path / "a.safetensors", 0, 0.95)
     save_capture(tmp_path / "b.safetensors", 1, 0.3)

@@ -26,6 +26,8 @@ from fpsattention.compare.temporal import frame_features, temporal_metrics
 from fpsattention.demo.tiny_wan import tiny_inputs, tiny_pipeline
 from fpsattention.schedule import Schedule
 
+pytestmark = pytest.mark.slow
+
 TILE = (1, 3, 5)  # 12 tiles of the grid 3 x 6 x 10
 SMALL = {"height": 96, "width": 160, "num_frames": 9, "num_inference_steps": 2, "max_rows": 64}
 

@@ -156,6 +156,7 @@ def tiny_folder(path):
     pipe.save_pretrained(path)
 
 
+@pytest.mark.slow
 def test_a_model_from_a_folder(tmp_path):
     """Weights, tokenizer and text encoder are loaded from disk; prompts differ in what they give, and VBench's layout is written."""
     for name in ("imageio_ffmpeg", "skimage", "matplotlib"):

@@ -54,6 +54,7 @@ def exact(q, k, v, mask, unit):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["tile", "block"])
 @pytest.mark.parametrize(("grid", "tile", "text"), [((4, 6, 10), (2, 3, 5), 0), ((3, 9, 14), (3, 9, 5), 7)])
 def test_it_is_one_softmax_with_means(grid, tile, text, unit):

@@ -14,6 +14,8 @@ from fpsattention.errors import ConfigError
 from fpsattention.layout.plain import constant
 from fpsattention.patterns.static import part_layout
 
+pytestmark = pytest.mark.slow
+
 CASE = CASES[4]
 GRIDS = [
     (3, 8, 12),

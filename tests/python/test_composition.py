@@ -67,6 +67,7 @@ CACHES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule_first", [True, False])
 @pytest.mark.parametrize("name", list(CACHES))
 def test_caches(name, schedule_first):

@@ -13,6 +13,8 @@ from fpsattention.demo.pipeline import load_pipeline, run_pipeline
 from fpsattention.demo.tiny_wan import scene, tiny_inputs
 from fpsattention.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

@@ -45,6 +45,7 @@ def noise(like, count, seed=7):
     return [torch.randn(like.shape, generator=generator, dtype=torch.float32) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("granularity", [0, 2])
 def test_tangents_equal_the_reference(case, granularity):

@@ -236,6 +236,7 @@ def test_lora_fused_projections_and_dtypes():
         assert half(**arguments, return_dict=False)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_do_not_recompile_across_sigma():
     model = tiny_wan.transformer()

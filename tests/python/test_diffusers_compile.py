@@ -11,6 +11,8 @@ from test_diffusers import MIXED, SWITCHED
 
 import fpsattention as fps
 
+pytestmark = pytest.mark.slow
+
 PRESETS = ("training_free", "paper", "fp8", "dense")
 TIMESTEPS = ([950.0], [300.0], [30.0], [980.0, 100.0])  # the last: samples of different kernel classes in one batch
 GRIDS = [

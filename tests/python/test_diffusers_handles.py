@@ -134,6 +134,7 @@ def test_caches_find_the_swapped_class():
         fps.apply(model, "fp8")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_wrappers_in_either_order():
     from peft import LoraConfig, get_peft_model

@@ -32,6 +32,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_inference_mode_gives_the_same_and_leaves_nothing_behind(schedule):
     """A pipeline in inference mode, and then training on the grid whose tables were built there."""
     pipe = tiny_wan.pipeline()
@@ -57,6 +58,7 @@ def test_inference_mode_gives_the_same_and_leaves_nothing_behind(schedule):
         assert torch.equal(got[name], gradient), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_threads_share_a_transformer(schedule):
     """Every thread gets its own level; all of them are counted."""
@@ -96,6 +98,7 @@ def test_threads_share_a_transformer(schedule):
     assert CURRENT.forward is None and CURRENT.site is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["training_free", "paper"])
 def test_requests_with_their_own_schedulers_and_sizes(preset):
     """Shallow copies of a pipeline, each with its own scheduler and number of steps, at the same time: as one after the other."""

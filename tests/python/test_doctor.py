@@ -45,6 +45,7 @@ def find(report, name):
     return next(check for check in report["checks"] if check["name"] == name)
 
 
+@pytest.mark.slow
 def test_healthy():
     status, report = examine(PACKAGE)
     assert status == 0 and report["usable"], report
@@ -78,6 +79,7 @@ def test_parts_that_are_missing_or_spoiled(copy):
     assert "never built" in find(report, "torch ops")["detail"]
 
 
+@pytest.mark.slow
 def test_the_driver_sees_a_gpu_that_torch_does_not(tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(

@@ -87,6 +87,7 @@ class Fake(torch.nn.Module):
         return rows.unflatten(0, x.shape[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("level", "prepare"), [("linears", False), ("both", False), ("both", True)])
 def test_gradients_are_those_of_the_fake_quantized_model(name, level, prepare):

@@ -376,6 +376,7 @@ def test_flex_round_trip(mask):
     assert torch.equal(full.int(), mask.q_num_blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [1, 3])
 def test_flex_attention_over_slots_equals_masked_dense_attention(heads):

@@ -23,6 +23,8 @@ from fpsattention.training import (
 from fpsattention.training.model import tiny_transformer
 from fpsattention.training.objective import predict
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (4, 3, 10, 14)  # token grid 3 x 5 x 7: primes
 SPARSE = {
     "format": "fpsattn-schedule/2", "tile": [3, 3, 3], "levels": {"sparse": {"precision": "fp8", "window": [1, 1, 2]}},

@@ -40,6 +40,7 @@ def test_opcheck_attention():
     torch.library.opcheck(torch.ops.fpsattn.attention.default, args, OPTIONS, test_utils=NO_FP8_SUM)
 
 
+@pytest.mark.slow
 def test_opcheck_quantize_forward_backward():
     q, k, v, token_of_slot, tile_of_block, offsets, counts, indices, q_counts, q_indices = arguments()
     options = {"granularity": 2, "smooth_k": True, "pow2_scales": False, "k_mean_stride": 2}

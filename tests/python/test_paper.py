@@ -41,6 +41,7 @@ def test_published_numbers():
     )  # (6, 6, 1): all of 4, 30 of 36, 1 of 10, more where tiles are whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_attention_of_a_phase(phase):
     """Against FP64 under the truncated window; scales are shared by the group, K is not smoothed; gradients flow."""
@@ -67,6 +68,7 @@ def test_attention_of_a_phase(phase):
     assert (shifted - want).abs().sum() / want.abs().sum() > 2 * error
 
 
+@pytest.mark.slow
 def test_coarser_groups_have_coarser_scales():
     generator = torch.Generator().manual_seed(0)
     tokens = GRID[0] * GRID[1] * GRID[2]

@@ -17,6 +17,8 @@ from fpsattention.parallel.choose import FORWARD_FLOPS
 from fpsattention.parallel.scaling import WAN_14B, training_step, with_tables
 from fpsattention.parallel.sharding import cut_evenly
 
+pytestmark = pytest.mark.slow
+
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 

@@ -36,6 +36,7 @@ def levels_of(handle: Any) -> Iterator[list[set[str]]]:
     hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_training_free_end_to_end(name):
     """The first quarter of the steps is the model's own attention, the rest FP8; nothing fell back; remove() restores every bit."""

@@ -198,6 +198,7 @@ def test_hidden_keys_are_those_of_attention_of_what_norm_rope_gives():
     assert not grads[1][hide].any() and grads[1].any()
 
 
+@pytest.mark.slow
 def test_op_is_well_formed_and_compiles():
     layout, qkv, tensors = arguments(VIDEO, NORMS["rms_across_heads"], torch.float32)
     options = {"norm": 2, "eps": EPS, "granularity": 0, "smooth_k": True, "pow2_scales": False}

@@ -47,6 +47,7 @@ def test_bytes_and_scales_are_those_of_tiles_of_the_groups_size():
     assert not torch.equal(small[2], got[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_pattern_stays_the_masks(backend):
     """Same tokens attended, forward and backward: with the group of a single tile the result is that of the mask, up to the order of sums."""

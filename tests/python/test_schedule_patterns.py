@@ -324,6 +324,7 @@ MIXED = schedule(
 )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_serve_grids_and_levels(dynamo):
     """As many compilations for five grids as for three, samples at different patterns in one batch included."""
@@ -349,6 +350,7 @@ def test_compiled_blocks_serve_grids_and_levels(dynamo):
         assert "where densities are not counted" in str(handle.report())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_hooks_and_patterns_in_one_graph(dynamo):
     model = tiny_wan.transformer(num_layers=1)

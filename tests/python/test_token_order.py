@@ -94,6 +94,7 @@ def both_orders(model: torch.nn.Module, arguments: dict[str, Any], schedule: Any
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [False, True], ids=["timestep per sample", "timestep per token"])
 @torch.no_grad()
 def test_wan_is_the_same_to_the_bit(same_mean, per_token):

@@ -80,6 +80,7 @@ def test_a_run_with_everything_resumes_with_the_same_bits(latents, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_prompts_are_dropped_per_sample_at_their_rate(latents, tmp_path):
     model = tiny_transformer(LatentFolder(latents))
     empty = torch.full((3, 16), 7.0)
@@ -142,6 +143,7 @@ def test_recipe_errors(tmp_path):
         load_recipe(bad)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_paper_mode_from_the_command_line(tmp_path):
     """The paper's recipe, phases and tile on the tiny Wan; options given on the command line win over the recipe."""
     from diffusers import FlowMatchEulerDiscreteScheduler

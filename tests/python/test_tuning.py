@@ -240,6 +240,7 @@ def test_a_finished_run_is_not_repeated(tuned):
     assert again.schedule == result.schedule and len(counted) == before
 
 
+@pytest.mark.slow
 def test_interruption_leaves_a_schedule_and_goes_on_to_the_same_end(tuned, tmp_path):
     pipe, _, settings, result = tuned
     settings = TuneSettings(**{**vars(settings), "out": tmp_path})
