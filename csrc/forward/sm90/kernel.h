@@ -49,10 +49,10 @@
 //                      33 KB per KV block and CTA.
 //
 // Budget     D = 128, scales per tile or block; clocks of an SM for one KV block of both warpgroups; counts of the SASS
-//   tensor     2 x (4 x 64 + 4 x 68) = 1056        exponentials  2 x 64 x 8 = 1024
-//   issue      2 x 300 = 600 (57 %): 267 in every block, 66 of promotion in every second one. Of the 267: 64 EX2,
-//              64 FFMA, 32 F2FP, 32 VIMNMX3, 8 QGMMA, 22 uniform (descriptors, addresses), 45 barriers, scales, control
-//   ALU        about 290    smem operands 656
+//   tensor     2 x (4 x 64 + 4 x 68) = 1056        exponentials  2 x 32 x 8 = 512, the other half are codes
+//   issue      2 x 341 = 682 (65 %): 308 in every block, 66 of promotion in every second one. Of the 308: 32 EX2, 32 F2FP,
+//              16 IMAD, 16 LOP3, 16 LEA.HI, 8 PRMT (P), 64 FFMA, 32 VIMNMX3, 8 QGMMA, descriptors, barriers, scales, control
+//   smem operands 656
 //   registers  232: S 64, PV accumulator 68, FP32 master of O 64, P 16, sums, maxima, factors; peak live 227; no spill.
 //              Producer 40
 //   shared     Q 2 x 16 K, K 4 x 16 K, V 4 x 17 K, output staging 32 K = 197 K of 227 K
