@@ -274,10 +274,13 @@ def test_compiled_blocks(model, training):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_an_outer_graph(model):
+def test_graphs_of_the_whole_model_run_norms_apart(model):
     with fps.apply(model, SWITCHED, prepare=True):
         eager = [tiny_wan.run(model, [timestep]) for timestep in (900.0, 100.0)]
         torch._dynamo.reset()
-        run = torch.compile(lambda **kwargs: model(**kwargs, return_dict=False)[0], fullgraph=True, backend="eager")
+        outer = torch.compile(lambda **kwargs: model(**kwargs, return_dict=False)[0], fullgraph=True, backend="eager")
+        inner = torch.compile(model, backend="eager")
         for timestep, wanted in zip((900.0, 100.0), eager, strict=True):
-            assert off(run(**tiny_wan.inputs([timestep])), wanted) < 1e-5
+            arguments = tiny_wan.inputs([timestep])
+            assert off(outer(**arguments), wanted) < 1e-5
+            assert off(inner(**arguments, return_dict=False)[0], wanted) < 1e-5

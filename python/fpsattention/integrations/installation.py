@@ -199,9 +199,9 @@ class Installation(Engine):
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
-        if whole and any(site.prepare is not None for site in self.sites):
-            graph = compiled or self.compiled_modules()  # which has branches for all levels
-            forward.prepare = self.tables.prepares(None if graph else segments)
+        # One graph of the whole model got q and k wrong where it held several such layers; graphs of blocks do not.
+        if whole and not compiled and any(site.prepare is not None for site in self.sites):
+            forward.prepare = self.tables.prepares(None if self.compiled_modules() else segments)
             forward.text_first = geometry.text_position == "prefix"
         forward.step = None if run is None else (run, tuple(sigmas))
         in_graphs = whole and (compiled or self.compiled_modules())  # of several ranks, attention stays eager
@@ -287,9 +287,6 @@ class Installation(Engine):
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
         if tokens.order == "tile":
             CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
-        if any(site.prepare is not None for site in self.sites):
-            CURRENT.forward.prepare = self.tables.prepares(None)
-            CURRENT.forward.text_first = geometry.text_position == "prefix"
         if self.linears.installed:
             CURRENT.forward.linears = self.tables.linears(segments, device)
 
