@@ -70,6 +70,9 @@ inline ForwardReference reference_forward(const ForwardInputs& in, Fp8Sum mode) 
   float value[256];
   for (int i = 0; i < 256; ++i) value[i] = e4m3_to_float(static_cast<uint8_t>(i));
   const float scale_log2 = scale_in_log2_units(in.softmax_scale);
+  // The kernels' order of k steps (Config::pv_step), which matters where sums drop bits.
+  constexpr int kSteps = kBlockSlots / Fp8Accumulator::kProducts;
+  const int first_step = dim == 64 || in.scale_per_token ? kSteps - 1 : 0;
 
   for (size_t g = 0; g < groups; ++g) {
     const int b = static_cast<int>(g) / size.heads, h = static_cast<int>(g) % size.heads;
@@ -155,7 +158,10 @@ inline ForwardReference reference_forward(const ForwardInputs& in, Fp8Sum mode) 
             product_doubt[j] = doubt[j] == 0.0 ? 0.0 : doubt[j] * std::fabs(term);
             (d == dim ? sum_slack : slack[d]) += product_doubt[j];
           }
-          for (int j = 0; j < kBlockSlots; j += Fp8Accumulator::kProducts) pv[d].add(&products[j], &product_doubt[j]);
+          for (int i = 0; i < kSteps; ++i) {
+            const int j = (i + first_step) % kSteps * Fp8Accumulator::kProducts;
+            pv[d].add(&products[j], &product_doubt[j]);
+          }
         }
         if (++visited % kPromoteBlocks == 0) promote();
       }
