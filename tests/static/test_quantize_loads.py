@@ -10,13 +10,13 @@ import re
 import pytest
 
 # Loads per patch (kPatchSlots) and of the statistics (kUnroll). Roles of the main kernel: V with a given and a computed scale,
-# K and Q; the two that share a scale by tile load in front of a loop, in it, and again when they walk back. Statistics: K and V,
+# K and Q; the two that share a scale by tile load in front of a loop, in it, and again when they walk back. In prepare K and Q share their code. Statistics: K and V,
 # each in full steps and a last one.
 EXPECTED = {
     r"quantize_kernel<.*GroupScope\)0>": (16, 8),
     r"quantize_kernel<.*GroupScope\)1>": (16, 4),
-    r"prepare_kernel<.*GroupScope\)0>": (16, 8),
-    r"prepare_kernel<.*GroupScope\)1>": (16, 4),
+    r"prepare_kernel<.*GroupScope\)0>": (16, 5),
+    r"prepare_kernel<.*GroupScope\)1>": (16, 3),
     r"prepared_mean_kernel<": (4, 1),
     r"statistics_kernel<": (8, 4),
 }

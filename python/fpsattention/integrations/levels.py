@@ -601,7 +601,7 @@ def _branches(
 ) -> tuple[Part, ...]:
     """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
     classes = list(dict.fromkeys(classes_of_segments))
-    parts = []
+    parts: list[Part] = []
     for kernel_class in classes:
         select = selectors.get(kernel_class)
         own = None if select is not None or kernel_class[0] == "bf16" else lists
