@@ -171,3 +171,24 @@ def test_threads_and_compiled_blocks():
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_layers_of_their_own_in_a_graph_of_the_whole_model():
+    """A level per layer, with a branch in the graph for each kernel class: every layer takes its own lists."""
+    levels = {
+        "a": {"precision": "fp8", "granularity": "block", "window": [1, 1, 2]},
+        "b": {"precision": "fp8", "granularity": "tile", "window": [1, 2, 1]},
+        "dense": {"precision": "bf16"},
+    }
+    phases = {name: [{"sigma": [1.0, 0.5], "level": first}, {"sigma": [0.5, 0.0], "level": second}]
+              for name, first, second in (("0", "a", "dense"), ("1", "dense", "b"))}  # fmt: skip
+    schedule = {
+        "format": "fpsattn-schedule/3", "tile": tiny_wan.TILE, "levels": levels, "phases": phases["0"],
+        "layers": {"1": phases["1"]},
+    }  # fmt: skip
+    model = tiny_wan.transformer()
+    with torch.no_grad(), fps.apply(model, schedule):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for timestep in ([900.0, 100.0], [900.0, 800.0], [100.0, 200.0]):
+            wanted = tiny_wan.run(model, timestep)
+            assert torch.equal(compiled(**tiny_wan.inputs(timestep), return_dict=False)[0], wanted), timestep

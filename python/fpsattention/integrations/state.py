@@ -8,7 +8,7 @@ these objects through a global, not through a module, so the sizes of their tens
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .forward import Forward
@@ -17,10 +17,37 @@ if TYPE_CHECKING:
 
 
 class _Current(threading.local):
-    def __init__(self) -> None:  # runs in every thread; compiled code relies on both being there
-        self.forward: Forward | None = None
-        self.site: Site | None = None
-        self.raw: Raw | None = None  # what q and k lack where that site calls its core
+    """``forward``; ``site``; ``raw``: what q and k lack where that site calls its core.
+
+    Items of a dict: after a ``torch.cond``, Dynamo (2.13) reads attributes of an object as they were before it.
+    """
+
+    def __init__(self) -> None:  # runs in every thread; compiled code relies on all being there
+        self.now: dict[str, Any] = {"forward": None, "site": None, "raw": None}
+
+    @property
+    def forward(self) -> Forward | None:
+        return self.now["forward"]  # type: ignore[no-any-return]
+
+    @forward.setter
+    def forward(self, value: Forward | None) -> None:
+        self.now["forward"] = value
+
+    @property
+    def site(self) -> Site | None:
+        return self.now["site"]  # type: ignore[no-any-return]
+
+    @site.setter
+    def site(self, value: Site | None) -> None:
+        self.now["site"] = value
+
+    @property
+    def raw(self) -> Raw | None:
+        return self.now["raw"]  # type: ignore[no-any-return]
+
+    @raw.setter
+    def raw(self, value: Raw | None) -> None:
+        self.now["raw"] = value
 
 
 CURRENT = _Current()
