@@ -1,14 +1,15 @@
 # Tests of csrc/forward.
 if(FPSATTN_HAS_CUDA)
+  fpsattn_add_case(forward_case forward_case.cpp)
   fpsattn_add_device_test(test_forward_schedule test_forward_schedule.cpp)
-  fpsattn_add_device_test(test_forward test_forward.cpp test_forward_identities.cpp forward_case.cpp)
+  fpsattn_add_device_test(test_forward test_forward.cpp test_forward_identities.cpp $<TARGET_OBJECTS:forward_case>)
 
-  fpsattn_add_device_test(test_forward_clusters test_forward_clusters.cpp forward_case.cpp)
+  fpsattn_add_device_test(test_forward_clusters test_forward_clusters.cpp $<TARGET_OBJECTS:forward_case>)
 
-  fpsattn_add_gtest(test_forward_accumulation test_forward_accumulation.cpp forward_case.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_gtest(test_forward_accumulation test_forward_accumulation.cpp $<TARGET_OBJECTS:forward_case> LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_run(test_forward_accumulation test_forward_accumulation --fp8-acc=truncated)
 
-  fpsattn_add_gtest(test_forward_guard test_forward_guard.cpp forward_case.cpp LIBRARIES fpsattn CUDA::cudart)
+  fpsattn_add_gtest(test_forward_guard test_forward_guard.cpp $<TARGET_OBJECTS:forward_case> LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_cases(test_forward_guard tile_too_large tile_negative block_too_large count_too_large count_negative)
 
   # Other schedules of the emulator, and its stricter checks. --sms: few CTAs, so that each takes many work items.

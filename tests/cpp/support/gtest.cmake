@@ -1,15 +1,19 @@
 # Test programs made of GoogleTest cases.
 #   fpsattn_add_gtest(program source... LIBRARIES library...)   builds a program
+#   fpsattn_add_case(library source)                            what several programs share, compiled once
 #   fpsattn_add_host_test(program)                              runs it as it is
 #   fpsattn_add_device_run(name program [option...])            runs it under the emulator with these options, or on the GPU
 #   fpsattn_add_device_test(program source...)                  builds it, and runs it in every mode below
-#   fpsattn_add_device_cases(program case...)                   runs each case in a process of its own: a trap ends the process's device
 #   fpsattn_add_device_cases(program case...)                   runs each case in a process of its own: a trap costs the context
 # ctest shows a program as skipped where all its cases were. Every run leaves its cases in results/NAME.xml of the build folder.
 include_guard(GLOBAL)
 
 add_library(fpsattn_gtest_main STATIC "${CMAKE_CURRENT_LIST_DIR}/main.cpp")
 target_link_libraries(fpsattn_gtest_main PUBLIC GTest::gtest)
+# Half of a test's compilation is these. A precompiled header serves equal code generation only: none asks for PIC or PIE.
+set_target_properties(fpsattn_gtest_main PROPERTIES POSITION_INDEPENDENT_CODE OFF)
+target_precompile_headers(fpsattn_gtest_main PRIVATE
+  <gtest/gtest.h> <algorithm> <array> <cmath> <cstdint> <functional> <memory> <random> <sstream> <string> <vector>)
 
 # When the emulator lets asynchronous work happen, and how its FP8 WGMMA accumulates.
 set(FPSATTN_EMULATOR_MODES
@@ -18,11 +22,22 @@ set(FPSATTN_EMULATOR_MODES
   "random --async=random --seed=7"
   "truncated --async=random --seed=11 --fp8-acc=truncated")
 
+function(fpsattn_test_target target)
+  target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
+  target_link_libraries(${target} PRIVATE ${ARGN} fpsattn_gtest_main)
+  set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
+  target_precompile_headers(${target} REUSE_FROM fpsattn_gtest_main)
+endfunction()
+
+function(fpsattn_add_case library source)
+  add_library(${library} OBJECT ${source})
+  fpsattn_test_target(${library} fpsattn CUDA::cudart)
+endfunction()
+
 function(fpsattn_add_gtest program)
   cmake_parse_arguments(arg "" "" "LIBRARIES" ${ARGN})
   add_executable(${program} ${arg_UNPARSED_ARGUMENTS})
-  target_include_directories(${program} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
-  target_link_libraries(${program} PRIVATE ${arg_LIBRARIES} fpsattn_gtest_main)
+  fpsattn_test_target(${program} ${arg_LIBRARIES})
 endfunction()
 
 function(fpsattn_set_run name label environment)
