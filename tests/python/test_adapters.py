@@ -72,6 +72,7 @@ def first_queries(seen: Seen, batch: int) -> list[Tensor]:
     return list(calls[0]) if calls[0].shape[0] == batch else [q[0] for q in calls]
 
 
+@pytest.mark.slow
 def test_a_latent_cell_is_the_predicted_token(family):
     """Changing a cell of one sample's input changes exactly one row of q, at the place that the adapter's geometry says."""
     model, arguments = build(family, 2, 0.9)

@@ -197,6 +197,7 @@ def test_what_is_refused(model):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_fused_projections_lora_copies_and_recordings(model, tmp_path):
     twin = copy.deepcopy(model)
     twin.fuse_qkv_projections()

@@ -63,6 +63,7 @@ def test_one_odd_argument(name):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(range(len(JUNK))), min_size=2, max_size=5))
+@pytest.mark.slow
 def test_several_odd_arguments(changes):
     ours_or_fine(attention, **{name: JUNK[index] for name, index in changes.items()})
 
@@ -88,6 +89,7 @@ def test_random_values(name, value):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.sampled_from(["grid", "tile", "text_len", "text_position"]), NESTED | st.sampled_from(JUNK))
+@pytest.mark.slow
 def test_plan(name, value):
     small = {"grid": GRID, name: value}
     if name in ("grid", "text_len") and not isinstance(ours_or_fine(lambda: planned_size(**small)), int):
@@ -164,6 +166,7 @@ def test_two_names_of_the_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_autocast_is_that_of_sdpa(dtype):
     q, k, v = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind(0)
     v = v.to(dtype)

@@ -147,6 +147,7 @@ def video_like(kind, tokens=4096, dim=128):
 @pytest.mark.parametrize(
     ("kind", "limit", "cosine"), [("normal", 0.056, 0.9984), ("outliers", 0.081, 0.0), ("smooth", 0.0125, 0.9998)]
 )
+@pytest.mark.slow
 def test_accuracy_table(kind, limit, cosine):
     q, k, v = video_like(kind)
     out = fps.attention(q, k, v, grid=(4, 32, 32))
@@ -179,6 +180,7 @@ def problems(draw):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problems())
+@pytest.mark.slow
 def test_fuzz_against_fp64(problem):
     grid, tile, window, text_len, position, granularity, seed = problem
     layout = fps.plan(grid, tile, text_len, position)

@@ -44,6 +44,7 @@ def test_every_rule_of_means_is_here():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule))
 @pytest.mark.parametrize("grid, tile, text", LAYOUTS)
+@pytest.mark.slow
 def test_lists_output_and_gradients_are_those_of_two_calls(grid, tile, text, rule):
     """The lists are those of the pattern called with q and k, and everything else has the bits of attention under these lists."""
     layout, bound = fps.plan(grid, tile, text), patterns.from_dict(rule)
@@ -65,6 +66,7 @@ def test_lists_output_and_gradients_are_those_of_two_calls(grid, tile, text, rul
 
 @pytest.mark.parametrize("dim, more", [(40, {}), (80, {}), (128, {"precision": "int8", "granularity": "block"})])
 @torch.no_grad()
+@pytest.mark.slow
 def test_padded_channels_and_int8(dim, more):
     """Channels that are appended change neither scores nor lists; INT8 operands do not either."""
     layout = fps.plan(*LAYOUTS[0])
@@ -104,6 +106,7 @@ class _Readers(TorchDispatchMode):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule))
 @torch.no_grad()
+@pytest.mark.slow
 def test_q_and_k_are_read_by_the_quantizer_alone(rule):
     """The memory of q and k is touched by one operation, ``quantize``; a pattern that is called with q and k reads them again."""
     layout = fps.plan(*LAYOUTS[0])
@@ -120,6 +123,7 @@ def test_q_and_k_are_read_by_the_quantizer_alone(rule):
     assert len(readers.seen) >= 2
 
 
+@pytest.mark.slow
 def test_opcheck_and_transforms():
     layout = fps.plan(*LAYOUTS[0])
     inputs = tensors(layout)

@@ -24,6 +24,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
 
 
+@pytest.mark.slow
 def test_help_and_version():
     assert run("--version").stdout.startswith("fpsattn ")
     for flag in ("-h", "--help"):
@@ -76,6 +77,7 @@ def test_parse_sizes():
             parse_sizes(bad, "plan: grid")
 
 
+@pytest.mark.slow
 def test_plan_json(tmp_path):
     picture = tmp_path / "plan.png"
     result = run("plan", "21x45x80", "--window", "3,3,6", "--json", "--png", picture)
@@ -168,6 +170,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     assert isinstance(run("plan", "4x4x4").exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_long_work_is_announced(monkeypatch):
     monkeypatch.setattr("fpsattention.layout.plan", lambda *_: time.sleep(1.5) or 1 / 0)
     assert "planning 4x4x4 ..." in run("plan", "4x4x4").stderr

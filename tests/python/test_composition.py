@@ -104,6 +104,7 @@ def run(transformer: torch.nn.Module, timesteps: list[float] = [900.0]) -> torch
 
 
 @pytest.mark.parametrize("schedule_first", [True, False])
+@pytest.mark.slow
 def test_group_offloading_and_layerwise_casting(schedule_first):
     """Weights that come and go, and change their dtype, around each block: the hooks replace forwards, not processors."""
     for attach in (
@@ -133,6 +134,7 @@ def test_group_offloading_and_layerwise_casting(schedule_first):
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("schedule_first", [True, False])
+@pytest.mark.slow
 def test_group_offloading_of_fp8_linears_and_prepared_attention(kind, schedule_first):
     """The bits of the same schedule without offloading, whichever came first: weights are where they are read. Norms that are offloaded
     by themselves run with their own code, and the report says so."""

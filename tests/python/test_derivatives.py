@@ -62,6 +62,7 @@ def test_tangents_equal_the_reference(case, granularity):
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=IDS[1:])
+@pytest.mark.slow
 def test_forward_mode_is_the_adjoint_of_the_backward(case):
     """<dO, jvp(t)> = <vjp(dO), t>, in the reference and in the CPU kernels: both take the very same P."""
     q, arguments, options = saved(case)
@@ -74,6 +75,7 @@ def test_forward_mode_is_the_adjoint_of_the_backward(case):
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[5]], ids=[IDS[2], IDS[5]])
+@pytest.mark.slow
 def test_tangents_are_those_of_exact_attention(case):
     """Against FP64 forward mode of dense attention on the unquantized inputs: off by the quantization error only."""
     q, k, v = case.inputs()
@@ -136,6 +138,7 @@ def test_reverse_mode_through_the_primal_of_a_jvp():
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_torch_func_grad_and_vmap():
     q, k, v = CASE.inputs()
     stacked = torch.stack([v, *noise(v, 2)])

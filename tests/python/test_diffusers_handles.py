@@ -51,6 +51,7 @@ def test_copies_can_be_freed_and_given_another_schedule():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_pickles_of_an_applied_model_run():
     """Through a pipeline too, whose scheduler the reader knows."""
     pipe = tiny_wan.pipeline()
@@ -189,6 +190,7 @@ def test_fsdp_in_either_order(version, tmp_path):
 
 @pytest.mark.parametrize("implementation", ["no_reentrant", "reentrant"])
 @pytest.mark.parametrize("first", ["apply", "wrap"])
+@pytest.mark.slow
 def test_blocks_wrapped_for_checkpointing_recompute_their_own_forward(implementation, first):
     """torch's wrapper (FSDP, accelerate), two forwards at other levels and sizes before one backward, in either order of wrapping."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -268,6 +270,7 @@ def family() -> dict[str, tuple[Any, dict[str, torch.Tensor], int]]:
 
 @pytest.mark.parametrize("name", ["vace", "animate", "skyreels"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_wan_family(name):
     """All self-attention runs in FP8, near the dense output; a small window is far from it; remove() restores every bit."""
     model, extra, attentions = family()[name]

@@ -28,6 +28,7 @@ def reentrant(module, *args):
 
 @pytest.mark.parametrize("schedule", [DEVICE, MIXED], ids=["device", "host"])
 @pytest.mark.parametrize("function", [None, reentrant], ids=["default", "reentrant"])
+@pytest.mark.slow
 def test_checkpointing_with_two_forwards_before_a_backward(schedule, function):
     model = tiny_wan.transformer().train()
     with fps.apply(model, {**schedule, "tile": [2, 4, 4]}):
@@ -54,6 +55,7 @@ def test_blocks_recomputed_behind_our_back_are_refused():
             gradients(model)
 
 
+@pytest.mark.slow
 def test_gradients_follow_the_dense_ones_and_a_step_helps():
     model = tiny_wan.transformer().train()
     dense = gradients(model)

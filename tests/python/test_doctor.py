@@ -52,6 +52,7 @@ def test_healthy():
     assert find(report, "attention on cpu")["status"] == "ok" and find(report, "torch ops")["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_without_torch(copy):
     status, report = examine(copy, HIDE_TORCH)
     found = find(report, "torch")

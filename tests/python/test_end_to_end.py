@@ -64,6 +64,7 @@ def errors(name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_the_whole_is_no_worse_than_the_sum_of_its_parts(name):
     """And the parts are what docs/end_to_end.md says they are."""
     found = errors(name)

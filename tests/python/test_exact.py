@@ -172,6 +172,7 @@ def test_frames_and_a_pattern_that_permutes_are_refused():
 
 
 @pytest.mark.parametrize("name, content", [("wan", True), ("animate", False), ("cogvideox", False)])
+@pytest.mark.slow
 def test_compiled_models_with_exact_frames(name, content):
     """Whole, with the hooks around the graph and in it: one graph, the eager bits. Frames told by ``apply``, Animate's by its adapter."""
     model, arguments = build(tiny_models.FAMILIES[name], 1, 0.9)

@@ -47,6 +47,7 @@ def test_hidden_keys_are_not_attended(backend, position):
     assert (loud - want).abs().mean() > 10 * want.abs().mean()  # what hides them is needed
 
 
+@pytest.mark.slow
 def test_cpu_is_the_reference_and_a_sample_is_itself():
     q, k, v, hide, mask = inputs("suffix")
     k, v = hidden.fill(k, v, hide, False)
@@ -63,6 +64,7 @@ def test_cpu_is_the_reference_and_a_sample_is_itself():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.slow
 def test_gradients_are_those_of_masked_attention(backend):
     q, k, v, hide, mask = inputs("suffix")
     tensors = [x.requires_grad_() for x in (q, k, v)]
@@ -86,6 +88,7 @@ def test_k_of_the_sm90_backward_adds_nothing_to_dq():
     assert torch.equal(zero, hide)
 
 
+@pytest.mark.slow
 def test_under_compile_and_bad_arguments():
     q, k, v, hide, mask = inputs("suffix")
     lists = mask.lists(True)

@@ -307,6 +307,7 @@ def lora(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_lora_unfused_swapped_and_fused(model, when):
     """Unfused, the adapter's own layers stay 16-bit beside an FP8 base; fused, FP8 is of the merged weights. Whichever came first."""
     pytest.importorskip("peft")
@@ -462,6 +463,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_training_with_checkpointing(model):
     """Samples of both kinds in one batch; recomputation gives the same gradients, and they are near those of the plain model."""
     model.train()

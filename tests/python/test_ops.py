@@ -112,6 +112,7 @@ def test_missing_transpose_and_ops_without_gradient():
         z[3].sum().backward()
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_without_recompiles_when_lists_change():
     case = Case("compile", (2, 8, 24), (2, 4, 8), (1, 1, 2))
     layout = case.layout()
@@ -145,6 +146,7 @@ def test_compile_fullgraph_without_recompiles_when_lists_change():
 
 
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
+@pytest.mark.slow
 def test_compile_of_a_window_with_gradients_and_odd_strides(tensor_layout):
     case = CASES[2]
     wide = [torch.cat([x, x], -1).requires_grad_() for x in case.inputs()]

@@ -160,6 +160,7 @@ def test_antidiagonal(problem, stride, mass):
 
 
 @pytest.mark.parametrize("mass", [0.9, 0.4])
+@pytest.mark.slow
 def test_exact(problem, mass):
     layout, slots, q, k, _ = problem
     lse = (q @ k.transpose(-1, -2) / DIM**0.5).logsumexp(-1)
@@ -310,6 +311,7 @@ def test_by_name_in_the_op(problem, name):
 
 
 @pytest.mark.parametrize("name", CONTENT)
+@pytest.mark.slow
 def test_one_graph_and_no_values_read(name):
     """Compiled without a graph break, gradients or not; on the meta device nothing can be read."""
     layout = LAYOUTS["tiles_of_blocks"]
@@ -330,6 +332,7 @@ def test_one_graph_and_no_values_read(name):
     assert on_meta.kv_indices.shape == want.kv_indices.shape
 
 
+@pytest.mark.slow
 def test_pattern_and_attention_in_one_graph():
     """From q and k to the output and its gradients without a graph break: the bits of eager mode."""
     layout = LAYOUTS["tiles_of_blocks"]

@@ -117,6 +117,7 @@ def test_k_means_is_lloyds():
 
 
 @pytest.mark.parametrize(("grid", "text", "position"), [((3, 9, 17), 0, "suffix"), ((4, 8, 16), 21, "suffix"), ((5, 7, 11), 21, "prefix")])  # fmt: skip
+@pytest.mark.slow
 def test_svg2_attends_the_chosen_clusters(grid, text, position):
     """Blocks hold every chosen cluster pair; what the op gives under the permutation is attention under those blocks' tokens."""
     layout = fps.plan(grid, None, text, position)

@@ -103,6 +103,7 @@ def test_gpd_few_steps_and_a_dense_teacher(model):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.blocks[0].attn1.parameters())
 
 
+@pytest.mark.slow
 def test_blade_step_of_distillation():
     """BLADE: its adaptive mask, trained through: a student's projection closes in on a dense teacher in 50 steps."""
     layout = fps.plan((4, 8, 16), (2, 8, 8))
@@ -158,6 +159,7 @@ def test_soulx_streaming_chunks():
 
 @pytest.mark.parametrize("count", [2, 4])
 @torch.no_grad()
+@pytest.mark.slow
 def test_lightningcp_and_chords_parallel_denoising(model, count):
     """LightningCP, CHORDS: several sigmas in flight, one model, one thread each: the bits of one after the other."""
     timesteps = [980.0, 700.0, 400.0, 150.0][:count]

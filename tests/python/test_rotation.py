@@ -83,6 +83,7 @@ def test_k_mean_is_rotated_with_k():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_level_of_a_schedule(monkeypatch):
     """Rotated by hand before a level that does not rotate: the same bits; beside a level that does not, a launch of its own."""
     pytest.importorskip("diffusers")

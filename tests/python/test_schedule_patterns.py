@@ -149,6 +149,7 @@ ALL = [
 
 @pytest.mark.parametrize("pattern", ALL, ids=lambda pattern: pattern["name"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_every_pattern_runs_on_the_q_and_k_of_the_layer(model, pattern):
     """The output of each layer is that of the public call with the mask of the pattern of its q, k, v: the same bits."""
     seen, report = cores(model, schedule(fp8(pattern, granularity="block")), [700.0, 300.0])
@@ -242,6 +243,7 @@ class Counting:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_refresh_keeps_masks_for_steps_of_one_run(monkeypatch):
     """Two layers, two forwards a step (guidance): a mask per layer serves both and stays for three steps; a new run starts anew."""
     pipe, counting = tiny_wan.pipeline(), Counting(monkeypatch)
@@ -271,6 +273,7 @@ def test_refresh_is_of_sampling_runs(monkeypatch):
     assert counting.calls == 2 + 2 * 2
 
 
+@pytest.mark.slow
 def test_training_checkpointed_and_copied(model):
     """Gradients, the same with checkpointing (the recomputation scores again), of a copy and of a pickle; and near those of dense."""
     model = tiny_wan.transformer().train()
@@ -378,6 +381,7 @@ def test_training_through_compiled_blocks(dynamo):
 
 @pytest.mark.parametrize("level", [fp8(TOPK, refresh=2), fp8({"name": "svg2", "q_clusters": 2, "k_clusters": 2})])
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_a_graph_cannot_do_is_said(level, dynamo):
     model = tiny_wan.transformer(num_layers=1)
     plain = tiny_wan.run(model, [700.0])

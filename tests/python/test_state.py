@@ -133,6 +133,7 @@ def test_default_dtype_and_device_change_no_bit(dtype, backend):
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_threads_share_what_is_made_once():
     """Sixteen threads meet the same new grids at once: every result is right, and copies are made once per object."""
     grids = [(2, 5, 7), (3, 4, 6), (2, 6, 9), (1, 9, 11)]
@@ -214,6 +215,7 @@ def test_copies_and_pickles_are_whole_and_leave_copies_behind():
         assert other.to("meta") is other.to("meta") and other.to("meta") is not mask.to("meta")
 
 
+@pytest.mark.slow
 def test_masks_and_layouts_cannot_be_changed_and_are_collected():
     layout = fps.plan((3, 5, 8))
     mask = fps.BlockMask.from_tiles(layout, torch.ones(layout.num_tiles, layout.num_tiles, dtype=torch.bool))

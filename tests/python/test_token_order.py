@@ -58,6 +58,7 @@ def test_rows_of_a_block_are_consecutive_and_the_tiles_are_the_same(grid, tile, 
 
 
 @pytest.mark.parametrize("granularity", ["tile", "block", "token"])
+@pytest.mark.slow
 def test_attention_of_the_ordered_is_the_ordered_attention(granularity):
     grid, tile, window = (3, 8, 12), (3, 4, 4), (1, 2, 2)
     layout = plan(grid, tile, 5, "suffix")
@@ -119,6 +120,7 @@ def test_wan_is_the_same_to_the_bit(same_mean, per_token):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_hunyuanvideo_is_the_same_to_the_bit(same_mean):
     """Text after the video, padded by sample; single blocks have both in one sequence."""
     torch.manual_seed(0)

@@ -142,6 +142,7 @@ def test_warmup_applies_each_stage_once(latents):
 
 
 @pytest.mark.parametrize("schedule", ["paper", None])
+@pytest.mark.slow
 def test_training_runs_and_leaves_its_files(latents, tmp_path, schedule):
     result = train(
         config(
@@ -160,6 +161,7 @@ def test_training_runs_and_leaves_its_files(latents, tmp_path, schedule):
         assert Schedule.load(tmp_path / "fps_schedule.json") == Schedule.preset("paper", flow_shift=3.0)
 
 
+@pytest.mark.slow
 def test_resume_continues_with_the_same_bits(latents, tmp_path):
     whole = train(config(latents, tmp_path / "whole", steps=5, sparsity_warmup_steps=3, sparsity_warmup_stages=3))
     part = config(
@@ -289,6 +291,7 @@ def test_command_line_has_an_option_for_every_setting():
         assert f"--{setting.name.replace('_', '-')} " in text, setting.name
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_stay(latents, tmp_path):
     (tmp_path / "unfinished-checkpoint").mkdir()  # of a run that was killed while it saved
     train(config(latents, tmp_path, steps=4, checkpoint_every=1))

@@ -49,6 +49,7 @@ def test_the_recipe_is_the_papers():
     TrainConfig(data="d", output="o", **recipe)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_validated_and_saved(latents, tmp_path):
     model = tiny_transformer(LatentFolder(latents))
     seen = [[p.detach().clone() for p in model.parameters()]]
@@ -69,6 +70,7 @@ def test_the_moving_average_is_validated_and_saved(latents, tmp_path):
     assert plain.train == result.train and plain.validation != result.validation
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_resumes_with_the_same_bits(latents, tmp_path):
     options = {"learning_rate": 1e-2, "ema_decay": 0.9, "prompt_dropout": 0.5, "sigma_sampling": "logit_normal"}
     whole = train(config(latents, tmp_path / "whole", **options))
@@ -101,6 +103,7 @@ def test_prompts_are_dropped_per_sample_at_their_rate(latents, tmp_path):
     hook.remove()
 
 
+@pytest.mark.slow
 def test_adam_eps_reaches_the_optimizer(latents, tmp_path):
     runs = [train(config(latents, tmp_path / str(eps), adam_eps=eps)).train for eps in (1e-8, 1.0)]
     assert runs[0][0] == runs[1][0] and runs[0] != runs[1]

@@ -115,6 +115,7 @@ def test_phases_begin_where_the_schedule_puts_its_borders():
                 assert starts[phase] <= step < starts[phase + 1]
 
 
+@pytest.mark.slow
 def test_cell_errors_are_those_of_the_engine():
     """Text after the video, a weight per element, two granularities; every row looked at, or whole tiles of them."""
     layout = fps.plan((3, 5, 7), (3, 4, 4), text_len=11)
@@ -212,6 +213,7 @@ def items():
     return [Item("calibration0", made[0], 0), Item("held-out", made[1], 1000)]
 
 
+@pytest.mark.slow
 def test_the_bound_holds_on_the_held_out_run(tuned):
     pipe, _, settings, result = tuned
     assert result.reached and result.report["held_out"] <= 0.004
@@ -266,6 +268,7 @@ def test_interruption_leaves_a_schedule_and_goes_on_to_the_same_end(tuned, tmp_p
     assert run_tune(pipe, Target("rel_l1", 0.004), settings, items()).schedule == result.schedule
 
 
+@pytest.mark.slow
 def test_patterns_are_chosen_where_they_are_better(tuned):
     """Their errors are measured beside those of windows; once windows lose more, the schedule names the pattern, and it runs."""
     pipe, _, settings, _ = tuned

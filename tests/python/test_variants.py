@@ -26,6 +26,7 @@ def triple(*shape: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.slow
 def test_packed_videos_are_separate_calls(backend):
     """Of different grids, windows, tiles and text, to the bit where the statistics of K and V are shared; gradients too."""
     each = [mask_of(), mask_of((2, 8, 8), (1, 2, 1), text=5), mask_of((1, 3, 3), (1, 1, 1), tile=(1, 3, 3))]
