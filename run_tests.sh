@@ -102,10 +102,10 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
   launcher=$(sed -n 's/^FPSATTN_DEVICE_LAUNCHER:INTERNAL=//p' "$build/CMakeCache.txt")
   # sm90 NAME REPORT [EMULATOR OPTION...]: the torch ops on these kernels.
   sm90() {
-    local name=$1 report=$2 command=()
+    local name=$1 report=$2 command=() workers=(-p no:xdist)  # one process where there is one GPU
     shift 2
-    [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --)
-    PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" -p no:xdist tests/python/test_sm90_*.py \
+    [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --) workers=(-n "$jobs")
+    PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" "${workers[@]}" tests/python/test_sm90_*.py \
       --junit-xml="$results/$report"
   }
   sm90 "kernels, torch ops" sm90.xml --async=lazy
