@@ -229,14 +229,20 @@ def plot(rows, what, path):
                 if row["run"] == name:
                     of_step.setdefault(row["step"], []).append(row[key])
             steps, values = zip(*sorted(of_step.items()), strict=True)
-            axis.plot(steps, [mean(v) for v in values], color=color, marker="o", markersize=3, label=name)
+            axis.plot(
+                steps,
+                [mean(v) for v in values],
+                color=color,
+                marker="o",
+                markersize=3,
+                label=f"{name}: {mean(values[-1]):.2f}",
+            )
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
-            axis.annotate(f"{mean(values[-1]):.2f}", (steps[-1], mean(values[-1])), fontsize=8, color=color)
         axis.axhline(0, color="black", lw=0.8)
         axis.set_xlabel("step of fine-tuning")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=8, title="at the end", title_fontsize=8)
     figure.suptitle(f"Tiny Wan, {what}: mean and range of the seeds", fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
 
