@@ -24,12 +24,25 @@ SCHEMES = {
     "ring": {"scheme": "ring"},
 }
 EXACT = "Ulysses, BF16 exchange", "Ulysses, FP8 exchange", "halo"
+LAYERS, RING, BF16 = 2, 3e-5, 2.0**-8
+
+
+def allowed(name, steps, gpu):
+    """Largest difference, in root mean squares of the video: 5 deviations (of 65,536 elements) of what the calls of attention may be off together.
+
+    A call of "ring" is off by 3e-5 at most (docs/scale.md), here taken to add up; the others by nothing. On a GPU outputs are BF16, and FP8 sums drop
+    other bits where blocks are added up in another order: two roundings apart, at random.
+    """
+    calls = steps * LAYERS
+    if gpu:
+        return 5 * BF16 * calls**0.5
+    return 0.0 if name in EXACT else 5 * RING * calls
 
 
 def tiny_wan():
     torch.manual_seed(0)
     return WanTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=64, num_layers=2, ffn_dim=128, text_dim=32, in_channels=16, out_channels=16,
+        num_attention_heads=3, attention_head_dim=64, num_layers=LAYERS, ffn_dim=128, text_dim=32, in_channels=16, out_channels=16,
         freq_dim=64, rope_max_seq_len=64, cross_attn_norm=True,
     )  # fmt: skip
 
@@ -101,7 +114,7 @@ def main():
             video = generate(model, args.steps)
         spread.remove()
         equal, difference = torch.equal(video, alone), ((video - alone).abs().max() / size).item()
-        if not equal and (name in EXACT and not gpu or difference > 0.05):
+        if not (equal or difference <= allowed(name, args.steps, gpu)):
             wrong.append(name)
         verdict = (
             "equals that of one process, bit for bit"

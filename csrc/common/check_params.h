@@ -47,7 +47,7 @@ inline void check_pointers(const char* op, int alignment, std::initializer_list<
   for (const auto& [name, pointer] : pointers) check_pointer(op, name, pointer, alignment);
 }
 
-// True where 16-byte accesses to every row of a (B, H, S, D) tensor of 16-bit elements are legal.
+// True where 16-byte accesses to every row of a (B, H, S, D) tensor of 16-bit elements are legal; more than wider ones need.
 inline bool has_aligned_rows(const TokenTensor& tensor) {
   constexpr int kElements = kPointerAlignment / 2;
   return reinterpret_cast<uintptr_t>(tensor.data) % kPointerAlignment == 0 && tensor.stride_batch % kElements == 0 &&
@@ -95,6 +95,11 @@ inline void check_softmax_scale(const char* op, float scale) {
 inline void check_dtype(const char* op, const char* name, DType dtype) {
   FPSATTN_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op, ": ", name, " is ", static_cast<int>(dtype),
                 ", expected 0 (bfloat16) or 1 (float16)");
+}
+
+inline void check_out_dtype(const char* op, const char* name, DType dtype) {
+  FPSATTN_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kFloat32, op, ": ", name,
+                " is ", static_cast<int>(dtype), ", expected 0 (bfloat16), 1 (float16) or 2 (float32)");
 }
 
 // What kernels exist for: csrc/<op>/<op>.cpp picks by it, code of one lives in csrc/<op>/<architecture>.

@@ -21,7 +21,7 @@ void check_sizes(const ForwardParams& params) {
 void check(const ForwardParams& params) {
   check_sizes(params);
   check_softmax_scale(kOp, params.softmax_scale);
-  check_dtype(kOp, "out_dtype", params.out_dtype);
+  check_out_dtype(kOp, "out_dtype", params.out_dtype);
   check_pointer(kOp, "q8", params.q8);
   check_pointer(kOp, "k8", params.k8);
   check_pointer(kOp, "v8t", params.v8t);

@@ -86,6 +86,14 @@ inline DType kernel_dtype(const char* op, const char* name, ScalarType type) {
   return type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
+// Of the output of forward.
+inline DType kernel_out_dtype(const char* op, const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return DType::kFloat32;
+  FPSATTN_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name, " is ", dtype_name(type),
+                ", expected BFloat16, Half or Float");
+  return kernel_dtype(op, name, type);
+}
+
 // (B, H, S, D) with unit stride in D.
 inline TokenTensor token_tensor(const char* op, const char* name, const Tensor& x) {
   FPSATTN_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_text(x), ", expected (B, H, S, D)");

@@ -253,7 +253,7 @@ Attended forward_op(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_s
   fill_operands(op, params, q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, kv_num_blocks,
                 kv_indices, num_tokens);
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
-  params.out_dtype = kernel_dtype(op, "out_dtype", out_dtype);
+  params.out_dtype = kernel_out_dtype(op, "out_dtype", out_dtype);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.q_k_mean = optional_floats(op, "q_k_mean", q_k_mean, q8, {batch, heads, num_tokens});
   Tensor out = empty_tokens(q8, batch, heads, num_tokens, dim, out_dtype);

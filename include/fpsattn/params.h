@@ -24,8 +24,8 @@ inline constexpr int kProbabilityShift = 8;  // P = e4m3(2^(x - m + 8)): at most
 // A multiple of 32, a k step of P V. Below 128: the slots after them carry a NaN to the output.
 constexpr int code_slots(int head_dim) { return head_dim == 64 ? 96 : 64; }
 
-enum class DType : int { kBFloat16 = 0, kFloat16 = 1 };
-enum class Granularity : int { kTile = 0, kBlock = 1, kToken = 2 };  // what shares one FP8 scale of Q and of K
+enum class DType : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };  // kFloat32: the output of forward only
+enum class Granularity : int { kTile = 0, kBlock = 1, kToken = 2 };    // what shares one FP8 scale of Q and of K
 
 // One of q, k, v, out or a gradient: logical shape (B, H, S, D), unit stride in D.
 struct TokenTensor {
@@ -94,7 +94,7 @@ struct BlockLists {
 
 struct ForwardParams {
   ProblemSize size;
-  DType out_dtype = DType::kBFloat16;
+  DType out_dtype = DType::kBFloat16;  // kFloat32: not rounded, for parts that are merged
   float softmax_scale = 0.0f;
   bool q_scale_per_token = false;
   bool k_scale_per_token = false;

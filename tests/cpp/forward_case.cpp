@@ -1,5 +1,6 @@
 #include "forward_case.h"
 
+#include <cstring>
 #include <memory>
 #include <numeric>
 
@@ -75,12 +76,14 @@ namespace {
 
 constexpr uint8_t kUnwritten = 0xee;
 
+size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // A call on the device: operands uploaded, outputs between guard zones.
 struct ForwardRun {
   const ProblemSize& size;
   const size_t groups, slots;
   const TokenTensor out;
-  DeviceBuffer<uint16_t> out_memory;
+  DeviceBuffer<uint8_t> out_memory;
   DeviceBuffer<uint8_t> q8, k8, v8t;
   DeviceBuffer<float> q_scale, k_scale, v_scale, q_k_mean;
   DeviceBuffer<int32_t> token_of_slot, tile_of_block, num_blocks, indices;
@@ -100,7 +103,7 @@ struct ForwardRun {
         groups(static_cast<size_t>(size.batch) * size.heads),
         slots(static_cast<size_t>(size.num_blocks) * kBlockSlots),
         out(strides(size, memory)),
-        out_memory(size.batch * out.stride_batch, kUnwritten),
+        out_memory(size.batch * out.stride_batch * element_bytes(out_dtype), kUnwritten),
         q8(in.data.q8),
         k8(in.data.k8),
         v8t(in.data.v8t),
@@ -172,22 +175,27 @@ ForwardOutputs run_forward(const ForwardInputs& in, DType out_dtype, OutMemory m
   result.lse = run.lse.to_host();
   result.row_max = run.row_max.to_host();
   result.row_sum = run.row_sum.to_host();
-  std::vector<uint16_t> bits = run.out_memory.to_host();
+  std::vector<uint8_t> bytes = run.out_memory.to_host();
+  const size_t width = element_bytes(out_dtype);
   for (int b = 0; b < size.batch; ++b) {
     for (int h = 0; h < size.heads; ++h) {
       for (int s = 0; s < size.num_tokens; ++s) {
         for (int d = 0; d < size.head_dim; ++d) {
-          uint16_t& word = bits[b * out.stride_batch + h * out.stride_head + s * out.stride_token + d];
-          result.out_bits.push_back(word);
-          result.out.push_back(from_bits16(word, out_dtype));
-          word = kUnwritten * 0x101;
+          uint8_t* element = &bytes[width * (b * out.stride_batch + h * out.stride_head + s * out.stride_token + d)];
+          uint32_t bits = 0;
+          std::memcpy(&bits, element, width);
+          float value;
+          std::memcpy(&value, &bits, sizeof value);
+          result.out_bits.push_back(bits);
+          result.out.push_back(width == 4 ? value : from_bits16(bits, out_dtype));
+          std::memset(element, kUnwritten, width);
         }
       }
     }
   }
-  for (size_t i = 0; i < bits.size(); ++i) {  // what is left are gaps
-    if (bits[i] != kUnwritten * 0x101) {
-      ADD_FAILURE() << "out: element " << i << " between the rows was written";
+  for (size_t i = 0; i < bytes.size(); ++i) {  // what is left are gaps
+    if (bytes[i] != kUnwritten) {
+      ADD_FAILURE() << "out: byte " << i << " between the rows was written";
       break;
     }
   }
@@ -204,9 +212,10 @@ int count_mismatches(const ForwardInputs& in, const ForwardOutputs& got, DType o
   const ForwardReference ref = reference_forward(in, device_fp8_sum());
   const ProblemSize& size = in.size;
   const int dim = size.head_dim, slots = size.num_blocks * kBlockSlots;
-  const double rounding =
-      out_dtype == DType::kBFloat16 ? 0x1.02p-8 : 0x1.02p-11;  // half an ulp of the output, and FP32 noise
-  const double tiny = out_dtype == DType::kBFloat16 ? 1e-30 : 0x1p-25;
+  const double rounding = out_dtype == DType::kBFloat16  ? 0x1.02p-8  // half an ulp of the output, and FP32 noise
+                          : out_dtype == DType::kFloat16 ? 0x1.02p-11
+                                                         : 0x1p-21;
+  const double tiny = out_dtype == DType::kFloat16 ? 0x1p-25 : 1e-30;
   int bad = 0;
   const auto fail = [&](const char* what, size_t i, double value, double wanted, double allowed) {
     if (++bad <= 5 && report)

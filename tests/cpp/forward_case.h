@@ -38,7 +38,7 @@ struct ForwardCase {
 std::ostream& operator<<(std::ostream& stream, const ForwardCase& test);
 
 struct ForwardOutputs {
-  std::vector<uint16_t> out_bits;  // [B, H, S, D]
+  std::vector<uint32_t> out_bits;  // [B, H, S, D]
   std::vector<float> out, lse, row_max, row_sum;
 };
 

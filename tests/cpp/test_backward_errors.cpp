@@ -44,6 +44,7 @@ TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
       {"backward: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},
       {"backward: batch * heads is 4294836225, expected at most", [](auto& p) { p.size.batch = p.size.heads = 65535; }},
       {"backward: dtype is 7", [](auto& p) { p.dtype = static_cast<DType>(7); }},
+      {"backward: dtype is 2", [](auto& p) { p.dtype = DType::kFloat32; }},  // of forward's output only
       {"backward: softmax_scale is nan, expected a positive finite number", [](auto& p) { p.softmax_scale = NAN; }},
       {"backward: softmax_scale is 0, expected a positive", [](auto& p) { p.softmax_scale = 0.0f; }},
       {"backward: softmax_scale is -0.5, expected a positive", [](auto& p) { p.softmax_scale = -0.5f; }},

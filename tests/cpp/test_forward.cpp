@@ -33,6 +33,10 @@ std::vector<ForwardCase> cases() {
       [](ForwardCase& t) { t.grid = {5, 7, 13}, t.tile = {5, 7, 9}, t.text = 77, t.out_dtype = DType::kFloat16; });
   add("tiles_of_5_blocks",
       [](ForwardCase& t) { t.grid = {4, 10, 16}, t.tile = {4, 10, 15}, t.memory = OutMemory::kPadded; });
+  add("fp32_output", [](ForwardCase& t) {  // empty rows too
+    t.grid = {3, 7, 11}, t.tile = {3, 4, 5}, t.heads = 3, t.memory = OutMemory::kPadded, t.out_dtype = DType::kFloat32;
+    t.length = [](int, int, int tile) { return tile % 4; };
+  });
   add("list_lengths_per_batch_and_head", [](ForwardCase& t) {
     t.grid = {3, 10, 11}, t.tile = {3, 5, 4}, t.batch = 2, t.heads = 2, t.mask_batch = t.mask_heads = true;
     t.length = [](int b, int h, int tile) { return (tile * 3 + h + 2 * b) % 6; };  // 0 and 1 included

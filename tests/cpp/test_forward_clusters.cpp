@@ -45,7 +45,7 @@ std::vector<ForwardCase> cases() {
   add("one_pair", [](ForwardCase& t) { t.grid = {2, 8, 13}, t.tile = {2, 8, 13}; });
   add("tiles_of_2", [](ForwardCase& t) { t.grid = {4, 7, 21}, t.tile = {4, 7, 7}, t.heads = 2; });
   add("tiles_of_3_and_text_of_1", [](ForwardCase& t) {  // pairs first, then a third of the video and the text alone
-    t.grid = {5, 7, 18}, t.tile = {5, 7, 9}, t.text = 77;
+    t.grid = {5, 7, 18}, t.tile = {5, 7, 9}, t.text = 77, t.out_dtype = DType::kFloat32;
   });
   add("long_and_short_lists_per_head",
       [](ForwardCase& t) {  // the ring's laps end anywhere; rows empty and of one block

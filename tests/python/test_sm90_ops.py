@@ -174,6 +174,27 @@ def test_forward_is_as_accurate_as_the_reference(case, granularity, dtype):
     assert beyond(bounds, (out, lse, row_max, row_sum), want, layout) == []
 
 
+@pytest.mark.parametrize("case", [*(CASES[i] for i in (0, 1, 3, 5)), NARROW], ids=lambda case: case.name)
+def test_fp32_output_is_the_one_that_is_rounded(case):
+    """Of BF16 inputs: rounded once it is the 16-bit outputs, bit for bit; and it keeps what they lose."""
+    layout, mask = case.layout(), case.mask()
+    options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}
+    z = reference.quantize(*inputs(case, torch.bfloat16), layout.token_of_slot, layout.tile_block_offsets, **options)
+    lists = (layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices)
+    options = {"num_tokens": layout.num_tokens, "softmax_scale": case.dim**-0.5}
+    operands = on_device(*z.operands, *lists, z.q_k_mean)
+    wide, *statistics = (x.cpu() for x in SM90.forward(*operands, **options, out_dtype=torch.float32))
+    assert wide.dtype == torch.float32 and wide.transpose(1, 2).is_contiguous()
+    for dtype in HALVES:
+        narrow, *others = (x.cpu() for x in SM90.forward(*operands, **options, out_dtype=dtype))
+        assert torch.equal(wide.to(dtype), narrow) and not torch.equal(wide, narrow.float())
+        assert all(torch.equal(a, b) for a, b in zip(statistics, others, strict=True))
+    if case != NARROW:  # whose 16-bit outputs test_head_dim_96_has_the_bits_of_the_padded_one looks at
+        want = reference.forward(*z.operands, *lists, z.q_k_mean, **options, out_dtype=torch.float32)
+        bounds = forward_bounds(z, *lists[1:], softmax_scale=case.dim**-0.5, cuts=CUTS)
+        assert beyond(bounds, (wide, *statistics), want, layout) == []
+
+
 def beyond(bounds, got, want, layout):
     """Names of the outputs of forward that differ from ``want`` by more than ``bounds`` allow."""
     out, lse, row_max, row_sum = got
@@ -346,6 +367,9 @@ def test_ops_refuse_tables_that_point_out_of_range():
     scalars = {"num_tokens": layout.num_tokens, "softmax_scale": 0.125, "out_dtype": torch.bfloat16}
     with pytest.raises(ConfigError, match=r"tile_of_block\[2\] is -1, expected 0 to"):
         SM90.forward(*z.operands, tokens, tiles, mask.kv_num_blocks, mask.kv_indices, **scalars)
+    scalars["out_dtype"] = torch.float64
+    with pytest.raises(ConfigError, match=r"out_dtype is Double, expected BFloat16, Half or Float"):
+        SM90.forward(*z.operands, tokens, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices, **scalars)
 
 
 def test_forward_and_backward_take_lists_that_are_wider_than_there_are_blocks():

@@ -27,7 +27,7 @@ struct Arguments {
   float scale_log2;                                    // softmax_scale * log2(e)
   float softmax_scale;
   bool q_scale_per_token;
-  bool fp16_out;
+  DType out_dtype;
   const float *q_scale, *k_scale, *v_scale, *q_k_mean;
   const int32_t *token_of_slot, *tile_of_block;
   BlockLists kv;

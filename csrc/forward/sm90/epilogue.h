@@ -41,9 +41,18 @@ struct Epilogue {
       m[half] = isnan(sum[half]) ? sum[half] : state.max[half];  // fmaxf dropped the NaN that made the sum NaN
       inverse[half] = 1.0f / sum[half];
     }
-    stage_rows(state.out, inverse, v_scale);
-    __syncwarp();
-    copy_rows(item, tokens);
+    const auto value = [&](int chunk, int half) {  // columns 8 chunk + 2 q and the next of O
+      const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * chunk + 2 * (lane % 4));
+      return float2{state.out[4 * chunk + 2 * half] * scale.x * inverse[half],
+                    state.out[4 * chunk + 2 * half + 1] * scale.y * inverse[half]};
+    };
+    if (args.out_dtype == DType::kFloat32) {
+      store_rows(item, tokens, value);
+    } else {
+      stage_rows(value);
+      __syncwarp();
+      copy_rows(item, tokens);
+    }
     store_statistics(item, tokens, m, sum, q_k_mean);
     __syncwarp();  // the staging rows may be overwritten
   }
@@ -51,9 +60,13 @@ struct Epilogue {
   // A row with an empty list: O = 0, lse = -inf, row_max = row_sum = 0.
   __device__ void store_empty(const WorkItem& item, const int32_t (&tokens)[kBlockSlots]) const {
     const float zeros[2] = {0.0f, 0.0f};
-    for (int i = lane; i < 16 * kChunks; i += 32) reinterpret_cast<uint4*>(shared.out[warp])[i] = uint4{0, 0, 0, 0};
-    __syncwarp();
-    copy_rows(item, tokens);
+    if (args.out_dtype == DType::kFloat32) {
+      store_rows(item, tokens, [](int, int) { return float2{0.0f, 0.0f}; });
+    } else {
+      for (int i = lane; i < 16 * kChunks; i += 32) reinterpret_cast<uint4*>(shared.out[warp])[i] = uint4{0, 0, 0, 0};
+      __syncwarp();
+      copy_rows(item, tokens);
+    }
     store_statistics(item, tokens, zeros, zeros, zeros);
     __syncwarp();
   }
@@ -64,19 +77,34 @@ struct Epilogue {
     return shared.out[warp] + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
   }
 
-  // O = acc * v_scale / sum, 16 bit, to the warp's staging rows.
-  __device__ void stage_rows(const float (&out)[C::kOutRegisters], const float (&inverse)[2],
-                             const float* v_scale) const {
-    const uint32_t q = lane % 4;
+  // The thread's part of O, acc * v_scale / sum, is value(chunk, half); columns beyond D stay here.
+  //
+  // FP32 straight to token order: the quad of a row writes a chunk, 32 bytes, a whole sector.
+  template <class Value>
+  __device__ void store_rows(const WorkItem& item, const int32_t (&tokens)[kBlockSlots], const Value& value) const {
+    const int32_t batch = item.batch_head / args.heads, head = item.batch_head % args.heads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t token = tokens[16 * warp + lane / 4 + 8 * half];
+      if (token < 0) continue;
+      float* row = static_cast<float*>(args.out.data) + token_offset(args.out, batch, head, token) + 2 * (lane % 4);
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        if (8 * chunk < args.head_dim) *reinterpret_cast<float2*>(row + 8 * chunk) = value(chunk, half);
+      }
+    }
+  }
+
+  // 16 bit to the warp's staging rows.
+  template <class Value>
+  __device__ void stage_rows(const Value& value) const {
 #pragma unroll
     for (int pair = 0; pair < kChunks / 2; ++pair) {
       uint32_t words[4];  // chunk 2 pair: rows g, g + 8; chunk 2 pair + 1: rows g, g + 8
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int chunk = 2 * pair + i / 2, half = i % 2;
-        const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * chunk + 2 * q);
-        words[i] = pack_16bit(out[4 * chunk + 2 * half] * scale.x * inverse[half],
-                              out[4 * chunk + 2 * half + 1] * scale.y * inverse[half], args.fp16_out);
+        const float2 columns = value(2 * pair + i / 2, i % 2);
+        words[i] = pack_16bit(columns.x, columns.y, args.out_dtype == DType::kFloat16);
       }
       // Lane i gives the address of row i % 8 of matrix i / 8; matrices are the four words above.
       uint8_t* row = staged(lane % 8 + 8 * (lane / 8 % 2), 2 * pair + lane / 16);

@@ -31,7 +31,7 @@ Arguments arguments_of(const ForwardParams& params, const Workspace& workspace, 
   args.scale_log2 = scale_in_log2_units(params.softmax_scale);
   args.softmax_scale = params.softmax_scale;
   args.q_scale_per_token = params.q_scale_per_token;
-  args.fp16_out = params.out_dtype == DType::kFloat16;
+  args.out_dtype = params.out_dtype;
   args.q_scale = params.q_scale;
   args.k_scale = params.k_scale;
   args.v_scale = params.v_scale;

@@ -5,8 +5,8 @@
 //   O = (P V8) * s_v / l,  lse = (m - 8 + log2 l) * ln 2
 //
 // Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3, D = 64 or 128   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1
-//            in valid slots   s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16
-//            or fp16
+//            in valid slots   s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16,
+//            fp16 or f32
 // Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists
 //            first (schedule.cu); clusters of 2 CTAs where tiles have several query blocks
 // Layouts    Q, K, V^T: tiles of config.h, K-major, swizzled   P: registers, operand A of PV (kVSlotOrder: no shuffle)

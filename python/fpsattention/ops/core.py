@@ -17,7 +17,7 @@ k_mean=None, v_absmax=None, *, norm, eps, rope_halves=False, first_rotated=0, ..
 ``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
 softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
-    out (B, H, S, D), a view of (B, S, H, D) memory; lse f32 [B, H, S]; row_max, row_sum f32 [B, H, NB * 128].
+    out (B, H, S, D), a view of (B, S, H, D) memory, of any ``out_dtype`` of bf16, f16, f32 whatever was quantized; lse f32 [B, H, S]; row_max, row_sum f32 [B, H, NB * 128].
 ``backward(grad_out, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
 q_num_blocks, q_indices, *, softmax_scale, deterministic=False) -> (dq, dk, dv)``
     q_num_blocks int32 [., ., NB], q_indices int32 [., ., NB, max_q]: the query blocks that visit a KV block.

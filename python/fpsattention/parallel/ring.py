@@ -264,7 +264,7 @@ class RingAttention(torch.autograd.Function):
         mine, q_k_mean = quantize(q, k, v, sharding, options, k_mean, v_absmax)
         merge = _Merge(mine, sharding)
         one = len(problems) == 1
-        partial = options.out_dtype if one or q.device.type != "cpu" else torch.float32
+        partial = options.out_dtype if one else torch.float32  # rounded once, when merged
         out: Tensor | None = None
         kept: tuple[Tensor, ...] = ()
         pending = _fetch(mine, problems[0], sharding)

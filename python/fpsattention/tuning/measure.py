@@ -286,9 +286,9 @@ def cell_errors(
         out = torch.ops.fpsattn.forward(
             q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, mask.kv_num_blocks.to(device) * visible,
             mask.kv_indices.to(device), num_tokens=layout.num_tokens, softmax_scale=scale,
-            out_dtype=torch.float32 if device.type == "cpu" else q.dtype, q_k_mean=q_k_mean,
+            out_dtype=torch.float32, q_k_mean=q_k_mean,
         )[0]  # fmt: skip
-        square = (out[:, :, tokens, :dim].float() - exact).square()
+        square = (out[:, :, tokens, :dim] - exact).square()
         return (square if factor is None else square * factor).sum((0, 2, 3)).cpu()
 
     found = {}
