@@ -325,12 +325,12 @@ def _attended(schedule: Any, level: Any, capture: Capture, device: str) -> tuple
     from ..layout.tiles import plan
     from ..ops.selection import measured
 
-    tensors = tuple(x.to(device) for x in capture.load())
+    q, k, v = (x.to(device) for x in capture.load())
     text = (capture.text_len, capture.text_position)
     if level.pattern is None or not level.pattern.pattern.permutes:
-        heads = tensors[0].shape[2]
-        return *tensors, level_mask(schedule, level, capture.grid, heads, capture.layer, *text, tensors=tensors)
-    heads_first = [x.transpose(1, 2) for x in tensors]
+        mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v))
+        return q, k, v, mask
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     layout = plan(capture.grid, schedule.tile, *text).to(device)
     made, _ = measured(level.pattern, level.granularity, layout, *heads_first)
     return *(x.transpose(1, 2) for x in made.permuted(*heads_first)), made.mask
