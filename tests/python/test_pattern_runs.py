@@ -15,6 +15,8 @@ from fpsattention.cli import app
 from fpsattention.integrations.selection import Selections
 from fpsattention.schedule import Schedule
 
+pytestmark = pytest.mark.slow
+
 BORDERS = (1.0, 0.9, 0.8, 0.7, 0.0)  # the demo's six steps: 1.00 0.94 | 0.86 | 0.75 | 0.60 0.38
 PATTERNS = {
     "scored": {"name": "topk_mean", "ratio": 0.3},
@@ -38,7 +40,6 @@ def run(*arguments):
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
 def test_demo(tmp_path):
     """Every level runs, is split by cause, has both densities in the report; masks are drawn of those that have one."""
     pytest.importorskip("imageio_ffmpeg")

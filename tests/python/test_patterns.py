@@ -360,6 +360,7 @@ def test_lists_are_as_wide_as_the_budget():
     assert mask.kv_indices.shape[-1] == int(0.17 * layout.num_blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid, tile", [((5, 23, 29), None), ((7, 17, 23), (3, 5, 7)), ((9, 13, 27), (2, 7, 9))])
 def test_the_kernel_attends_what_the_selector_selects(grid, tile):
     """Published settings, odd grids: nothing is attended that was not selected but the own tile, 2 % at most where queries resemble the keys at

@@ -411,6 +411,7 @@ KEEPING_MIXED = schedule(
     {"precision": "fp8", "window": [1, 1, 1]},
     fp8({"name": "sparge", "mass": None, "ratio": 0.4, "similarity": -0.1}, refresh=3),
     tile=[1, 2, 2],
+    layers={"1": "l0"},
 )
 
 
@@ -422,15 +423,14 @@ def compile_whole(model: Any, **options: Any) -> None:
     model.compile(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data, compiled, graphs",
     [
         (KEEPING, compile_blocks, 1),
-        pytest.param(KEEPING, compile_whole, 1, marks=pytest.mark.slow),
-        pytest.param(KEEPING_MIXED, compile_blocks, 1, marks=pytest.mark.slow),
-        pytest.param(
-            KEEPING_MIXED, compile_whole, 2, marks=pytest.mark.slow
-        ),  # tokens are in tile order under its window
+        (KEEPING, compile_whole, 1),
+        (KEEPING_MIXED, compile_blocks, 2),  # a layer of its own is another code
+        (KEEPING_MIXED, compile_whole, 1),
     ],
     ids=["one-blocks", "one-whole", "mixed-blocks", "mixed-whole"],
 )

@@ -511,9 +511,11 @@ class LevelTables:
                     packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
             selectors = {}
             for i in self._dynamic[group]:
+                of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
+                if i != of_class[0]:  # asked for once: lists that are due are not at the second time
+                    continue
                 select = self._selector(tokens, levels[i], device, backward, in_graph=True)
                 if select.refresh > 1 and due is not None:
-                    of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
                     wanted = known is None or any(segment in of_class for segment in known)
                     now = due(group, select, wanted)
                     select = select if now is None else replace(select, fresh=flag(now, (group, -1 - i)))
