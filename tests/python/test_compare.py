@@ -20,7 +20,7 @@ from fpsattention import ConfigError
 from fpsattention.cli import app
 from fpsattention.compare.harness import CompareConfig, run_compare
 from fpsattention.compare.methods import Context, choose, methods
-from fpsattention.compare.report import predicted_speedup, summary
+from fpsattention.compare.report import predicted_ms, predicted_speedup, summary
 from fpsattention.compare.running import attention_by
 from fpsattention.compare.temporal import frame_features, temporal_metrics
 from fpsattention.demo.tiny_wan import tiny_inputs, tiny_pipeline
@@ -66,7 +66,7 @@ def test_dense_is_the_model_itself_and_others_are_not(pipe, all_methods):
             seen[name] = latents(pipe)
         assert counted.calls == 2 * 2 * 2  # steps, layers, both forwards of the guidance
         assert counted.density == pytest.approx(counted.flops / counted.dense_flops)
-        if name in ("dense", "sage", "naive", "fps-fp8", "paper-fp8"):
+        if name in ("dense", "bf16", "sage", "naive", "fps-fp8", "paper-fp8"):
             assert counted.density == 1.0
         if name in ("sta", "fps", "fps-pseudo"):
             assert 0 < counted.density < 0.5
@@ -74,7 +74,7 @@ def test_dense_is_the_model_itself_and_others_are_not(pipe, all_methods):
     assert torch.equal(latents(pipe), plain)  # everything was put back
     errors = {name: ((x - plain).norm() / plain.norm()).item() for name, x in seen.items()}
     assert all(0 < error < 1 for name, error in errors.items() if name != "dense"), errors
-    assert errors["fps-fp8"] < errors["fps"] and errors["sage"] < errors["sta"], errors
+    assert errors["bf16"] < errors["fps-fp8"] < errors["fps"] and errors["sage"] < errors["sta"], errors
 
 
 def test_fps_is_what_apply_runs(pipe, all_methods):
@@ -90,7 +90,9 @@ def test_methods_by_name(all_methods):
     schedule = Schedule.preset("paper")
     assert [m.name for m in choose("sage, fps ,dense,sage", schedule)] == ["sage", "fps"]
     for wrong in ("sage,sag", ""):
-        with pytest.raises(ConfigError, match=r"compare: method .* expected some of dense, sage, sparge, svg, sta"):
+        with pytest.raises(
+            ConfigError, match=r"compare: method .* expected some of dense, bf16, sage, sparge, svg, sta"
+        ):
             choose(wrong, schedule)
     fine = Context(fps.plan((3, 6, 10), TILE), 0, 0.9, None)
     assert all_methods["dense"].is_dense(fine) and not all_methods["fps"].is_dense(fine)
@@ -193,6 +195,7 @@ def test_command_line(tmp_path):
 
 def test_prediction_is_rate_over_density():
     assert predicted_speedup("bf16", 1.0) == 1.0 and predicted_speedup("bf16", 0.25) == 4.0
+    assert predicted_ms("bf16", 0.7) / predicted_ms("fp8", 0.7 / 4) == pytest.approx(predicted_speedup("fp8", 0.25))
     assert predicted_speedup("fp8", 0.5) == pytest.approx(2 * predicted_speedup("fp8", 1.0))
     report = {
         "runs": {"fps": [{"density": 0.2, "video": {"psnr_db": None, "identical": True}}]},

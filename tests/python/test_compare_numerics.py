@@ -10,7 +10,7 @@ import torch
 
 import fpsattention as fps
 from fpsattention import ConfigError
-from fpsattention.compare.numerics import EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
+from fpsattention.compare.numerics import BF16, EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
 
 LAYOUT = fps.plan((3, 7, 14), (3, 7, 5), 11)  # tiles of 105, 105, 84 tokens and text: padding in every block
 
@@ -67,11 +67,13 @@ def plain(q, k, v, mask, numerics, pv_threshold=None, warp=32):
                 scales[mine] = s
         return values, scales
 
-    if numerics.qk == "exact":
+    if numerics.qk == "bf16":
+        q, k, v = (torch.from_numpy(x).bfloat16().double().numpy() for x in (q, k, v))
+    if numerics.qk in ("exact", "bf16"):
         (qv, qs), (kv, ks) = (q, np.ones(len(q))), (k, np.ones(len(k)))
     else:
         (qv, qs), (kv, ks) = rounded(q, numerics.q_group), rounded(k, numerics.k_group)
-    if numerics.v == "exact":
+    if numerics.v in ("exact", "bf16"):
         vv, vs = v, np.ones(dim)
     else:
         vs = np.abs(v).max(0) / 448 if numerics.v == "channel" else np.full(dim, np.abs(v).max() / 448)
@@ -93,6 +95,8 @@ def plain(q, k, v, mask, numerics, pv_threshold=None, warp=32):
                 total = p.sum(1)
                 if numerics.p_scale is not None:
                     p = e4m3(p * numerics.p_scale) / numerics.p_scale
+                elif numerics.v == "bf16":
+                    p = torch.from_numpy(p).bfloat16().double().numpy()
                 if numerics.round_sum:
                     total = p.sum(1)
                 rescale = np.exp(m - new)
@@ -116,8 +120,8 @@ class OneHead:
 
 @pytest.mark.parametrize(
     "numerics",
-    [EXACT, SAGE, NAIVE_FP8, PAPER, Numerics("fp8", "block", "half", True, "channel", 256.0, True)],
-    ids=["exact", "sage", "naive", "paper", "mixed"],
+    [EXACT, BF16, SAGE, NAIVE_FP8, PAPER, Numerics("fp8", "block", "half", True, "channel", 256.0, True)],
+    ids=["exact", "bf16", "sage", "naive", "paper", "mixed"],
 )
 def test_equals_the_rule_in_plain_python(numerics):
     q, k, v = tensors()
@@ -150,9 +154,9 @@ def test_errors_are_in_the_order_that_care_predicts():
     def error(out):
         return ((out - dense).abs().sum() / dense.abs().sum()).item()
 
-    naive, sage = (error(blockwise_attention(q, k, v, mask, n)[0]) for n in (NAIVE_FP8, SAGE))
+    naive, sage, bf16 = (error(blockwise_attention(q, k, v, mask, n)[0]) for n in (NAIVE_FP8, SAGE, BF16))
     ours = error(fps.attention(q, k, v, grid=LAYOUT.grid, block_mask=mask, text_len=11, tensor_layout="HND"))
-    assert 0 < sage < naive and 0 < ours < naive
+    assert 0 < bf16 < sage < naive and bf16 < ours < naive
 
 
 def test_the_second_filter_of_sparge():

@@ -153,7 +153,15 @@ def test_svg2_attends_the_chosen_clusters(grid, text, position):
     attended = torch.zeros_like(allowed)
     for head in range(2):
         attended[0, head][clustered.q_order[0, head][:, None], clustered.k_order[0, head]] = in_order[0, head]
-    assert (attended | ~allowed).all()
+    # The lists: a pair of blocks is visited where it holds tokens of a chosen pair of clusters, and only there.
+    flat, blocks = clustered.mask.layout, clustered.mask.to_blocks()
+    tile_of_place = flat.slot_of_token.long() // 128
+    for head in range(2):
+        chosen_there = allowed[0, head][clustered.q_order[0, head]][:, clustered.k_order[0, head]]
+        pairs = torch.zeros(flat.num_blocks, flat.num_blocks, dtype=torch.bool)
+        i, j = chosen_there.nonzero(as_tuple=True)
+        pairs[tile_of_place[i], tile_of_place[j]] = True
+        assert torch.equal(blocks[0, head], pairs)
     assert attended.float().mean() < 1.0
     assert attended.double().mean().item() == pytest.approx(clustered.density().kernel)
     out = patterns.clustered_attention(q, k, v, clustered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -313,14 +314,19 @@ def test_training_and_inference_round_alike(model):
 
 @torch.no_grad()
 def test_tfmq_temporal_features_stay_as_they_are(model):
-    """Temporal feature maintenance: time embedding and modulation are untouched, outputs and parameters, to the bit."""
+    """Temporal feature maintenance: time embedding and modulation are untouched, outputs and parameters, to the bit; with FP8 linears, too."""
+    model = copy.deepcopy(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     seen = []
     hook = model.condition_embedder.register_forward_hook(lambda _m, _a, out: seen.append(out))
     tiny_wan.run(model, [700.0])
-    with fps.apply(model, SCHEDULE):
-        tiny_wan.run(model, [700.0])
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    schedule = replace(fps.Schedule.from_dict(SCHEDULE), own_linears=())
+    for linears in (None, "fp8"):
+        with fps.apply(model, schedule, linears=linears) as handle:
+            tiny_wan.run(model, [700.0])
+            assert any(row.linears for row in handle.report().rows) == (linears == "fp8")
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     hook.remove()
-    for a, b in zip(*seen, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    assert len(seen) == 3
+    for own, *ours in zip(*seen, strict=True):
+        assert all((own is None and x is None) or torch.equal(own, x) for x in ours)

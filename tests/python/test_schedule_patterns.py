@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import threading
 from typing import Any
 
@@ -173,6 +174,9 @@ def test_every_pattern_runs_on_the_q_and_k_of_the_layer(model, pattern):
             inputs = {name: inputs[name] for name in bound.pattern.inputs}
             selected = bound.pattern.density(layout=layout, **inputs, **bound.hyperparameters).selected
             assert row.selected == pytest.approx(selected, abs=1e-6)
+    if not bound.static:
+        text = rf"level l0: {bound.name} selected 0\.\d{{4}} of the pairs, the kernel visited 0\.\d{{4}} \(1\.\d{{3}} times\)"
+        assert re.search(text, str(report))
 
 
 @torch.no_grad()
@@ -379,19 +383,23 @@ def test_training_through_compiled_blocks(dynamo):
         torch.testing.assert_close(gradients(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", [fp8(TOPK, refresh=2), fp8({"name": "svg2", "q_clusters": 2, "k_clusters": 2})])
 @torch.no_grad()
 @pytest.mark.slow
-def test_what_a_graph_cannot_do_is_said(level, dynamo):
+def test_what_a_graph_cannot_do_is_said(dynamo):
     model = tiny_wan.transformer(num_layers=1)
     plain = tiny_wan.run(model, [700.0])
-    with fps.apply(model, schedule(level)):
-        compiled = torch.compile(model, backend="eager")
-        with pytest.raises(UnsupportedError, match="is compiled, and level 'l0' .*wanted this model eager"):
+    with fps.apply(model, KEEPING):
+        compiled = torch.compile(lambda **arguments: model(**arguments), fullgraph=True, backend="eager")
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match="keeps a mask for 3 steps.*compile the transformer itself"
+        ):
             compiled(**tiny_wan.inputs([700.0]))
-    if "refresh" in level:  # compiled blocks do it
-        return
-    with fps.apply(model, schedule(level), on_unsupported="dense") as handle:
+    permuting = schedule(fp8({"name": "svg2", "q_clusters": 2, "k_clusters": 2}))
+    with fps.apply(model, permuting):
+        compiled = torch.compile(model, backend="eager")
+        with pytest.raises(UnsupportedError, match="is compiled, and level 'l0' .*cdf_mean.*wanted this model eager"):
+            compiled(**tiny_wan.inputs([700.0]))
+    with fps.apply(model, permuting, on_unsupported="dense") as handle:
         model.compile_repeated_blocks(backend="eager")
         torch.testing.assert_close(tiny_wan.run(model, [700.0]), plain)
         assert "permutes" in str(handle.report())
@@ -403,13 +411,32 @@ KEEPING_MIXED = schedule(
     {"precision": "fp8", "window": [1, 1, 1]},
     fp8({"name": "sparge", "mass": None, "ratio": 0.4, "similarity": -0.1}, refresh=3),
     tile=[1, 2, 2],
+    layers={"1": "l0"},
 )
 
 
-@pytest.mark.parametrize("data", [KEEPING, pytest.param(KEEPING_MIXED, marks=pytest.mark.slow)], ids=["one", "mixed"])
+def compile_blocks(model: Any, **options: Any) -> None:
+    model.compile_repeated_blocks(**options)
+
+
+def compile_whole(model: Any, **options: Any) -> None:
+    model.compile(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "data, compiled, graphs",
+    [
+        (KEEPING, compile_blocks, 1),
+        (KEEPING, compile_whole, 1),
+        (KEEPING_MIXED, compile_blocks, 2),  # a layer of its own is another code
+        (KEEPING_MIXED, compile_whole, 1),
+    ],
+    ids=["one-blocks", "one-whole", "mixed-blocks", "mixed-whole"],
+)
 @torch.no_grad()
-def test_compiled_blocks_keep_lists_for_steps_of_a_run(data, dynamo):
-    """One graph per block, without a break; lists stay in buffers and the samples have the bits of the eager ones, run after run."""
+def test_graphs_keep_lists_for_steps_of_a_run(data, compiled, graphs, dynamo):
+    """No graph breaks; lists stay in buffers of each layer and the samples have the bits of the eager ones, run after run."""
     count = 0
 
     def backend(graph: Any, _inputs: Any) -> Any:
@@ -420,10 +447,10 @@ def test_compiled_blocks_keep_lists_for_steps_of_a_run(data, dynamo):
     pipe = tiny_wan.pipeline()
     with fps.apply(pipe, data) as handle:
         eager = [tiny_wan.sample(pipe, steps) for steps in (5, 4)]
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        compiled(pipe.transformer, fullgraph=True, backend=backend)
         for steps, wanted in zip((5, 4), eager, strict=True):
             assert torch.equal(tiny_wan.sample(pipe, steps), wanted)
-        assert count == 1
+        assert count == graphs
         kept = [site.kept["l0"] for site in handle.installations[0].sites]
         assert kept[0].any() and not torch.equal(*kept)
         before = [buffer.clone() for buffer in kept]

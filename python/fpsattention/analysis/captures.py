@@ -306,9 +306,7 @@ def _analyze(
             "rows": None,
         }
         if level.precision != "bf16":
-            q, k, v = (x.to(device) for x in capture.load())
-            text = (capture.text_len, capture.text_position)
-            mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v))
+            q, k, v, mask = _attended(schedule, level, capture, device)
             record["granularity"] = level.granularity
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
@@ -318,6 +316,22 @@ def _analyze(
         if on_step is not None:
             on_step(capture)
         yield record
+
+
+def _attended(schedule: Any, level: Any, capture: Capture, device: str) -> tuple[Any, ...]:
+    """q, k, v of a capture and the mask of a level; of a pattern that permutes in its orders, which change no error."""
+    from ..layout.tiles import plan
+    from ..ops.selection import measured
+
+    q, k, v = (x.to(device) for x in capture.load())
+    text = (capture.text_len, capture.text_position)
+    if level.pattern is None or not level.pattern.pattern.permutes:
+        mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v))
+        return q, k, v, mask
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    layout = plan(capture.grid, schedule.tile, *text).to(device)
+    made, _ = measured(level.pattern, level.granularity, layout, *heads_first)
+    return *(x.transpose(1, 2) for x in made.permuted(*heads_first)), made.mask
 
 
 def error_series(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -359,7 +373,7 @@ def level_mask(
     if pattern.pattern.permutes or tensors is None:
         came = "permutes the tokens of every head" if pattern.pattern.permutes else "reads q and k, which are not given"
         raise ConfigError(
-            f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, wanted one that makes a mask"
+            f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, wanted one that makes a mask of tiles"
         )
     q, k, v = (x.transpose(1, 2) for x in tensors)
     return measured(pattern, level.granularity, layout.to(q.device), q, k, v)[0]

@@ -15,7 +15,8 @@ def command(
         Path, typer.Option(help="Folder for runs, videos and the report; runs found there are kept.")
     ] = Path("fpsattn_compare"),
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: sage, sparge, svg, sta, naive, fps-fp8, fps, fps-pseudo, paper-fp8.")
+        str,
+        typer.Option(help="Comma-separated: bf16, sage, sparge, svg, sta, naive, fps-fp8, fps, fps-pseudo, paper-fp8."),
     ] = "sage,sparge,svg,sta,fps-fp8,fps",
     schedule: Annotated[str, typer.Option(help="FPSAttention's: preset or file.")] = "paper",
     sta_density: Annotated[float, typer.Option("--sta-density", help="Of STA's window.")] = 0.2,

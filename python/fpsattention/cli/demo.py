@@ -12,7 +12,9 @@ from .output import JsonOption, make_folder, print_json, print_table, progress_b
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder for videos, pictures and reports.")] = Path("fpsattn_demo"),
-    preset: Annotated[str, typer.Option(help="paper, training_free, fp8, dense, or a schedule file.")] = "paper",
+    preset: Annotated[
+        str, typer.Option("--preset", "--schedule", help="paper, training_free, fp8, dense, or a schedule file.")
+    ] = "paper",
     small: Annotated[
         bool, typer.Option("--small", help="The smallest useful size (96x160, 17 frames, 4 steps).")
     ] = False,

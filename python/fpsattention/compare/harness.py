@@ -159,6 +159,12 @@ def _schedule(config: CompareConfig) -> Schedule:
     from ..schedule import Schedule
 
     schedule = Schedule.resolve(config.schedule)
+    for level in schedule.levels.values():
+        if level.pattern is not None and level.pattern.pattern.permutes:
+            raise ConfigError(
+                f"fpsattention.compare: level {level.name!r} has the pattern {level.pattern.name}, which permutes tokens, wanted patterns that make "
+                "a mask of tiles: fpsattn demo runs it"
+            )
     return replace(schedule, tile=TILE) if config.model is None and schedule.tile is None else schedule
 
 

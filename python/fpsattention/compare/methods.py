@@ -22,7 +22,7 @@ from ..ops.attend import attend
 from ..schedule import Level, Schedule, Window
 from ..schedule.schedule import window_to_json
 from . import packages
-from .numerics import EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
+from .numerics import BF16, EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
 
 
 class Context(NamedTuple):
@@ -165,6 +165,7 @@ def methods(schedule: Schedule, density: float = 0.2) -> dict[str, Method]:
     return dict(
         [
             _method("dense", "dense", "the model's own attention"),
+            _method("bf16", "BF16", "both products of BF16 operands, sums in FP32", BF16),
             _method("sage", "SageAttention", "INT8 QK per block, K smoothed, FP8 PV", SAGE, bits="int8+fp8"),
             _method(
                 "sparge", "SpargeAttn", "self-similarity gate and CDF 0.98, then the filter in the softmax (50); Sage numerics", SAGE,

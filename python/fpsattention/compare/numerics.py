@@ -21,7 +21,8 @@ from ..layout.tiles import BLOCK
 from ..ops.reference import E4M3_MAX, to_e4m3
 from ..patterns.blocks import check_tensors, gather_blocks, tables
 
-PRECISIONS = ("exact", "int8", "fp8")
+PRECISIONS = ("exact", "bf16", "int8", "fp8")
+VALUES = ("exact", "bf16", "channel", "head")
 GROUPS = ("head", "tile", "block", "half")  # tokens that share a scale of q and k
 _LOG2E = math.log2(math.e)
 _BYTES_AT_ONCE = 1 << 28  # scores of a step; about ten such tensors live at once
@@ -32,11 +33,11 @@ class Numerics:
     """How an attention rounds.
 
     Attributes:
-        qk: "exact" (FP32), "int8" (``round(x / s)``, ``s = absmax / 127``) or "fp8" (``e4m3(x / s)``, ``s = absmax / 448``).
+        qk: "exact" (FP32), "bf16", "int8" (``round(x / s)``, ``s = absmax / 127``) or "fp8" (``e4m3(x / s)``, ``s = absmax / 448``).
         q_group, k_group: tokens that share a scale: "head" (all), "tile", "block" (128 slots), "half" (64).
         smooth_k: subtract the mean of K over all tokens first.
-        v: "exact", "channel" (E4M3, a scale per channel) or "head" (one per head).
-        p_scale: P is rounded to ``e4m3(p_scale * exp(x - m))`` with the running row maximum m; None: not rounded.
+        v: "exact", "bf16", "channel" (E4M3, a scale per channel) or "head" (one per head).
+        p_scale: P is rounded to ``e4m3(p_scale * exp(x - m))`` with the running row maximum m; None: as V is "bf16", or not rounded.
         round_sum: the normaliser is the sum of the rounded P, not of the exact one.
     """
 
@@ -49,9 +50,9 @@ class Numerics:
     round_sum: bool = False
 
     def __post_init__(self) -> None:
-        if self.qk not in PRECISIONS or self.v not in ("exact", "channel", "head"):
+        if self.qk not in PRECISIONS or self.v not in VALUES:
             raise ConfigError(
-                f"fpsattention.compare.Numerics: qk {self.qk!r}, v {self.v!r}, expected one of {PRECISIONS}; exact, channel, head"
+                f"fpsattention.compare.Numerics: qk {self.qk!r}, v {self.v!r}, expected one of {PRECISIONS}; {VALUES}"
             )
         if self.q_group not in GROUPS or self.k_group not in GROUPS:
             raise ConfigError(
@@ -60,6 +61,8 @@ class Numerics:
 
 
 EXACT = Numerics()
+#: Operands of both products in BF16, sums in FP32, the exact P in the normaliser: FlashAttention (arXiv 2307.08691) in 16 bits.
+BF16 = Numerics("bf16", v="bf16")
 #: SageAttention 2 (arXiv 2411.10958; thu-ml/SageAttention): INT8 Q per 128 and K per 64 tokens, K smoothed; P times 448 and V per channel in E4M3.
 SAGE = Numerics("int8", "block", "half", True, "channel", 448.0)
 #: One scale per head for each of Q, K, V and P, nothing else: what FP8 attention is without care.
@@ -166,6 +169,8 @@ def _heads(
         exact_sum = p.sum(-1)
         if numerics.p_scale is not None:
             p = to_e4m3(p * numerics.p_scale).float() / numerics.p_scale
+        elif numerics.v == "bf16":
+            p = p.bfloat16().float()
         rescale = torch.where(m == m_new, 1.0, torch.exp2((m - base) * _LOG2E))
         l = l * rescale + (p.sum(-1) if numerics.round_sum else exact_sum)
         if pv_threshold is not None:
@@ -182,8 +187,9 @@ def _heads(
 
 def _rounded(blocks: Tensor, precision: str, group: str, mask: BlockMask) -> tuple[Tensor, Tensor]:
     """Operand values ``[B, H, NB, 128, D]`` (FP32) and the scale of each slot ``[B, H, NB, 128]``; padding is zero."""
-    if precision == "exact":
-        return blocks, torch.ones(blocks.shape[:-1], device=blocks.device)
+    if precision in ("exact", "bf16"):
+        values = blocks if precision == "exact" else blocks.bfloat16().float()
+        return values, torch.ones(blocks.shape[:-1], device=blocks.device)
     absmax = blocks.abs().amax(-1)
     if group == "half":
         absmax = absmax.unflatten(-1, (2, 64)).amax(-1, keepdim=True).expand(*absmax.shape[:-1], 2, 64).flatten(-2)
@@ -205,8 +211,9 @@ def _rounded(blocks: Tensor, precision: str, group: str, mask: BlockMask) -> tup
 
 def _rounded_v(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Values ``[B, H, NB, 128, D]`` (FP32) and scales ``[B, H, D]``."""
-    if kind == "exact":
-        return blocks, torch.ones(*blocks.shape[:2], blocks.shape[-1], device=blocks.device)
+    if kind in ("exact", "bf16"):
+        values = blocks if kind == "exact" else blocks.bfloat16().float()
+        return values, torch.ones(*blocks.shape[:2], blocks.shape[-1], device=blocks.device)
     absmax = blocks.abs().amax((2, 3))
     if kind == "head":
         absmax = absmax.amax(-1, keepdim=True).expand_as(absmax)

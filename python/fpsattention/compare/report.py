@@ -24,6 +24,11 @@ PAPER_TABLE_2 = (
 )
 
 
+def predicted_ms(bits: str, tflop: float) -> float:
+    """Of the attention of a run: ``tflop / RATES[bits]``. Computed, likewise."""
+    return 1e3 * tflop / RATES[bits]
+
+
 def predicted_speedup(bits: str, density: float) -> float:
     """Of attention alone over dense BF16: ``RATES[bits] / (RATES["bf16"] density)``. Computed; selection and quantization are not in it."""
     return RATES[bits] / RATES["bf16"] / density
@@ -77,6 +82,7 @@ def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "attention_tflop": None if flops is None else flops / 1e12,
                 "seconds": mean("seconds"),
                 "predicted_attention_speedup": predicted_speedup(method["bits"], density),
+                "predicted_attention_ms": None if flops is None else predicted_ms(method["bits"], flops / 1e12),
             }
         )
     return rows
@@ -93,13 +99,15 @@ def _lines(report: dict[str, Any], pictures: Sequence[str]) -> list[str]:
         "latents: relative L1",
         "attention TFLOP",
         "density",
-        "predicted attention, x",
+        "predicted attention (ms)",
+        "x",
     ]
     quality = [
         [
             row["label"], "" if row["method"] == "dense" else fixed(row["psnr_db"], 2),
             *("" if row["method"] == "dense" else fixed(row[key], 4) for key in ("ssim", "lpips", "latent_rel_l1")),
-            fixed(row["attention_tflop"], 4), fixed(row["density"], 3), fixed(row["predicted_attention_speedup"], 2),
+            fixed(row["attention_tflop"], 4), fixed(row["density"], 3),
+            fixed(row["predicted_attention_ms"], 3), fixed(row["predicted_attention_speedup"], 2),
         ]
         for row in report["table"]
     ]  # fmt: skip
@@ -121,7 +129,7 @@ def _lines(report: dict[str, Any], pictures: Sequence[str]) -> list[str]:
         "",
         f"LPIPS: {', '.join(sorted(reasons)) or 'not run'}. Imaging quality and subject consistency are VBench's: run it on `vbench/<method>`, which has its layout.",
         "",
-        "The last column is **computed, not measured**: attention alone over dense BF16, from the density that ran and assumed rates (TFLOP/s at D = 128, H200: "
+        "The last two columns are **computed, not measured**: the attention of a whole run, and its speed-up over dense BF16, from what ran and assumed rates (TFLOP/s at D = 128, H200: "
         + ", ".join(f"{bits} {rate:.0f}" for bits, rate in RATES.items())
         + "); selecting blocks and quantizing are not in it.",
         "",

@@ -58,7 +58,7 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
         with handle:
             with handle.record(dir=folder, layers=layers):
                 sparse = run_pipeline(pipe, call, config, device, "FPSAttention", progress)
-            ran = handle.report().to_dict()
+            ran = handle.report()
         records = _split(folder, schedule, config, device, progress)
         masks = _masks(folder, schedule, pipe.transformer.config.num_attention_heads, device)
     finally:
@@ -77,7 +77,8 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
         },
         "levels": _by_level(records),
         "captures": records,
-        "ran": ran,
+        "ran": {**ran.to_dict(), "notes": ran.notes()},
+        "masks_drawn": list(masks),
         # The first run pays for what happens once in a process: the control, where there is one, is the fair one to compare with.
         "seconds": {"dense": (again or dense).seconds, "FPSAttention": sparse.seconds},
     }  # fmt: skip

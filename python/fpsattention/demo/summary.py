@@ -52,8 +52,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "![error](error_vs_sigma.png)",
         "",
     ]
-    if any(level["precision"] != "bf16" for level in report["levels"]):
+    if report["masks_drawn"]:
         lines += ["![block masks](block_mask.png)", ""]
+    lines += ["## What ran", "", *(f"* {note}" for note in report["ran"]["notes"]), ""]
     return lines + _time_lines(report) + _honest_lines(report, tiny) + _version_lines(env)
 
 

@@ -94,11 +94,11 @@ def dynamic(x: Tensor) -> Tensor:
     return x
 
 
-@lru_cache(maxsize=256)
-def flag(value: bool, which: int) -> Tensor:
+@lru_cache(maxsize=1024)
+def flag(value: bool, which: tuple[int, int]) -> Tensor:
     """A predicate that the host knows: a branch on it waits for no device.
 
-    ``which``: of a graph's predicates. One tensor for two of them would be another graph than two tensors.
+    ``which``: of a graph's predicates, by group of layers and branch. One tensor for two of them would be another graph than two tensors.
     """
     with plain_tensors():
         return torch.tensor(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from ..ops.checks import HEAD_DIMS, kernel_dim
-from ..schedule import Level, Schedule
+from ..schedule import Schedule
 from .adapters import ADAPTERS, Adapter, Geometry, refusal
 from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, installed, restore, swap
@@ -208,8 +208,6 @@ class Installation(Engine):
         if in_graphs:
             reason = self.tables.eager_only()
             forward.refused = None if reason is None else self._refused_compiled(reason)
-        if in_graphs and compiled and reason is None and (level := self.tables.refreshed) is not None:
-            forward.refused = self._refused_compiled(_keeps(level))
         if geometry.text_len is None:
             forward.tokens, forward.video = None, tokens
             if in_graphs:
@@ -277,7 +275,8 @@ class Installation(Engine):
             )
         if (level := self.tables.refreshed) is not None:
             raise UnsupportedError(
-                f"fpsattention.apply: {self.name} is compiled, and {_keeps(level)}, wanted this model eager"
+                f"fpsattention.apply: {self.name}: level {level.name!r} keeps a mask for {level.refresh} steps, which are counted by hooks that "
+                "this graph holds, wanted them outside: compile the transformer itself (torch.compile(transformer), compile_repeated_blocks)"
             )
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
@@ -398,11 +397,6 @@ def _is_compiled(module: Any) -> bool:
         or "_orig_mod" in module._modules
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
     )
-
-
-def _keeps(level: Level) -> str:
-    """Why a graph of more than a block cannot run a level whose lists stay for some steps."""
-    return f"level {level.name!r} keeps a mask for {level.refresh} steps, which blocks do that are compiled one by one (compile_repeated_blocks)"
 
 
 def _constant(size: int) -> int:

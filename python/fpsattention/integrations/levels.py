@@ -337,7 +337,10 @@ class LevelTables:
                     f"level {level.name!r} keeps a mask for {level.refresh} steps, of layers whose heads are not known"
                 )
             if level.pattern is not None and level.pattern.pattern.permutes:
-                return f"level {level.name!r} permutes the tokens of every head ({level.pattern.name})"
+                return (
+                    f"level {level.name!r} permutes the tokens of every head ({level.pattern.name}), outside of graphs only (cdf_mean with "
+                    "by_size is its rule on tiles, also in graphs)"
+                )
         return None
 
     def _listed(self, group: int) -> bool:
@@ -508,14 +511,16 @@ class LevelTables:
                     packed = pack(mask.select(index), backward, per_sample=True, layout=packed)
             selectors = {}
             for i in self._dynamic[group]:
+                of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
+                if i != of_class[0]:  # asked for once: lists that are due are not at the second time
+                    continue
                 select = self._selector(tokens, levels[i], device, backward, in_graph=True)
                 if select.refresh > 1 and due is not None:
-                    of_class = [s for s, other in enumerate(self._classes[group]) if other == self._classes[group][i]]
                     wanted = known is None or any(segment in of_class for segment in known)
                     now = due(group, select, wanted)
-                    select = select if now is None else replace(select, fresh=flag(now, -1 - i))
+                    select = select if now is None else replace(select, fresh=flag(now, (group, -1 - i)))
                 selectors[self._classes[group][i]] = select
-            parts = _branches(self._classes[group], packed, index, known, selectors)
+            parts = _branches(self._classes[group], packed, index, known, selectors, group)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -598,6 +603,7 @@ def _branches(
     segments: Tensor,
     known: Sequence[int] | None,
     selectors: Mapping[tuple[str, ...], Selector],
+    group: int = 0,
 ) -> tuple[Part, ...]:
     """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
     classes = list(dict.fromkeys(classes_of_segments))
@@ -613,7 +619,7 @@ def _branches(
                 chosen = chosen | (segments == segment)
             wanted = chosen.any()
             if known is not None:
-                wanted = flag(any(segment in members for segment in known), len(parts))
+                wanted = flag(any(segment in members for segment in known), (group, len(parts)))
         precision, granularity, rotated = kernel_class[:3]
         parts.append(Part(own, granularity, precision, None, chosen, wanted, select, bool(rotated)))
     return tuple(parts)

@@ -66,6 +66,10 @@ class Clustered:
     k_centroids: Tensor
     pairs: Tensor
 
+    def permuted(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``(B, H, S, D)`` in the orders of :attr:`mask`."""
+        return _put(q, self.q_order), _put(k, self.k_order), _put(v, self.k_order)
+
     def density(self) -> Density:
         """Of the chosen cluster pairs, and of the blocks that hold them. Waits for the device."""
         selected = float(self.pairs.mean()) / self.mask.layout.num_tokens**2
@@ -146,6 +150,10 @@ def _with_rest(order: Tensor, layout: TileLayout) -> Tensor:
     return torch.cat([order, text + order.shape[-1]], -1)
 
 
+def _put(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
 def clustered_attention(q: Tensor, k: Tensor, v: Tensor, clustered: Clustered, **options: Any) -> Tensor:
     """:func:`fpsattention.attention` of q, k, v ``(B, H, S, D)`` under :func:`svg2`'s permutations; differentiable.
 
@@ -154,15 +162,11 @@ def clustered_attention(q: Tensor, k: Tensor, v: Tensor, clustered: Clustered, *
     from ..functional import attention
 
     layout = clustered.mask.layout
-
-    def put(x: Tensor, order: Tensor) -> Tensor:
-        return x.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-
     out: Any = attention(
-        put(q, clustered.q_order), put(k, clustered.k_order), put(v, clustered.k_order), grid=layout.grid,
-        block_mask=clustered.mask, text_len=layout.text_len, text_position=layout.text_position, tensor_layout="HND", **options,
+        *clustered.permuted(q, k, v), grid=layout.grid, block_mask=clustered.mask, text_len=layout.text_len,
+        text_position=layout.text_position, tensor_layout="HND", **options,
     )  # fmt: skip
-    return put(out, clustered.q_order.argsort(dim=-1))
+    return _put(out, clustered.q_order.argsort(dim=-1))
 
 
 class _Svg2(Pattern):

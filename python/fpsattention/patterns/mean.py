@@ -134,7 +134,7 @@ def sparge(
             second never triggers the test.
         smooth_k: subtract the mean of K first, as their Sage variants do; it changes cosines, not scores.
 
-    Its second filter, inside the online softmax, is no list: ``baselines.sparge_attention`` has it.
+    Its second filter, inside the online softmax, is no list: ``compare.numerics`` has it (``pv_threshold``).
     """
     if (mass is None) == (ratio is None):
         raise ConfigError(

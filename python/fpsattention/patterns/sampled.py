@@ -43,7 +43,7 @@ def _svg_masks(layout: TileLayout, share: float, sink: bool, min_share: float, d
 def _svg_masks_on(layout: TileLayout, share: float, sink: bool, min_share: float, device: torch.device) -> Tensor:
     width = _svg_width(layout, share)
     masks = [band_share(layout, order, width, sink) >= min_share for order in ("frames", "pixels")]
-    return torch.stack(masks).to(device)
+    return torch.stack(masks).to(device) | tables(layout, device).own  # a band holds every token itself
 
 
 @pattern()
@@ -61,8 +61,8 @@ def svg(
     """Sparse-VideoGen (arXiv 2502.01776; svg-project/Sparse-VideoGen): each head is spatial or temporal, as sampled rows say.
 
     Spatial: ``|p - p'| < w`` in raster order; temporal: in (row, column, frame) order; ``w = S (1 - sqrt(1 - share))`` with S video tokens.
-    Keys of frame 0 are attended by all (``sink``). Blocks are kept where at least ``min_share`` of their token pairs are. ``rows`` random
-    queries, the same for all heads, are computed densely and under both masks; a head takes the mask of the smaller squared error.
+    Keys of frame 0 are attended by all (``sink``). Blocks are kept where at least ``min_share`` of their token pairs are, and the own
+    tile. ``rows`` random queries, the same for all heads, are computed densely and under both masks; a head takes the mask of the smaller squared error.
 
     Args:
         v: ``(B, H, S, D)``; the error is that of the outputs.
@@ -77,7 +77,7 @@ def svg(
     check_count("svg", "rows", rows)
     masks = _svg_masks(layout, share, sink, min_share, q.device)
     t = tables(layout, q.device)
-    kept = masks | t.own | t.text_columns | t.text_rows
+    kept = masks | t.text_columns | t.text_rows
     chosen = sample(layout.num_tokens, rows, seed, q.device)
     logits = q.index_select(2, chosen).float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     dense = logits.softmax(-1) @ v.float()

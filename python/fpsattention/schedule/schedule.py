@@ -110,7 +110,8 @@ class Level:
             return (self.precision, "", "")
         launch = (self.precision, self.granularity, "hadamard" if self.hadamard else "")
         if self.pattern is not None and self.dynamic:
-            return (*launch, json.dumps(self.pattern.to_dict(), sort_keys=True), str(self.refresh))
+            kept = f"{self.refresh} {self.name}" if self.refresh > 1 else ""  # masks stay with their level
+            return (*launch, json.dumps(self.pattern.to_dict(), sort_keys=True), kept)
         return launch
 
     def of_layer(self, layer: int) -> Level:
