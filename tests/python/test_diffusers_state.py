@@ -14,8 +14,9 @@ from test_diffusers import MIXED, SWITCHED
 
 import fpsattention as fps
 from fpsattention.integrations import diffusers as integration
-from fpsattention.integrations.levels import LevelTables, Tokens
+from fpsattention.integrations.levels import LevelTables
 from fpsattention.integrations.state import CURRENT
+from fpsattention.integrations.tokens import Tokens
 
 HEADS = {**SWITCHED, "heads": {"*": {"1": {"narrow": "dense"}}}}
 SCHEDULES = {"device": SWITCHED, "host": MIXED, "heads": HEADS, "preset": "training_free"}

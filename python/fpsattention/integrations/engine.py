@@ -17,11 +17,12 @@ from torch import Tensor
 from ..layout.plain import plain_tensors
 from ..schedule import Schedule
 from .forward import Forward
-from .levels import LevelTables, Tokens
+from .levels import LevelTables
 from .record import Recorder
 from .report import Row
 from .selection import Selections
 from .site import Site
+from .tokens import Tokens
 
 #: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
 Executed = tuple[int, ...] | None

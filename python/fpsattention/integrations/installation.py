@@ -20,7 +20,7 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, installed, restore, swap
 from .engine import Engine
 from .forward import Forward
-from .levels import LevelTables, Tokens
+from .levels import LevelTables
 from .linears import Linears
 from .prepared import MODES, head_dim_of, why_not
 from .selection import Selector, Step
@@ -28,6 +28,7 @@ from .sigmas import SchedulerOf, SigmaReader
 from .state import CURRENT
 from .token_order import Order
 from .token_order import install as token_order_hooks
+from .tokens import Tokens
 
 
 class Installation(Engine):
