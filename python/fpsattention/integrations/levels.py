@@ -231,13 +231,9 @@ class LevelTables:
     def prepares(self, segments: Tensor | Sequence[int] | None) -> tuple[bool, ...]:
         """Of each group: whether the attention of some sample quantizes q and k that nothing else reads, so that norm and RoPE can run in
         the quantizer. ``segments`` on the device, or None: at any level. Empty: nowhere."""
-
-        def alone(level: Level) -> bool:
-            return level.precision == "fp8" and not level.dynamic and not level.hadamard
-
         known = None if segments is None or isinstance(segments, Tensor) else set(segments)
         found = tuple(
-            any(alone(level) for i, level in enumerate(levels) if known is None or i in known)
+            any(quantizes_alone(level) for i, level in enumerate(levels) if known is None or i in known)
             for levels in self.group_levels
         )
         return found if any(found) else ()
@@ -431,6 +427,11 @@ def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
     """A bool mask, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
+
+
+def quantizes_alone(level: Level) -> bool:
+    """Whether q and k go to e4m3 and nothing else reads them."""
+    return level.precision == "fp8" and not level.dynamic and not level.hadamard
 
 
 def _listed(lists: Lists, level: Level) -> Part:
