@@ -182,8 +182,14 @@ def test_what_is_refused(model):
     unknown, _ = tiny_models.FAMILIES["kandinsky"].make(1)
     with pytest.raises(UnsupportedError, match="prepare: norms and RoPE of Kandinsky 5 are not known"):
         fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare=True)
-    with fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare="auto"):
-        pass
+    with fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare="auto") as handle:
+        ((reason, count),) = handle.report().fallbacks.items()
+        assert reason.endswith("those of Kandinsky 5 are not known to be those of the quantizer") and count == 0
+    qwen, _ = tiny_models.FAMILIES["qwen"].make(1)
+    with pytest.raises(
+        UnsupportedError, match="norms and RoPE of Qwen-Image are not those of the quantizer: the text is rotated, too"
+    ):
+        fps.apply(qwen, {**SCHEDULE, "tile": None}, prepare=True)
     narrow = tiny_wan.transformer(head_dim=48)
     with pytest.raises(UnsupportedError, match="has head dimension 48"):
         fps.apply(narrow, SCHEDULE, prepare=True)

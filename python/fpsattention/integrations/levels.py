@@ -4,7 +4,8 @@ Layers that read the schedule alike form a *group*; per token grid a group has o
 (the stretch between two phase borders). Where all segments of a group share one kernel class (precision, granularity), the
 lists are stacked and the segment of each sample picks its own by ``index_select`` on the device: the host never learns
 the level. A level whose pattern reads q and k is a class of its own: its lists are made where the layer runs (``selection``).
-Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a compiled graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
+Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a compiled
+graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
 """
 
 from __future__ import annotations
