@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fpsattention as fps
-from fpsattention.integrations.levels import resolve_window
+from fpsattention.integrations.tokens import resolve_window
 from fpsattention.layout.masks import BlockMask
 from fpsattention.layout.tiles import BLOCK, TileLayout
 

@@ -182,8 +182,14 @@ def test_what_is_refused(model):
     unknown, _ = tiny_models.FAMILIES["kandinsky"].make(1)
     with pytest.raises(UnsupportedError, match="prepare: norms and RoPE of Kandinsky 5 are not known"):
         fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare=True)
-    with fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare="auto"):
-        pass
+    with fps.apply(unknown, {**SCHEDULE, "tile": None}, prepare="auto") as handle:
+        ((reason, count),) = handle.report().fallbacks.items()
+        assert reason.endswith("those of Kandinsky 5 are not known to be those of the quantizer") and count == 0
+    qwen, _ = tiny_models.FAMILIES["qwen"].make(1)
+    with pytest.raises(
+        UnsupportedError, match="norms and RoPE of Qwen-Image are not those of the quantizer: the text is rotated, too"
+    ):
+        fps.apply(qwen, {**SCHEDULE, "tile": None}, prepare=True)
     narrow = tiny_wan.transformer(head_dim=48)
     with pytest.raises(UnsupportedError, match="has head dimension 48"):
         fps.apply(narrow, SCHEDULE, prepare=True)
@@ -275,13 +281,86 @@ def test_compiled_blocks(model, training):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_graphs_of_the_whole_model_run_norms_apart(model):
-    with fps.apply(model, SWITCHED, prepare=True):
-        eager = [tiny_wan.run(model, [timestep]) for timestep in (900.0, 100.0)]
+def test_graphs_of_the_whole_model():
+    """Three layers in one graph, each with norms and levels of its own and a branch for each kernel class: every bit of the eager model,
+    which is close to that of layers whose norms run apart."""
+    levels = {
+        "a": {"precision": "fp8", "granularity": "block", "window": [1, 1, 2]},
+        "b": {"precision": "fp8", "granularity": "tile", "window": [1, 2, 1]},
+        "dense": {"precision": "bf16"},
+    }
+    both = [[{"sigma": [1.0, 0.5], "level": first}, {"sigma": [0.5, 0.0], "level": second}]
+            for first, second in (("a", "dense"), ("dense", "b"), ("b", "a"))]  # fmt: skip
+    layers = {"1": both[1], "2": both[2]}
+    schedule = {**SCHEDULE, "format": "fpsattn-schedule/3", "levels": levels, "phases": both[0], "layers": layers}
+    model = stir(tiny_wan.transformer(num_layers=3))
+    cases = ([900.0, 100.0], [900.0, 800.0], [100.0, 200.0])
+    with fps.apply(model, schedule):
+        apart = [tiny_wan.run(model, timestep) for timestep in cases]
+    with fps.apply(model, schedule, prepare=True) as handle:
+        eager = [tiny_wan.run(model, timestep) for timestep in cases]
+        counts = handle.report().prepared
+        assert counts["transformer"] == [3, 3, 6]
+        handle.reset()
         torch._dynamo.reset()
-        outer = torch.compile(lambda **kwargs: model(**kwargs, return_dict=False)[0], fullgraph=True, backend="eager")
-        inner = torch.compile(model, backend="eager")
-        for timestep, wanted in zip((900.0, 100.0), eager, strict=True):
-            arguments = tiny_wan.inputs([timestep])
-            assert off(outer(**arguments), wanted) < 1e-5
-            assert off(inner(**arguments, return_dict=False)[0], wanted) < 1e-5
+        prepared: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            prepared.append(
+                sum(m.code.count("fpsattn.attention_prepared") for m in graph.modules() if hasattr(m, "code"))
+            )
+            return graph
+
+        outer = torch.compile(lambda **kwargs: model(**kwargs, return_dict=False)[0], fullgraph=True, backend=backend)
+        inner = torch.compile(model, fullgraph=True, backend=backend)
+        for timestep, wanted, other in zip(cases, eager, apart, strict=True):
+            arguments = tiny_wan.inputs(timestep)
+            assert off(wanted, other) < 1e-4
+            assert torch.equal(inner(**arguments, return_dict=False)[0], wanted)
+            assert torch.equal(outer(**arguments), wanted)
+        assert prepared == [4, 4]  # branches of one graph
+        assert handle.report().prepared == counts  # of the former; nothing is counted in the latter
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2"])
+@torch.no_grad()
+def test_text_that_is_rotated(family, monkeypatch):
+    """Single blocks, whose text has the norms of the image, are fused; joint ones run apart, and the report says why."""
+    torch.manual_seed(0)
+    model, arguments = tiny_models.FAMILIES[family].make(2)
+    stir(model)
+    seen = launches(monkeypatch)
+    schedule = {**SCHEDULE, "tile": tiny_models.TILE}
+    plain = model(**arguments, return_dict=False)[0]
+    with fps.apply(model, schedule):
+        apart = model(**arguments, return_dict=False)[0]
+    with fps.apply(model, schedule, prepare="auto") as handle:
+        fused = model(**arguments, return_dict=False)[0]
+        report = handle.report()
+    assert report.prepared["transformer"] == [0, 2]
+    assert ["rotates the text, too" in reason for reason in report.fallbacks] == [True]
+    assert off(fused, apart) <= 0.1 * off(apart, plain)
+    wanted, got = seen[:2], seen[2:]
+    assert [raw for *_, raw in got] == [False, True]
+    for (q, k, _), (own_q, own_k, _) in zip(got, wanted, strict=True):
+        assert torch.equal(q, own_q) and torch.equal(k, own_k)
+    with pytest.raises(UnsupportedError, match="transformer_blocks.0.attn rotates the text, too"):
+        fps.apply(model, schedule, prepare=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x[:, 0::2].repeat(1, 2), "hold two angles for a pair"),
+        (lambda x: x[:, 0::2].contiguous(), "come out as torch.float32"),
+        (lambda x: torch.polar(x, x), "come out as torch.complex64"),
+    ],
+)
+@torch.no_grad()
+def test_rotary_tables_of_another_kind(change, reason):
+    model, arguments = tiny_models.FAMILIES["cogvideox"].make(1)
+    others = {**arguments, "image_rotary_emb": tuple(map(change, arguments["image_rotary_emb"]))}
+    with fps.apply(model, {**SCHEDULE, "tile": tiny_models.TILE}, prepare="auto"):
+        with pytest.raises(UnsupportedError, match=f"the rotary tables {reason}"):
+            model(**others)
+        model(**arguments)

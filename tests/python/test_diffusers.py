@@ -16,7 +16,7 @@ import fpsattention as fps
 from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.integrations import diffusers as integration
 from fpsattention.integrations.cores import is_swapped
-from fpsattention.integrations.levels import resolve_window
+from fpsattention.integrations.tokens import resolve_window
 from fpsattention.layout.tiles import plan
 
 SWITCHED = {  # one kernel class: levels switch on the device

@@ -14,8 +14,11 @@ from test_diffusers import MIXED, SWITCHED
 
 import fpsattention as fps
 from fpsattention.integrations import diffusers as integration
-from fpsattention.integrations.levels import LevelTables, Tokens
+from fpsattention.integrations.adapters import find
+from fpsattention.integrations.levels import LevelTables
+from fpsattention.integrations.sigmas import KEPT_RUNS, SchedulerOf, SigmaReader
 from fpsattention.integrations.state import CURRENT
+from fpsattention.integrations.tokens import Tokens
 
 HEADS = {**SWITCHED, "heads": {"*": {"1": {"narrow": "dense"}}}}
 SCHEDULES = {"device": SWITCHED, "host": MIXED, "heads": HEADS, "preset": "training_free"}
@@ -96,6 +99,16 @@ def test_threads_share_a_transformer(schedule):
             key: repeats * calls for key, calls in alone.items()
         }
     assert CURRENT.forward is None and CURRENT.site is None
+
+
+def test_a_run_outlives_many_shorter_ones():
+    """The timesteps of a run that goes on are not read again, however many requests come and go meanwhile: its masks are kept by its number."""
+    reader = SigmaReader(SchedulerOf(), 1000, find(tiny_wan.transformer(num_layers=1)))
+    long, *others = (torch.tensor([900.0, 100.0]) for _ in range(2 * KEPT_RUNS))
+    _, _, values, run = reader._known(long)
+    for other in others:
+        assert reader._known(other)[3] != run
+        assert reader._known(long)[2] is values and reader._known(long)[3] == run
 
 
 @pytest.mark.slow

@@ -485,9 +485,9 @@ def test_fsdp(model, tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
-    name = "blocks.1.ffn.net.2.weight"
+    names = ("blocks.1.ffn.net.2.weight", "blocks.0.attn1.norm_k.weight")
     sharded = copy.deepcopy(model)
-    with fps.apply(model, ALL):
+    with fps.apply(model, ALL, prepare=True):
         wanted = tiny_wan.run(model, [700.0])
         wanted.square().mean().backward()
     distributed.init_process_group(
@@ -497,13 +497,15 @@ def test_fsdp(model, tmp_path):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         for module in (*sharded.blocks, sharded):
             fully_shard(module, mesh=mesh)
-        with fps.apply(sharded, ALL):
+        with fps.apply(sharded, ALL, prepare=True) as handle:
             assert len(scheduled(sharded)) == 16
             assert type(sharded.blocks[0].attn1.to_q.weight.data).__name__ == "DTensor"
             out = tiny_wan.run(sharded, [700.0])
             out.square().mean().backward()
+            assert handle.report().prepared["transformer"] == [1, 1]
         assert torch.equal(out, wanted)
-        assert torch.equal(sharded.get_parameter(name).grad.full_tensor(), model.get_parameter(name).grad)
+        for name in names:
+            assert torch.equal(sharded.get_parameter(name).grad.full_tensor(), model.get_parameter(name).grad)
     finally:
         distributed.destroy_process_group()
 

@@ -1,8 +1,10 @@
 """Which targets a recording met, without a model: the recorder is told of forwards as the hooks tell it."""
 
+import threading
 import warnings
 
 import pytest
+import torch
 
 from fpsattention.integrations.record import Recorder
 
@@ -31,3 +33,15 @@ def test_a_target_is_met_if_either_expert_meets_it(tmp_path):
         warnings.simplefilter("error")
         recording.stop()
         recorder(tmp_path, None).stop()  # every sigma: nothing can be missed
+
+
+def test_a_forward_of_another_thread_does_not_change_what_is_recorded(tmp_path):
+    recording = recorder(tmp_path, None)
+    recording.begin("transformer", [0.9], (1, 1, 2))
+    other = threading.Thread(
+        target=recording.begin, args=("transformer", [0.9], (1, 1, 3))
+    )  # known: not recorded again
+    other.start()
+    other.join()
+    recording.save("transformer", 0, *torch.zeros(3, 1, 2, 1, 4))
+    assert [file.name for file in recording.files] == ["transformer.layer000.sigma0.900000.safetensors"]

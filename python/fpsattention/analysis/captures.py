@@ -358,7 +358,7 @@ def level_mask(
 
     `tensors`: q, k, v `(B, S, H, D)`, for levels whose pattern reads them; the mask is then on their device.
     """
-    from ..integrations.levels import head_masks, resolve_window
+    from ..integrations.tokens import head_masks, resolve_window
     from ..layout.tiles import plan
     from ..ops.selection import measured
 

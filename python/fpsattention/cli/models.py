@@ -79,7 +79,7 @@ def also(adapter: Any) -> str:
     have = {
         "FP8 linears": adapter.linears,
         "tile order": adapter.token_order is not raster_only,
-        "prepare": adapter.prepare,
+        "prepare": not isinstance(adapter.prepare, str),
     }
     return ", ".join(what for what, there in have.items() if there)
 

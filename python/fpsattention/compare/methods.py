@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import patterns
 from ..analysis.captures import level_mask
 from ..errors import ConfigError
-from ..integrations.levels import resolve_window
+from ..integrations.tokens import resolve_window
 from ..layout.masks import BlockMask, dense_mask, sliding_tile_mask
 from ..layout.tiles import TileLayout
 from ..ops.attend import attend

@@ -131,7 +131,7 @@ def estimate(
 @lru_cache(maxsize=64)
 def shape_of(model: Model, grid: tuple[int, int, int], density: float) -> tuple[Shape, float]:
     """What the sparse kernel multiplies on this grid, and the attended share of the (query, key) pairs."""
-    from ..integrations.levels import resolve_window
+    from ..integrations.tokens import resolve_window
     from ..layout.masks import sliding_tile_mask
     from ..layout.tiles import BLOCK, plan
 

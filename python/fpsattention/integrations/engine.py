@@ -17,11 +17,12 @@ from torch import Tensor
 from ..layout.plain import plain_tensors
 from ..schedule import Schedule
 from .forward import Forward
-from .levels import LevelTables, Tokens
+from .levels import LevelTables, quantizes_alone
 from .record import Recorder
 from .report import Row
 from .selection import Selections
 from .site import Site
+from .tokens import Tokens
 
 #: Runs of each layer's core in one forward; None: compiled, so not counted, and every layer is taken to have run once.
 Executed = tuple[int, ...] | None
@@ -34,6 +35,8 @@ class Engine:
         transformer: whose layers they are; None: a framework calls them.
         recorder: of a recording that is on.
         paused: forwards run the model's own attention, uncounted (``Handle.disabled``).
+        own_norms: why norms and RoPE of no layer run in the quantizer, though that was asked for.
+        prepared_in_graphs: compiled layers whose norms and RoPE run in the quantizer, at levels that allow it.
         selections: what patterns made from the content.
 
     Args:
@@ -48,6 +51,9 @@ class Engine:
     """
 
     places = 0  # where the transformer moves its tokens to tile order and back
+    tables_seen = False  # the rotary tables of its model hold what ``Preparation`` says
+    own_norms = ""
+    prepared_in_graphs: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -97,7 +103,7 @@ class Engine:
         """Add a forward that has ended."""
         if forward.tokens is None:  # no attention ran
             return
-        executed = None if forward.graph_calls else tuple(forward.executed)
+        executed = None if forward.graph_calls and forward.refused is None else tuple(forward.executed)
         with self._lock:
             self._prepared.update(forward.prepared)
             if isinstance(forward.segments, Tensor):
@@ -175,9 +181,14 @@ class Engine:
             totals = [total + n * runs for total, runs in zip(totals, executed or (), strict=True)]
         return totals
 
-    def prepared(self) -> list[int] | None:
-        """Of each layer, samples whose norm and RoPE ran in the quantizer; None where some ran compiled."""
-        return None if self.executions() is None else [self._prepared[layer] for layer in range(len(self.sites))]
+    def prepared(self) -> list[int]:
+        """Of each layer, samples whose norm and RoPE ran in the quantizer; compiled layers are taken to run in every forward."""
+        totals = [self._prepared[layer] for layer in range(len(self.sites))]
+        for (_, segment, executed), n in self.counts().items():
+            for layer in self.prepared_in_graphs if executed is None else ():
+                level = self.tables.group_levels[self.sites[layer].group][segment]
+                totals[layer] += n * quantizes_alone(level)
+        return totals
 
     def own_linears(self) -> Mapping[str, str]:
         """Linear layers that stay the model's own under FP8 linears, and why."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .levels import Call, Tokens, index_of
+from .levels import Call, index_of
 from .selection import Step
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from ..parallel.model import ForwardShard

@@ -189,6 +189,8 @@ def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Repor
             dict.fromkeys((f"{name}: {why}" for name, why in installation.own_linears().items()), 0)
         )
         result.fallbacks.update(installation.refused_linears)
+        if installation.own_norms:
+            result.fallbacks[f"{installation.name}: {installation.own_norms}"] = 0
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
         for tokens, _, _ in installation.counts():

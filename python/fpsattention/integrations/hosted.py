@@ -12,8 +12,8 @@ from ..schedule import Schedule
 from .core_calls import CoreCall
 from .engine import Engine
 from .forward import Forward
-from .levels import Grid, Tokens
 from .state import CURRENT
+from .tokens import Grid, Tokens
 
 
 class Hosted(Engine):

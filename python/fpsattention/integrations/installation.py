@@ -20,7 +20,7 @@ from .checkpointing import plain_checkpoints, snapshot_checkpoints
 from .cores import core_of, installed, restore, swap
 from .engine import Engine
 from .forward import Forward
-from .levels import LevelTables, Tokens
+from .levels import LevelTables
 from .linears import Linears
 from .prepared import MODES, head_dim_of, why_not
 from .selection import Selector, Step
@@ -28,6 +28,7 @@ from .sigmas import SchedulerOf, SigmaReader
 from .state import CURRENT
 from .token_order import Order
 from .token_order import install as token_order_hooks
+from .tokens import Tokens
 
 
 class Installation(Engine):
@@ -113,17 +114,28 @@ class Installation(Engine):
             raise ConfigError(f"fpsattention.apply: prepare {mode!r}, wanted one of {MODES}")
         preparation = self.adapter.prepare
         strict = mode is True and self.on_unsupported == "raise"
-        if mode is True and preparation is None:
+        if mode is True and isinstance(preparation, str):
             raise UnsupportedError(
-                f"fpsattention.apply: prepare: norms and RoPE of {self.adapter.name} are not known to be those of the quantizer, wanted a "
-                "family whose adapter tells them (fpsattn models): leave prepare out"
+                f"fpsattention.apply: prepare: norms and RoPE of {self.adapter.name} {preparation}, wanted a family whose adapter says how "
+                "(fpsattn models): leave prepare out"
             )
-        if mode is False or preparation is None:
+        if mode is not False and isinstance(preparation, str):
+            self.own_norms = f"norm and RoPE outside of the quantizer: those of {self.adapter.name} {preparation}"
+        if mode is False or isinstance(preparation, str):
             return
         for site, module in zip(self.sites, self.modules, strict=True):
             if strict and (reason := why_not(preparation, module)) is not None:
                 raise UnsupportedError(f'fpsattention.apply: {site.name} {reason}: use apply(..., prepare="auto")')
             site.prepare, site.prepare_strict = preparation, strict
+
+    @property
+    def _prepares(self) -> bool:
+        return self.sites[0].prepare is not None
+
+    def _norms_in_graphs(self, wanted: tuple[bool, ...]) -> None:
+        """Which layers run norm and RoPE in the quantizer: compiled code counts nothing, so it is asked here what the code finds."""
+        pairs = [(site, module) for site, module in zip(self.sites, self.modules, strict=True) if wanted[site.group]]
+        self.prepared_in_graphs = frozenset(site.layer for site, module in pairs if site.prepares(module))
 
     # Every forward ---------------------------------------------------------------------------------------------------------
 
@@ -199,12 +211,11 @@ class Installation(Engine):
         self.linears.refresh()
         if self.linears.installed:
             forward.linears = self.tables.linears(segments, device)
-        # One graph of the whole model got q and k wrong where it held several such layers; graphs of blocks do not.
-        if whole and not compiled and any(site.prepare is not None for site in self.sites):
-            forward.prepare = self.tables.prepares(None if self.compiled_modules() else segments)
-            forward.text_first = geometry.text_position == "prefix"
         forward.step = None if run is None else (run, tuple(sigmas))
         in_graphs = whole and (compiled or self.compiled_modules())  # of several ranks, attention stays eager
+        if whole and self._prepares:
+            forward.prepare = self.tables.prepares(None if in_graphs else segments)
+            forward.text_first = geometry.text_position == "prefix"
         if in_graphs:
             reason = self.tables.eager_only()
             forward.refused = None if reason is None else self._refused_compiled(reason)
@@ -216,6 +227,8 @@ class Installation(Engine):
             rows = (tokens, device, geometry.latents.shape[0])
             due = None if run is None else partial(self._due, forward.step, rows)
             forward.graph_calls = self.tables.graph_calls(tokens, device, segments, backward, due)
+            if forward.prepare and forward.refused is None:
+                self._norms_in_graphs(forward.prepare)
         else:
             forward.calls = self.tables.calls(tokens, device, segments, backward)
         CURRENT.forward = forward
@@ -286,6 +299,9 @@ class Installation(Engine):
         CURRENT.forward = Forward(self, tokens, segments, device, True, (), calls, [], CURRENT.forward)
         if tokens.order == "tile":
             CURRENT.forward.order = Order(*self.tables.order_on(tokens, device))
+        if self._prepares:
+            CURRENT.forward.prepare = self.tables.prepares(None)
+            CURRENT.forward.text_first = geometry.text_position == "prefix"
         if self.linears.installed:
             CURRENT.forward.linears = self.tables.linears(segments, device)
 

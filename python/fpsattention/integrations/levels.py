@@ -3,8 +3,9 @@
 Layers that read the schedule alike form a *group*; per token grid a group has one set of block lists per *segment* of sigma
 (the stretch between two phase borders). Where all segments of a group share one kernel class (precision, granularity), the
 lists are stacked and the segment of each sample picks its own by ``index_select`` on the device: the host never learns
-the level. A level whose pattern reads q and k is a class of its own: its lists are made where the layer runs (``selection``). Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a
-compiled graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
+the level. A level whose pattern reads q and k is a class of its own: its lists are made where the layer runs (``selection``).
+Otherwise the host reads the segments, and every kernel class of a batch is launched once, on its samples; inside a compiled
+graph, where nothing can be read, each class becomes a branch that runs where some sample wants it.
 """
 
 from __future__ import annotations
@@ -14,68 +15,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..layout.exact import frames, held_blocks, with_exact
-from ..layout.masks import BlockMask, Lists, sliding_tile_mask
-from ..layout.plain import Cache, constant, plain_tensors
-from ..layout.tiles import TileLayout, plan
-from ..ops.selection import sizes_of
-from ..patterns import BoundPattern
-from ..schedule import Level, Schedule, Window
+from ..layout.masks import BlockMask, Lists
+from ..layout.plain import constant, plain_tensors
+from ..schedule import Level, Schedule
 from .graph import Packed, flag, pack, pack_layout
 from .selection import Selector, text_of
+from .tokens import Grid, Rules, Tokens, TokenTables
 
-Grid = tuple[int, int, int]
-#: What the heads of a layer visit at a level: one window for all, a window each, or a pattern that depends on the layout only.
-Rules = tuple[Window | BoundPattern, ...]
 CACHED_GRIDS = 8  # per transformer: multi-resolution training meets a handful of grids; a grid's lists are about 1 MB
-
-
-class Tokens(NamedTuple):
-    """The sequence of a self-attention: a video grid, in "raster" or "tile" order, and text tokens after or before it."""
-
-    grid: Grid
-    text_len: int = 0
-    text_position: str = "suffix"
-    exact: tuple[int, ...] = ()  # frames that are dense in both directions
-    order: str = "raster"
-
-    @property
-    def video_tokens(self) -> int:
-        """Tokens of the grid."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
-
-
-def resolve_window(window: Window, layout: TileLayout) -> Grid:
-    """A concrete window in tiles for this grid.
-
-    None is every tile, a triple is itself (ConfigError where it exceeds the tile grid). A density ``d`` becomes the largest window of at
-    most ``d`` of all tiles that is as close to a cube of tokens as possible: from one tile, the axis with the least extent in
-    tokens grows by a tile, again and again, as long as the window keeps to ``d``.
-    """
-    tile, tiles = layout.tile, layout.tile_grid
-    if window is None:
-        return tiles
-    if not isinstance(window, float):
-        if any(w > n for w, n in zip(window, tiles, strict=True)):
-            raise ConfigError(
-                f"fpsattention.Schedule: window {tuple(window)} exceeds the {tiles} tiles of grid {tuple(layout.grid)}, "
-                'wanted at most the tile grid: use {"density": d}, which fits any grid'
-            )
-        return window
-    budget = window * tiles[0] * tiles[1] * tiles[2] * (1 + 1e-9)  # 0.3 * 10 tiles is 3 tiles
-    size = [1, 1, 1]
-    while True:
-        product = size[0] * size[1] * size[2]
-        fits = [a for a in range(3) if size[a] < tiles[a] and product // size[a] * (size[a] + 1) <= budget]
-        if not fits:
-            return (size[0], size[1], size[2])
-        size[min(fits, key=lambda a: (size[a] * tile[a], -a))] += 1
 
 
 @dataclass(frozen=True)
@@ -123,105 +74,6 @@ class Call:
     order: Tensor | None = None
     text_first: bool = False  # the tokens beyond the grid come before it
     samples: tuple[int, ...] = ()
-
-
-class TokenTables:
-    """Everything that depends on the tokens: the layout, and the masks of each group and segment. Built when first wanted, once."""
-
-    def __init__(
-        self, tokens: Tokens, schedule: Schedule, rules: Sequence[Sequence[Rules | None]], num_heads: int | None
-    ):
-        position = tokens.text_position if tokens.text_len else "suffix"
-        layout = plan(tokens.grid, tile=schedule.tile, text_len=tokens.text_len, text_position=position)
-        self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
-        self._raster = layout
-        self._exact = tokens.exact
-        self._rules = rules
-        self._num_heads = num_heads
-        self.made = Cache()  # by what was asked
-
-    def order_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Indices that take the video tokens from raster to tile order, and back."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            to_tile = self._raster.to_tile_order()
-            return to_tile.to(device), to_tile.argsort().to(device)
-
-        return self.made.get(("order", device), make)
-
-    def exact_blocks(self) -> Tensor | None:
-        """Blocks that hold a token of the exact frames, bool ``[num_blocks]`` on the CPU; None: no frame is exact."""
-        return held_blocks(self.layout, frames(self._exact, self._raster), self._raster) if self._exact else None
-
-    def on(self, device: torch.device) -> TileLayout:
-        """The layout on a device."""
-        if device == self.layout.device:
-            return self.layout
-        with plain_tensors():
-            return self.layout.to(device)
-
-    def windows(self, group: int, segment: int) -> tuple[Grid, ...]:
-        """Concrete windows: one for all heads, or one per head; none where a pattern says what is visited."""
-        return tuple(rule for rule in self._concrete(group, segment) if not isinstance(rule, BoundPattern))
-
-    def _concrete(self, group: int, segment: int) -> tuple[Grid | BoundPattern, ...]:
-        rules = self._rules[group][segment] or (None,)
-        return tuple(r if isinstance(r, BoundPattern) else resolve_window(r, self.layout) for r in rules)
-
-    def mask(self, group: int, segment: int) -> BlockMask:
-        """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H."""
-        rules = self._concrete(group, segment)
-
-        def make() -> BlockMask:
-            mask = head_masks(self.layout, rules)
-            if self._num_heads is not None and mask.shape[1] not in (1, self._num_heads):
-                raise ConfigError(
-                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
-                    f"{self._num_heads}, as this transformer has"
-                )
-            return with_exact(mask, frames(self._exact, self._raster), self._raster)
-
-        return self.made.get(("mask", rules), make)
-
-    def stacked(self, group: int) -> BlockMask:
-        """The masks of all segments as one batch, on the CPU; a segment without lists is filled with any other, and never selected."""
-
-        def make() -> BlockMask:
-            listed = [s for s, rules in enumerate(self._rules[group]) if rules is not None]
-            segments = [s if s in listed else listed[0] for s in range(len(self._rules[group]))]
-            return BlockMask.stack([self.mask(group, s) for s in segments])
-
-        return self.made.get(("stacked", group), make)
-
-    def mask_on(self, device: torch.device, group: int, segment: int | None, backward: bool) -> BlockMask:
-        """A mask on the device, of one segment, or (None) of all, stacked; for a ``backward`` with its transpose."""
-
-        def make() -> BlockMask:
-            mask = self.stacked(group) if segment is None else self.mask(group, segment)
-            if backward:
-                mask.transpose()  # on the CPU, where it is compact; it travels with the mask
-            return mask.to(device)
-
-        return self.made.get(("mask on", device, group, segment, backward), make)
-
-    def sizes(self, pattern: BoundPattern) -> Tensor:
-        """What a graph is told of the lists of a pattern that reads q and k."""
-        return sizes_of(self.layout, pattern.list_width(self.layout), self.exact_blocks())
-
-    def density(self, group: int, segment: int) -> float:
-        """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
-        if self._rules[group][segment] is None:
-            return 1.0
-        return self.made.get(("density", self._concrete(group, segment)), lambda: self.mask(group, segment).density)
-
-
-def head_masks(layout: TileLayout, rules: Sequence[Grid | BoundPattern]) -> BlockMask:
-    """One mask from the windows of the heads (one: of all heads), or from a static pattern."""
-    per_head = [r(None, None, layout) if isinstance(r, BoundPattern) else sliding_tile_mask(layout, r) for r in rules]
-    if len(per_head) == 1:
-        return per_head[0]
-    stacked = BlockMask.stack(per_head)  # heads of one sample are laid out as samples of one head are
-    return BlockMask(layout, stacked.kv_num_blocks.transpose(0, 1), stacked.kv_indices.transpose(0, 1))
 
 
 class LevelTables:
@@ -383,13 +235,9 @@ class LevelTables:
     def prepares(self, segments: Tensor | Sequence[int] | None) -> tuple[bool, ...]:
         """Of each group: whether the attention of some sample quantizes q and k that nothing else reads, so that norm and RoPE can run in
         the quantizer. ``segments`` on the device, or None: at any level. Empty: nowhere."""
-
-        def alone(level: Level) -> bool:
-            return level.precision == "fp8" and not level.dynamic and not level.hadamard
-
         known = None if segments is None or isinstance(segments, Tensor) else set(segments)
         found = tuple(
-            any(alone(level) for i, level in enumerate(levels) if known is None or i in known)
+            any(quantizes_alone(level) for i, level in enumerate(levels) if known is None or i in known)
             for levels in self.group_levels
         )
         return found if any(found) else ()
@@ -585,6 +433,11 @@ def mask_of(values: tuple[bool, ...], device: torch.device) -> Tensor:
     """A bool mask, kept on the device."""
     with plain_tensors():
         return torch.tensor(values).to(device)
+
+
+def quantizes_alone(level: Level) -> bool:
+    """Whether q and k go to e4m3 and nothing else reads them."""
+    return level.precision == "fp8" and not level.dynamic and not level.hadamard
 
 
 def _listed(lists: Lists, level: Level) -> Part:

@@ -86,7 +86,8 @@ class ScheduledLinear(torch.nn.Linear):
                     f'fpsattention.apply: {site.name}: {reason}: use levels with linears "bf16", or apply(..., on_unsupported="dense")'
                 )
             if not compiling:
-                site.owner.refused_linears[f"{site.name}: {reason}"] += 1
+                with site.owner._lock:
+                    site.owner.refused_linears[f"{site.name}: {reason}"] += 1
             return torch.nn.functional.linear(input, self.weight, self.bias)
         quantized = None if site.readers == 1 else _shared(forward, input, site.readers)
         out = fp8_linear(input, self.weight, self.bias, quantized)
@@ -175,10 +176,11 @@ class Linears:
         return [bool(getattr(self.owner.modules[layer], "fused_projections", False)) for layer, _ in self.layers]
 
     def refresh(self) -> None:
-        """Follow ``fuse_qkv_projections`` and its undoing."""
-        if self.layers and self._fused != self._fusions():
-            self.remove()
-            self._install(list(self._find()))
+        """Follow ``fuse_qkv_projections`` and its undoing. Forwards that begin at the same time wait for whoever is first."""
+        with self.owner._lock:
+            if self.layers and self._fused != self._fusions():
+                self.remove()
+                self._install(list(self._find()))
 
     def count(self, layer: int) -> int:
         """Layers under the schedule in the block of an attention."""

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..ops.checks import HEAD_DIMS
 from ..ops.norm_rope import rotate
 from ..ops.prepare import Norm, Rope
 from .adapters import Preparation
 
 if TYPE_CHECKING:
+    from .engine import Engine
     from .forward import Forward
 
 MODES = (False, True, "auto")
@@ -118,10 +120,35 @@ def raw_of(preparation: Preparation, module: Any, tables: Any, forward: Forward)
         if known is not None and known[0] is tables:
             _, cos, sin = known
         else:
-            cos, sin = (x.contiguous() for x in preparation.tables(tables, module.heads))
+            cos, sin = _rotation(preparation, module, tables, forward.owner)
             if not torch.compiler.is_compiling():  # every layer gets the same tables
                 forward.rope = (tables, cos, sin)
     return Raw(module, preparation.kind, cos, sin, preparation.style, forward.text_first)
+
+
+def _rotation(preparation: Preparation, module: Any, tables: Any, owner: Engine) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tables that a model brings, which are checked; their numbers once, since that waits for the device.
+
+    Raises:
+        UnsupportedError: they are others than the adapter says.
+    """
+    what = "fpsattention.apply: prepare: the rotary tables"
+    if not isinstance(tables, (tuple, list)) or len(tables) != 2:
+        raise UnsupportedError(f"{what} are a {type(tables).__name__}, wanted a pair of cos and sin: leave prepare out")
+    cos, sin = (x.contiguous() for x in preparation.tables(tables, module.heads))
+    half = (head_dim_of(module) or 2 * cos.shape[-1]) // 2
+    for x in (cos, sin):
+        if x.is_complex() or x.ndim != 4 or x.shape[3] != half:
+            raise UnsupportedError(
+                f"{what} come out as {x.dtype} {tuple(x.shape)}, wanted real numbers (1 or B, 1 or H, n, {half}): leave prepare out"
+            )
+    if preparation.twice and not torch.compiler.is_compiling() and not owner.tables_seen:
+        if not all(torch.equal(x[..., 0::2], x[..., 1::2]) for x in tables):
+            raise UnsupportedError(
+                f"{what} hold two angles for a pair of channels, wanted every angle twice, side by side: leave prepare out"
+            )
+        owner.tables_seen = True
+    return cos, sin
 
 
 def head_dim_of(module: Any) -> int | None:
@@ -130,12 +157,15 @@ def head_dim_of(module: Any) -> int | None:
     return inner // heads if isinstance(inner, int) and isinstance(heads, int) else None
 
 
-def why_not(preparation: Preparation, module: Any) -> str | None:
-    """Why the quantizer cannot do what the norms of an attention do (a clause that follows its name), or None."""
+def why_not(preparation: Preparation, module: Any, running: bool = False) -> str | None:
+    """Why the quantizer cannot do what the norms of an attention do (a clause that follows its name), or None. ``running``: its code does,
+    when weights that FSDP2 shards between forwards are whole."""
     head_dim = head_dim_of(module)
     if head_dim is not None and head_dim not in HEAD_DIMS:
         return f"has head dimension {head_dim}, wanted one of {HEAD_DIMS}"
     named = {name: getattr(module, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+    if preparation.text_rotated and named["norm_added_q"] is not None:
+        return "rotates the text, too, under norms of its own, wanted text that is not rotated or has the norms of the video"
     own = [norm for norm in named.values() if norm is not None]
     if (named["norm_q"] is None) != (named["norm_k"] is None):
         return "normalizes one of q and k, wanted both or none"
@@ -153,7 +183,7 @@ def why_not(preparation: Preparation, module: Any) -> str | None:
             return f"has eps {norm.eps} in {name}, wanted one number for all norms"
         for tensor in ("weight", "bias"):
             x = getattr(norm, tensor, None)
-            if x is not None and type(x.data).__name__ == "DTensor":
+            if running and x is not None and type(x.data).__name__ == "DTensor":
                 return f"has a DTensor as the {tensor} of {name} in the forward, wanted a plain one"
     if (named["norm_added_q"] is None) != (named["norm_added_k"] is None):
         return "normalizes one of q and k of the text, wanted both or none"

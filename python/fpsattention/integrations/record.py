@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,33 +45,36 @@ class Recorder:
         self._seen: set[tuple[str, float]] = set()
         self._pending_of: dict[str, list[float]] = {}
         self._lowest = float("inf")
-        self._sigma: list[float] | None = None
-        self._grid = (0, 0, 0)
+        self._lock = threading.Lock()
+        self._now = threading.local()  # sigma and grid of the forward that this thread is in, or None: not recorded
 
     def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int]) -> None:
         """A forward of ``model`` starts; decides whether it is recorded."""
         top = max(sigma)
-        self._lowest = min(self._lowest, top)
-        if self.pending is None:
-            wanted = (model, top) not in self._seen
-            self._seen.add((model, top))
-        else:
-            pending = self._pending_of.setdefault(model, list(self.pending))
-            met = [target for target in pending if top <= target + 1e-6]
-            wanted = bool(met)
-            self._pending_of[model] = [target for target in pending if target not in met]
-        self._sigma, self._grid = (sigma if wanted else None), grid
+        with self._lock:
+            self._lowest = min(self._lowest, top)
+            if self.pending is None:
+                wanted = (model, top) not in self._seen
+                self._seen.add((model, top))
+            else:
+                pending = self._pending_of.setdefault(model, list(self.pending))
+                met = [target for target in pending if top <= target + 1e-6]
+                wanted = bool(met)
+                self._pending_of[model] = [target for target in pending if target not in met]
+        self._now.forward = (sigma, grid) if wanted else None
 
     def save(self, model: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one layer of the current forward, if it is recorded."""
-        if self._sigma is None or (self.layers is not None and layer not in self.layers):
+        forward = getattr(self._now, "forward", None)
+        if forward is None or (self.layers is not None and layer not in self.layers):
             return
+        sigma, grid = forward
         from safetensors.torch import save_file
 
         tensors = {name: x.detach().cpu().contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
-        tensors["sigma"] = torch.tensor(self._sigma, dtype=torch.float64)
-        tensors["grid"] = torch.tensor(self._grid)
-        path = self.folder / f"{model}.layer{layer:03d}.sigma{max(self._sigma):.6f}.safetensors"
+        tensors["sigma"] = torch.tensor(sigma, dtype=torch.float64)
+        tensors["grid"] = torch.tensor(grid)
+        path = self.folder / f"{model}.layer{layer:03d}.sigma{max(sigma):.6f}.safetensors"
         metadata = {"format": RECORD_FORMAT, "layer": str(layer), "model": model, "tile": self.tile}
         save_file(tensors, path, metadata=metadata)
         self.files.append(path)

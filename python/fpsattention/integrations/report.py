@@ -47,7 +47,8 @@ class Report:
     Attributes:
         rows: by model, layer and falling sigma. Levels that never ran have calls = 0.
         executions: by model and layer, runs of the attention, in samples (None: compiled, not countable).
-        prepared: by model and layer, samples whose norms and RoPE of q and k ran inside of the quantizer (None: compiled, not countable).
+        prepared: by model and layer, samples whose norms and RoPE of q and k ran inside of the quantizer. Compiled layers are taken to run in
+            every forward.
         forwards: by model, forwards of the transformer, in samples.
         replaced: attention modules whose processor somebody else set after ``apply``, to its class: they run without the schedule.
         fallbacks: "layer: reason" to the number of calls that ran dense, or as the model's own linear layer, because something was not
@@ -59,7 +60,7 @@ class Report:
 
     rows: list[Row]
     executions: dict[str, list[int] | None] = field(default_factory=dict)
-    prepared: dict[str, list[int] | None] = field(default_factory=dict)
+    prepared: dict[str, list[int]] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Report:
         notes += [
             f"{model}: norms and RoPE of q and k ran in the quantizer, {sum(n > 0 for n in counts)} of {len(counts)} layers"
             for model, counts in self.prepared.items()
-            if counts is not None and any(counts)
+            if any(counts)
         ]
         notes += [f"ran as the model's own, {reason} ({count} calls)" for reason, count in self.fallbacks.items()]
         notes += [f"not finite: {where} ({count} times)" for where, count in self.nonfinite.items()]

@@ -86,8 +86,7 @@ class SigmaReader:
             return None
         entries = self._whole(timestep)
         whole = self.scheduler().timesteps if entries is None else entries[0]
-        with self._lock:
-            return self._read[id(whole)][3]
+        return self._known(whole)[3]
 
     def trajectory(self, timestep: Tensor) -> tuple[float, ...] | None:
         """The sigmas of all steps of the sampling run that this forward is a step of, or None: training, or not to be seen.
@@ -109,7 +108,7 @@ class SigmaReader:
                 return sigmas
         steps = getattr(scheduler, "timesteps", None)
         if isinstance(steps, Tensor) and (self.adapter.scheduled is not None or shifts_dynamically(scheduler)):
-            values = self._values(steps)
+            values = self._known(steps)[2]
             if self.adapter.scheduled is not None:
                 sigmas = tuple(min(max(sigma, 0.0), 1.0) for sigma in self.adapter.scheduled(values))
             else:
@@ -128,7 +127,7 @@ class SigmaReader:
         if found is None:
             return None
         whole, indices = found
-        return self._values(whole, count=whole is not getattr(self.scheduler(), "timesteps", None)), indices
+        return self._known(whole, count=whole is not getattr(self.scheduler(), "timesteps", None))[2], indices
 
     def _whole(self, timestep: Tensor) -> tuple[Tensor, list[int]] | None:
         if timestep.ndim != 1:
@@ -148,7 +147,7 @@ class SigmaReader:
                     return whole, indices
         return None
 
-    def _values(self, whole: Tensor, count: bool = False) -> list[float]:
+    def _known(self, whole: Tensor, count: bool = False) -> tuple[Tensor, int, list[float], int]:
         # Inference tensors have no version: nobody writes to timesteps there.
         version = 0 if whole.is_inference() else whole._version
         with self._lock:
@@ -159,7 +158,8 @@ class SigmaReader:
                 self.host_reads += count
                 while len(self._read) > KEPT_RUNS:
                     self._read.popitem(last=False)
-            return known[2]
+            self._read.move_to_end(id(whole))
+            return known
 
 
 def _falls(sigmas: tuple[float, ...]) -> bool:

@@ -86,8 +86,7 @@ class Site:
             return unchanged
         if not forward.prepare[self.group] or forward.refused is not None:
             return unchanged
-        if (reason := why_not(preparation, module)) is not None:
-            self._not_prepared(reason)
+        if not self.prepares(module, running=True):
             return unchanged
         place = names.index(preparation.argument)
         tables = args[place] if place < len(args) else kwargs.get(preparation.argument)
@@ -98,12 +97,17 @@ class Site:
             kwargs = {**kwargs, preparation.argument: None}
         return WithoutNorms(module), args, kwargs
 
-    def _not_prepared(self, reason: str) -> None:
+    def prepares(self, module: Any, running: bool = False) -> bool:
+        """Whether the norms of ``module`` are those of the quantizer, as its adapter has it; else an error, or a line in the report."""
+        assert self.prepare is not None
+        if (reason := why_not(self.prepare, module, running)) is None:
+            return True
         if self.prepare_strict:
             raise UnsupportedError(f'fpsattention.apply: {self.name} {reason}: use apply(..., prepare="auto")')
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[f"norm and RoPE outside of the quantizer: {reason}"] += 1
+        return False
 
     def reserve(self, level: str, size: int, device: torch.device) -> None:
         """A buffer of this size in :attr:`kept`, int32; one that is there keeps what it holds if it is of this size."""
@@ -192,10 +196,10 @@ class Site:
         if core.mask is not None and not all(part.dense for part in call.parts):
             forward = CURRENT.forward
             masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
-        run = run or partial(self.launch, call)
+        run = run or (lambda *given: self.launch(call, *given)[0])
         if len(call.parts) == 1 and call.parts[0].keeps:
             kept = self._kept(call.parts[0])
-            out, later = self._launch_kept(call, core, call.parts[0], kept, core.q, core.k, core.v, masked)
+            out, later = self._launch_kept(call, core, call.parts[0], core.q, core.k, core.v, kept, *(masked or ()))
             kept.copy_(later)
             return out
         if len(call.parts) == 1:
@@ -210,6 +214,27 @@ class Site:
             outs.append(run(core, part, q, k, v, *([masked.select(part.samples)] if masked else [])))
         return torch.cat(outs).index_select(0, call.order)
 
+    def _launch_kept(
+        self, call: Call, core: CoreCall, part: Part, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, *masked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_launch_in_graph` whose lists stay for some steps: the output, and what their buffer, ``kept``, holds from now on."""
+        select = part.select
+        assert select is not None and select.fresh is not None
+
+        def run(again: bool, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, *masked: Tensor) -> tuple[Tensor, Tensor]:
+            known = select.unpack(kept, q.shape[0], q.shape[2]) if again else None
+            out, lists = self._launch_in_graph(call, core, part, known, q, k, v, *masked)
+            return out, kept.clone() if lists is None or again else select.pack(lists)
+
+        return torch.cond(select.fresh, partial(run, False), partial(run, True), (q, k, v, kept, *masked))  # type: ignore[no-any-return]
+
+    def _launch_in_graph(
+        self, call: Call, core: CoreCall, part: Part, known: Lists | None, q: Tensor, k: Tensor, v: Tensor, *masked: Tensor
+    ) -> tuple[Tensor, Lists | None]:  # fmt: skip
+        """:meth:`launch` whose output is as any other branch gives it: contiguous, of the dtype of v."""
+        out, lists = self.launch(call, core, part, q, k, v, padding.Masked(*masked) if masked else None, known)
+        return out.to(v.dtype).flatten().view(v.shape), lists  # contiguous(), and by the book where a size is 1
+
     def launch(
         self,
         call: Call,
@@ -219,54 +244,17 @@ class Site:
         k: Tensor,
         v: Tensor,
         masked: padding.Masked | None = None,
-    ) -> Tensor:
-        """One launch; ``masked``: what stands for k and v in FP8, and their mask, where there is one.
+        known: Lists | None = None,
+    ) -> tuple[Tensor, Lists | None]:
+        """One launch: its output, and the lists that a graph made or was given (``known``). ``masked``: what stands for k and v in FP8, and
+        their mask, where there is one.
 
         Autocast leaves q and k in FP32 beside a 16-bit v, and the kernels want one 16-bit dtype on a GPU: everything goes to e4m3
         next, so the cast costs nothing that counts.
         """
-        return self._launch(call, core, part, q, k, v, masked)[0]
-
-    def _launch_kept(
-        self,
-        call: Call,
-        core: CoreCall,
-        part: Part,
-        kept: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        masked: padding.Masked | None,
-    ) -> tuple[Tensor, Tensor]:
-        """One launch in a graph whose lists stay for some steps: contiguous output, and what their buffer, ``kept``, holds from now on."""
-        select = part.select
-        assert select is not None and select.fresh is not None
-
-        def run(again: bool, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, *masked: Tensor) -> tuple[Tensor, Tensor]:
-            known = select.unpack(kept, q.shape[0], q.shape[2]) if again else None
-            of_mask = padding.Masked(*masked) if masked else None
-            out, lists = self._launch(call, core, part, q, k, v, of_mask, known)
-            out = out.to(v.dtype).flatten().view(v.shape)  # contiguous(), and by the book where a size is 1
-            return out, kept.clone() if lists is None or again else select.pack(lists)
-
-        return torch.cond(select.fresh, partial(run, False), partial(run, True), (q, k, v, kept, *(masked or ())))  # type: ignore[no-any-return]
-
-    def _launch(
-        self,
-        call: Call,
-        core: CoreCall,
-        part: Part,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        masked: padding.Masked | None,
-        known: Lists | None = None,
-    ) -> tuple[Tensor, Lists | None]:
-        """The output, and the lists that a graph made or was given (``known``)."""
         raw = None if core.raw is None else core.raw.select(part.samples)
-        if raw is not None and part.dense:
-            q, k = raw.finish(q, k)
         if part.dense:
+            q, k = (q, k) if raw is None else raw.finish(q, k)
             return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
         hidden = None
         if masked is not None:
@@ -340,12 +328,9 @@ class Site:
             kept = [self._kept(part)] if part.keeps else []
 
             def run(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, part: Part = part) -> tuple[Tensor, ...]:
-                masked = others[part.keeps :]
-                of_mask = padding.Masked(*masked) if masked else None
                 if part.keeps:
-                    return self._launch_kept(call, core, part, others[0], q, k, v, of_mask)
-                out = self.launch(call, core, part, q, k, v, of_mask).to(v.dtype)
-                return (out.flatten().view(v.shape),)  # contiguous(), and by the book where a size is 1
+                    return self._launch_kept(call, core, part, q, k, v, *others)
+                return self._launch_in_graph(call, core, part, None, q, k, v, *others)[:1]
 
             def skip(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, part: Part = part) -> tuple[Tensor, ...]:
                 out = torch.zeros_like(v, memory_format=torch.contiguous_format)

@@ -337,7 +337,7 @@ def _part(
         # Patterns read all of q and k, unquantized, and INT8 and the paper's P have no exchange: whole sequences of this rank's heads.
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads,
-            lambda whole: site.launch(call, whole, part, whole.q, whole.k, whole.v),
+            lambda whole: site.launch(call, whole, part, whole.q, whole.k, whole.v)[0],
         )  # fmt: skip
     if part.lists is None:
         return _whole(

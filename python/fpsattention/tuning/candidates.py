@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..integrations.levels import Grid, resolve_window
+from ..integrations.tokens import Grid, resolve_window
 from ..layout.tiles import TileLayout
 
 DENSITIES = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.33, 0.42, 0.55, 0.7, 0.85)

@@ -23,8 +23,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..analysis.captures import choose_tiles, tile_tokens
 from ..errors import ConfigError, UnsupportedError
 from ..integrations.installation import Installation
-from ..integrations.levels import Grid, Tokens
 from ..integrations.state import CURRENT
+from ..integrations.tokens import Grid, Tokens
 from ..layout.masks import BlockMask, sliding_tile_mask
 from ..layout.tiles import TileLayout, plan
 from ..ops.checks import GRANULARITIES, kernel_dim

@@ -100,12 +100,16 @@ class Preparation:
         argument: of the code, that brings the rotary tables; None there means no rotation.
         tables: what it brings, and the number of heads, to ``(cos, sin)``, each ``(1 or B, 1 or H, video tokens, D/2)``.
         style: which channels are a pair (:class:`fpsattention.Rope`).
+        twice: it brings every angle twice, side by side.
+        text_rotated: the tables are of all tokens, of the text, too.
     """
 
     kind: str
     argument: str
     tables: Callable[[Any, int], tuple[Tensor, Tensor]]
     style: str = "pairs"
+    twice: bool = False
+    text_rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Adapter:
             tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
         token_order: model to the places where its tokens go to tile order and come back, everything that is said per token (rotary
             tables, modulation) with them; empty where nothing is known of such a model, whose tokens then stay in raster order.
-        prepare: how norms and RoPE of q and k can move into the quantizer; None: they stay the model's own.
+        prepare: how norms and RoPE of q and k can move into the quantizer; or why they stay the model's own, as a clause that follows them.
     """
 
     name: str
@@ -148,7 +152,7 @@ class Adapter:
     note: str = ""
     linears: tuple[str, ...] = ()
     token_order: Callable[[Any], tuple[Place, ...]] = raster_only
-    prepare: Preparation | None = None
+    prepare: Preparation | str = "are not known to be those of the quantizer"
 
     def __reduce__(self) -> Any:
         """Those of the table travel by name, so that their functions may be lambdas."""

@@ -38,7 +38,7 @@ def video_only(model: Any, arguments: Arguments) -> Geometry:
     return Geometry(latents_grid(latents, patches(model)), latents, arguments["timestep"])
 
 
-PREPARE = Preparation("layer", "image_rotary_emb", each_twice)
+PREPARE = Preparation("layer", "image_rotary_emb", each_twice, twice=True)
 
 COGVIDEOX = Adapter(
     "CogVideoX 1.0, 1.5", ("CogVideoXTransformer3DModel",), submodules(transformer_blocks="attn1"), text_then_frames, note=PROXY,

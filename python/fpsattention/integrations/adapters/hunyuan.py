@@ -72,7 +72,7 @@ def embedder_to_norm(model: Any) -> tuple[Place, ...]:
 #: Of both kinds of blocks: a single block has the feed-forward's second layer and the output projection in one.
 LINEARS = (*attention_linears("attn"), *feed_forward_linears("ff"), "proj_mlp", "proj_out")
 
-PREPARE = Preparation("rms", "image_rotary_emb", each_twice)
+PREPARE = Preparation("rms", "image_rotary_emb", each_twice, twice=True)
 
 HUNYUAN = Adapter(
     "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),

@@ -7,7 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .adapter import Adapter, Arguments, Geometry, Grid, own_sigma, read_once, submodules, thousandths
+from .adapter import (
+    Adapter,
+    Arguments,
+    Geometry,
+    Grid,
+    Preparation,
+    each_twice,
+    own_sigma,
+    read_once,
+    submodules,
+    thousandths,
+)
 
 
 def _one_size(images: list[Grid]) -> Grid:
@@ -66,13 +77,17 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     )
 
 
+#: Of single blocks; in joint ones the text has norms of its own.
+PREPARE = Preparation("rms", "image_rotary_emb", each_twice, twice=True, text_rotated=True)
+
 FLUX = Adapter(
     "Flux.1", ("FluxTransformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, scheduled=thousandths, kind="image", note="IP-Adapter: refused",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="IP-Adapter: refused; prepare: single blocks", prepare=PREPARE,
 )  # fmt: skip
 FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, scheduled=thousandths, kind="image", note="reference images: of the size of the image only, dense in both directions",
+    image_ids, own_sigma, scheduled=thousandths, kind="image", prepare=PREPARE,
+    note="reference images: of the size of the image only, dense in both directions; prepare: single blocks",
 )  # fmt: skip
 FLUX3 = Adapter(
     "Flux.3", ("Flux3Transformer2DModel",), submodules(single_transformer_blocks="attn"), image_and_reference_ids, own_sigma,
@@ -83,6 +98,7 @@ QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
     text_mask=True,
     note="input images: of the size of the image only, dense in both directions",
+    prepare="are not those of the quantizer: the text is rotated, too, under norms of its own",
 )  # fmt: skip
 
 ADAPTERS = (FLUX, FLUX2, FLUX3, QWEN)

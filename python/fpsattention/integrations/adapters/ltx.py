@@ -36,7 +36,7 @@ def tables_of_all_heads(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tens
 
 LTX = Adapter(
     "LTX-Video", ("LTXVideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments,
-    prepare=Preparation("rms_across_heads", "image_rotary_emb", tables_of_all_heads),
+    prepare=Preparation("rms_across_heads", "image_rotary_emb", tables_of_all_heads, twice=True),
 )  # fmt: skip
 LTX2 = Adapter(
     "LTX-2", ("LTX2VideoTransformer3DModel",), submodules(transformer_blocks="attn1"), grid_of_arguments,

@@ -21,8 +21,8 @@ from fpsattention.integrations.adapters.adapter import read_once
 from fpsattention.integrations.core_calls import CoreCall
 from fpsattention.integrations.handle import report
 from fpsattention.integrations.hosted import Hosted
-from fpsattention.integrations.levels import Grid
 from fpsattention.integrations.report import Report
+from fpsattention.integrations.tokens import Grid
 from fpsattention.schedule import Schedule
 
 OVERRIDE = "optimized_attention_override"
