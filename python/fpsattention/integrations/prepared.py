@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..layout.plain import is_fake
 from ..ops.checks import HEAD_DIMS
 from ..ops.norm_rope import rotate
 from ..ops.prepare import Norm, Rope
@@ -142,7 +143,12 @@ def _rotation(preparation: Preparation, module: Any, tables: Any, owner: Engine)
             raise UnsupportedError(
                 f"{what} come out as {x.dtype} {tuple(x.shape)}, wanted real numbers (1 or B, 1 or H, n, {half}): leave prepare out"
             )
-    if preparation.twice and not torch.compiler.is_compiling() and not owner.tables_seen:
+    if (
+        preparation.twice
+        and not torch.compiler.is_compiling()
+        and not owner.tables_seen
+        and not (is_fake(cos) or cos.is_meta)
+    ):
         if not all(torch.equal(x[..., 0::2], x[..., 1::2]) for x in tables):
             raise UnsupportedError(
                 f"{what} hold two angles for a pair of channels, wanted every angle twice, side by side: leave prepare out"

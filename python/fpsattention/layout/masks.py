@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from . import exact, flex
-from .plain import Cache, constant, on_default_stream, plain_tensors
+from .plain import Cache, constant, is_fake, on_default_stream, plain_tensors
 from .tiles import _CLEAR_WITH_PLANS, BLOCK, TEXT_TILE, Int3, TileLayout, check_layout, core, int3, shown
 
 _MASK_CACHE_SIZE = 64
@@ -70,7 +70,7 @@ class BlockMask:
         if self._trusted:
             return
         _check_structure(self.layout, self.kv_num_blocks, self.kv_indices)
-        if torch.compiler.is_compiling() or _is_fake(self.kv_indices):
+        if torch.compiler.is_compiling() or is_fake(self.kv_indices):
             return
         values: dict[str, Any] = {"_copies": Cache()}
         for name in ("kv_num_blocks", "kv_indices"):
@@ -156,7 +156,7 @@ class BlockMask:
         own = layout.tile_of_block == torch.arange(layout.num_tiles, device=keep.device).unsqueeze(-1)
         counts, indices = _lists_of_keep(keep, own, width)
         if width < layout.num_blocks:
-            if keep.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(keep):
+            if keep.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(keep):
                 longest = int(counts.max())
                 if longest > width:
                     raise ConfigError(
@@ -264,7 +264,7 @@ class BlockMask:
         """The same mask, holding its transpose."""
         if self._transposed is not None:
             return self
-        if self.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(self.kv_indices):
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(self.kv_indices):
             transposed = _transpose_on_cpu(self.layout, self.kv_num_blocks, self.kv_indices)
         else:
             transposed = _transpose_on_device(self)
@@ -515,8 +515,3 @@ def _check_structure(layout: TileLayout, kv_num_blocks: Tensor, kv_indices: Tens
             f"fpsattention.BlockMask: kv_num_blocks is on {kv_num_blocks.device} and kv_indices on {kv_indices.device}, expected "
             "one device"
         )
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    """True for tensors without memory of their own (FakeTensor, functional wrappers): their values cannot be read."""
-    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

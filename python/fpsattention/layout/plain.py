@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -58,6 +59,11 @@ class Cache:
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """True for tensors without memory of their own (FakeTensor, functional wrappers): their values cannot be read."""
+    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:
