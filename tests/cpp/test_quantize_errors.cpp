@@ -53,7 +53,7 @@ TEST(QuantizeErrors, NameTheArgumentAndWhatWasWanted) {
       {"with strides (1, 0, 0, 1), expected", [](auto& p) { p.q.stride_batch = 1; }},
       {"quantize: k has a token stride of 1073741832 elements, expected at most 1073741823: make it contiguous",
        [](auto& p) { p.k.stride_token = (1 << 30) + 8; }},
-      {"quantize: token_of_slot is at", [](auto& p) { p.token_of_slot += 1; }},
+      {"quantize: token_of_slot is at", [](auto& p) { p.token_of_slot.data += 1; }},
       {"quantize: tile_block_offsets is null", [](auto& p) { p.tile_block_offsets = nullptr; }},
       {"quantize: q8 is at", [](auto& p) { p.q8 += 8; }},
       {"quantize: k8 is null", [](auto& p) { p.k8 = nullptr; }},
