@@ -80,10 +80,16 @@ def test_public_calls_and_their_gradients():
 
     order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(2)])[None].to(DEVICE)
     two = [x[:, :, :2].detach().requires_grad_() for x in (q, k, v)]
-    results = [attend_permuted(*two, mask.to(DEVICE), order, backend=backend) for backend in ("sm90", "reference")]
-    assert distance(results[0][0].cpu(), results[1][0].cpu()) < 0.02
-    grads = [torch.autograd.grad(out.float().square().sum(), two) for out, _ in results]
-    assert all(distance(a.cpu(), b.cpu()) < 0.02 for a, b in zip(*grads, strict=True))
+    angles = torch.randn(tokens, 32, generator=generator).to(DEVICE)
+    raw = {"norm": fps.Norm("rms_across_heads"), "rope": fps.Rope(angles.cos(), angles.sin())}
+    for orders, options in (((order, order.flip(1)), {}), ((order,), raw)):
+        results = [
+            attend_permuted(*two, mask.to(DEVICE), *orders, backend=backend, **options)
+            for backend in ("sm90", "reference")
+        ]
+        assert distance(results[0][0].cpu(), results[1][0].cpu()) < 0.02
+        grads = [torch.autograd.grad(out.float().square().sum(), two) for out, _ in results]
+        assert all(distance(a.cpu(), b.cpu()) < 0.02 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.skipif(ON_GPU, reason="values on a GPU are not read by the host")

@@ -271,6 +271,21 @@ def test_the_ops_with_two_sides_equal_the_reference(group, granularity):
     assert adjoint == pytest.approx(float((sides.grad.double() * got[-1].double()).sum()), rel=1e-4)
 
 
+def test_opcheck_of_two_sides():
+    sides = Sides(group=2, dim=64, granularity=0)
+    q_slots, q_offsets, *keys = sides.tables
+    lists = (q_slots, torch.arange(3, dtype=torch.int32), q_offsets, *sides.lists, *sides.q_lists)
+    options = {"granularity": 0, "softmax_scale": sides.scale, "smooth_k": True, "pow2_scales": False}
+    args = (*(x.requires_grad_() for x in sides.qkv), *lists, None, None, *keys)
+    # e4m3 outputs have no sum, which the others would compute.
+    torch.library.opcheck(
+        torch.ops.fpsattn.attention.default,
+        args,
+        options,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 def test_what_two_sides_refuse():
     sides = Sides(group=2, dim=64, granularity=0)
     options = {"granularity": 0, "smooth_k": True, "pow2_scales": False}

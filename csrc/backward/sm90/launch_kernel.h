@@ -29,12 +29,11 @@ class Launcher {
   Launcher(const BackwardParams& params, cudaStream_t stream)
       : stream_(stream),
         heads_(static_cast<int>(Workspace::heads_of(params, params.workspace_bytes))),
-        round_{params, Workspace::at(params.workspace, params, heads_)} {
-    const ProblemSize& size = params.size;
-    round_.queries = {params.token_of_slot, size.heads, size.num_tokens, size.num_blocks};
-    round_.keys = {key_slots(params), size.key_heads(), size.key_tokens(), size.key_blocks()};
-    round_.scale_log2 = scale_in_log2_units(params.softmax_scale);
-  }
+        round_{params,
+               Workspace::at(params.workspace, params, heads_),
+               {params.token_of_slot, params.size.heads, params.size.num_tokens, params.size.num_blocks, 0},
+               {key_slots(params), params.size.key_heads(), params.size.key_tokens(), params.size.key_blocks(), 0},
+               scale_in_log2_units(params.softmax_scale)} {}
 
   void run() {
     const int64_t all_heads = int64_t{params_.size.batch} * keys_.heads;
