@@ -13,7 +13,6 @@ void check_sizes(const BackwardParams& params) {
   check_size(kOp, size);
   FPSATTN_CHECK(int64_t{size.batch} * size.heads <= INT32_MAX, kOp, ": batch * heads is ",
                 int64_t{size.batch} * size.heads, ", expected at most ", INT32_MAX);
-  FPSATTN_CHECK(size.group <= UINT16_MAX, kOp, ": group is ", size.group, ", expected at most ", UINT16_MAX);
   check_lists(kOp, "kv", params.kv, size, size.num_tiles, "num_tiles", "query tile");
   check_lists(kOp, "q", params.q, size, size.key_blocks(), size.kv_blocks > 0 ? "kv_blocks" : "num_blocks", "KV block");
 }
