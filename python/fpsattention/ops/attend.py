@@ -152,7 +152,8 @@ def _attend(
             "fpsattention.attention: keys of their own were given with norm, rope, hidden or a selection by sums over blocks, supported is "
             "none of these"
         )
-    key_tables = {} if keys is None else dict(zip(("kv_token_of_slot", "kv_tile_block_offsets"), keys, strict=True))
+    names = ("kv_token_of_slot", "kv_tile_block_offsets")
+    key_tables: dict[str, Any] = {} if keys is None else dict(zip(names, keys, strict=True))
     rest: tuple[Any, ...] = ()
     if precision == "paper" and prepared:
         raise UnsupportedError(
