@@ -215,6 +215,17 @@ class GroupedAttention(Projections):
         return self.o(out.transpose(1, 2).flatten(2))
 
 
+def grouped(level: dict) -> tuple:
+    """A model whose heads share keys, its schedule and adapter, and what it takes beside the times: samples of padded text."""
+    model = musubi.JointModel()
+    for block in model.blocks:
+        block.self_attn = GroupedAttention()
+    adapter = Adapter("grouped", ("JointModel",), submodules(blocks="self_attn"), joint, core="scaled_dot_product_attention", text_mask=True)  # fmt: skip
+    schedule = {**SPARSE, "format": FORMAT, "levels": {**SPARSE["levels"], "narrow": level}}
+    video, text = rand(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2]), rand(2, 9, HEADS * DIM)
+    return model, schedule, adapter, video, text, torch.arange(9) < torch.tensor([[9], [4]])
+
+
 @pytest.mark.parametrize(
     "level",
     [
@@ -225,14 +236,8 @@ class GroupedAttention(Projections):
 )
 def test_heads_that_share_keys(level):
     """A window, lists of sums over blocks, a rule that reads tokens; samples of two levels and of padded text; gradients."""
-    model = musubi.JointModel()
-    for block in model.blocks:
-        block.self_attn = GroupedAttention()
-    adapter = Adapter("grouped", ("JointModel",), submodules(blocks="self_attn"), joint, core="scaled_dot_product_attention", text_mask=True)  # fmt: skip
-    video, text = rand(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2]), rand(2, 9, HEADS * DIM)
-    valid = torch.arange(9) < torch.tensor([[9], [4]])
+    model, schedule, adapter, video, text, valid = grouped(level)
     times = torch.tensor([900.0, 800.0])
-    schedule = {**SPARSE, "format": FORMAT, "levels": {**SPARSE["levels"], "narrow": level}}
     plain = model(video, times, text, valid)
     with fps.apply(model, schedule, adapter=adapter) as handle:
         seen = observed(handle)
@@ -249,6 +254,19 @@ def test_heads_that_share_keys(level):
         assert torch.equal(mixed[1], out[1]) and torch.allclose(mixed[0], plain[0], atol=1e-5)
         mixed.square().sum().backward()
     assert all(block.self_attn.k.weight.grad.any() for block in model.blocks)
+
+
+@pytest.mark.slow
+def test_heads_that_share_keys_in_a_graph():
+    """With branches for samples of two levels, one of which makes its lists of sums."""
+    level = {"precision": "fp8", "pattern": {"name": "topk_mean", "ratio": 0.2}}
+    model, schedule, adapter, video, text, valid = grouped(level)
+    with torch.no_grad(), fps.apply(model, schedule, adapter=adapter) as handle:
+        for times in (torch.tensor([900.0, 800.0]), torch.tensor([100.0, 800.0])):
+            want = model(video, times, text, valid)
+            out = torch.compile(model, backend="aot_eager")(video, times, text, valid)
+            assert (out - want).abs().mean() < 1e-3 * want.abs().mean()
+        assert not handle.report().fallbacks
 
 
 def test_other_parallelism_is_refused():
