@@ -226,6 +226,7 @@ def grouped(level: dict) -> tuple:
     return model, schedule, adapter, video, text, torch.arange(9) < torch.tensor([[9], [4]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "level",
     [
@@ -262,10 +263,10 @@ def test_heads_that_share_keys_in_a_graph():
     level = {"precision": "fp8", "pattern": {"name": "topk_mean", "ratio": 0.2}}
     model, schedule, adapter, video, text, valid = grouped(level)
     with torch.no_grad(), fps.apply(model, schedule, adapter=adapter) as handle:
-        for times in (torch.tensor([900.0, 800.0]), torch.tensor([100.0, 800.0])):
-            want = model(video, times, text, valid)
-            out = torch.compile(model, backend="aot_eager")(video, times, text, valid)
-            assert (out - want).abs().mean() < 1e-3 * want.abs().mean()
+        times = torch.tensor([100.0, 800.0])
+        want = model(video, times, text, valid)
+        out = torch.compile(model, backend="aot_eager")(video, times, text, valid)
+        assert (out - want).abs().mean() < 1e-3 * want.abs().mean()
         assert not handle.report().fallbacks
 
 

@@ -59,6 +59,7 @@ def test_packed_videos_are_separate_calls(backend):
         attend_packed(q[:210], k[:210], v[:210], [0, 210], [masks.BlockMask.stack([each[0]] * 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_grouped_heads_are_repeated_ones(group, backend):
@@ -171,6 +172,7 @@ def gathered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(1, order.transpose(1, 2)[..., None].expand(*x.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"precision": "paper"}, {"hadamard": True}])
 def test_orders_of_queries_and_of_keys_differ(options):
     """What tensors in these orders give, put back: outputs to the bit, and gradients. A head of K and V serves three of the queries."""
@@ -220,7 +222,13 @@ def test_an_order_per_head_of_raw_projections(kind):
 
 
 @pytest.mark.parametrize(
-    "pattern", [("topk_mean", {"ratio": 0.3}), ("cdf_mean", {"mass": 0.5}), ("sparge", {}), ("exact", {"mass": 0.5})]
+    "pattern",
+    [
+        ("topk_mean", {"ratio": 0.3}),
+        ("cdf_mean", {"mass": 0.5}),
+        ("sparge", {"mass": None, "ratio": 0.5, "similarity": -0.1}),
+        ("exact", {"mass": 0.5}),
+    ],
 )
 def test_patterns_of_grouped_heads(pattern):
     """The lists of repeated keys, also from sums over blocks; and of Sparse-VideoGen 2 its clusters, once per head of K."""
