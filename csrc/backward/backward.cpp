@@ -14,7 +14,7 @@ void check_sizes(const BackwardParams& params) {
   FPSATTN_CHECK(int64_t{size.batch} * size.heads <= INT32_MAX, kOp, ": batch * heads is ",
                 int64_t{size.batch} * size.heads, ", expected at most ", INT32_MAX);
   check_lists(kOp, "kv", params.kv, size, size.num_tiles, "num_tiles", "query tile");
-  check_lists(kOp, "q", params.q, size, size.num_blocks, "num_blocks", "KV block");
+  check_lists(kOp, "q", params.q, size, size.key_blocks(), size.kv_blocks > 0 ? "kv_blocks" : "num_blocks", "KV block");
 }
 
 void check(const BackwardParams& params) {
@@ -24,7 +24,8 @@ void check(const BackwardParams& params) {
   check_pointers(kOp, kPointerAlignment, {{"q8", params.q8}, {"k8", params.k8}, {"v8t", params.v8t}});
   check_pointers(kOp, 4, {{"q_scale", params.q_scale}, {"k_scale", params.k_scale}, {"v_scale", params.v_scale}});
   check_pointers(kOp, 4, {{"row_max", params.row_max}, {"row_sum", params.row_sum}});
-  check_pointers(kOp, 4, {{"token_of_slot", params.token_of_slot}, {"tile_of_block", params.tile_of_block}});
+  check_pointers(kOp, 4, {{"tile_of_block", params.tile_of_block}});
+  check_slot_tables(kOp, params, 4);
   check_list_pointers(kOp, "kv", params.kv);
   check_list_pointers(kOp, "q", params.q);
   check_tensor(kOp, "out", params.out, true);

@@ -28,7 +28,15 @@ inline void check_size(const char* op, const ProblemSize& size) {
                 ", expected at least num_tiles (", size.num_tiles, "): every tile owns whole blocks");
   FPSATTN_CHECK(int64_t{size.num_blocks} * kBlockSlots >= size.num_tokens, op, ": num_blocks is ", size.num_blocks,
                 ", too few for num_tokens ", size.num_tokens, " at 128 slots a block");
-  FPSATTN_CHECK(int64_t{size.num_blocks} * kBlockSlots <= INT32_MAX, op, ": num_blocks is ", size.num_blocks,
+  FPSATTN_CHECK(size.group >= 1 && size.heads % size.group == 0, op, ": group is ", size.group,
+                ", expected a divisor of heads (", size.heads, ")");
+  FPSATTN_CHECK(size.kv_tokens >= 0 && size.kv_blocks >= 0 && size.kv_tiles >= 0, op,
+                ": kv_tokens, kv_blocks, kv_tiles are ", size.kv_tokens, ", ", size.kv_blocks, ", ", size.kv_tiles,
+                ", expected 0 (as the queries) or more");
+  FPSATTN_CHECK(int64_t{size.key_blocks()} * kBlockSlots >= size.kv_tokens, op, ": kv_blocks is ", size.kv_blocks,
+                ", too few for kv_tokens ", size.kv_tokens, " at 128 slots a block");
+  const int most = size.num_blocks > size.key_blocks() ? size.num_blocks : size.key_blocks();
+  FPSATTN_CHECK(int64_t{most} * kBlockSlots <= INT32_MAX, op, ": num_blocks is ", most,
                 ": slot numbers are 32 bit, at most ", INT32_MAX / kBlockSlots, " blocks");
 }
 
@@ -52,6 +60,19 @@ inline bool has_aligned_rows(const TokenTensor& tensor) {
   constexpr int kElements = kPointerAlignment / 2;
   return reinterpret_cast<uintptr_t>(tensor.data) % kPointerAlignment == 0 && tensor.stride_batch % kElements == 0 &&
          tensor.stride_head % kElements == 0 && tensor.stride_token % kElements == 0;
+}
+
+// Tables of the queries and, where sizes say that keys have their own, of the keys.
+template <class Params>
+void check_slot_tables(const char* op, const Params& params, int alignment) {
+  check_pointer(op, "token_of_slot", params.token_of_slot.data, alignment);
+  const bool own_size = params.size.kv_tokens > 0, own_table = params.kv_token_of_slot.data != nullptr;
+  FPSATTN_CHECK(own_size == (params.size.kv_blocks > 0) && own_size == own_table, op, ": kv_tokens is ",
+                params.size.kv_tokens, ", kv_blocks ", params.size.kv_blocks, " and kv_token_of_slot ",
+                own_table ? "given" : "null", ", expected all or none of them");
+  if (own_table) check_pointer(op, "kv_token_of_slot", params.kv_token_of_slot.data, alignment);
+  FPSATTN_CHECK(own_table || params.size.group == 1 || params.token_of_slot.stride == 0, op,
+                ": token_of_slot differs from head to head, and K has fewer of them: kv_token_of_slot is missing");
 }
 
 inline void check_tensor(const char* op, const char* name, const TokenTensor& tensor, bool require_aligned_rows) {

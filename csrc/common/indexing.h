@@ -23,6 +23,11 @@ FPSATTN_HOST_DEVICE inline int64_t list_row(const BlockLists& lists, int32_t bat
   return list_head(lists, batch, head) * lists.rows + row;
 }
 
+// The table of a (batch, head): batch_head = batch * heads + head.
+FPSATTN_HOST_DEVICE inline const int32_t* slots_of(const SlotTable& table, int64_t batch_head) {
+  return table.data + batch_head * table.stride;
+}
+
 // Elements from the first of a tensor to the row of a token.
 FPSATTN_HOST_DEVICE inline int64_t token_offset(const TokenTensor& tensor, int32_t batch, int32_t head, int32_t token) {
   return batch * tensor.stride_batch + head * tensor.stride_head + token * tensor.stride_token;

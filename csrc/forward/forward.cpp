@@ -12,7 +12,10 @@ void check_sizes(const ForwardParams& params) {
   check_size(kOp, params.size);
   check_lists(kOp, "kv", params.kv, params.size, params.size.num_tiles, "num_tiles", "query tile");
   // TMA coordinates are 32 bit: rows of the V^T matrix, the tallest.
-  const int64_t items = int64_t{params.size.batch} * params.size.heads * params.size.num_blocks;
+  const ProblemSize& size = params.size;
+  const int64_t of_queries = int64_t{size.heads} * size.num_blocks;
+  const int64_t of_keys = int64_t{size.key_heads()} * size.key_blocks();
+  const int64_t items = size.batch * (of_queries > of_keys ? of_queries : of_keys);
   const int64_t rows = items * (kBlockSlots + kVExtraRows);
   FPSATTN_CHECK(rows <= INT32_MAX, kOp, ": batch * heads * num_blocks is ", items, ", expected at most ",
                 INT32_MAX / (kBlockSlots + kVExtraRows), " (32-bit TMA coordinates): split the batch or the heads");
@@ -28,7 +31,7 @@ void check(const ForwardParams& params) {
   check_pointer(kOp, "q_scale", params.q_scale, 4);
   check_pointer(kOp, "k_scale", params.k_scale, params.k_scale_per_token ? kPointerAlignment : 4);
   check_pointer(kOp, "v_scale", params.v_scale);
-  check_pointer(kOp, "token_of_slot", params.token_of_slot, 4);
+  check_pointer(kOp, "token_of_slot", params.token_of_slot.data, 4);
   check_pointer(kOp, "tile_of_block", params.tile_of_block, 4);
   check_list_pointers(kOp, "kv", params.kv);
   if (params.q_k_mean != nullptr) check_pointer(kOp, "q_k_mean", params.q_k_mean, 4);

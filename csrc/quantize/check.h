@@ -29,10 +29,14 @@ inline void check_quantize(const char* op, const QuantizeParams& params, size_t 
   check_rows(op, "q", params.q);
   check_rows(op, "k", params.k);
   check_rows(op, "v", params.v);
-  check_pointers(op, kPointerAlignment, {{"token_of_slot", params.token_of_slot}, {"k_mean", params.k_mean}});
+  check_pointers(op, kPointerAlignment, {{"k_mean", params.k_mean}});
   check_pointers(op, kPointerAlignment, {{"q8", params.q8}, {"k8", params.k8}, {"v8t", params.v8t}});
   check_pointers(op, 4, {{"tile_block_offsets", params.tile_block_offsets}, {"q_k_mean", params.q_k_mean}});
   check_pointers(op, 4, {{"q_scale", params.q_scale}, {"k_scale", params.k_scale}, {"v_scale", params.v_scale}});
+  check_slot_tables(op, params, kPointerAlignment);
+  FPSATTN_CHECK((params.size.kv_tiles > 0) == (params.size.kv_blocks > 0), op, ": kv_tiles is ", params.size.kv_tiles,
+                " and kv_blocks ", params.size.kv_blocks, ", expected both or none");
+  if (params.size.kv_tiles > 0) check_pointer(op, "kv_tile_block_offsets", params.kv_tile_block_offsets, 4);
   if (params.q_block_sum != nullptr) check_pointer(op, "q_block_sum", params.q_block_sum, 4);
   if (params.k_block_sum != nullptr) check_pointer(op, "k_block_sum", params.k_block_sum, 4);
   check_workspace(op, params.workspace, params.workspace_bytes, workspace_bytes);

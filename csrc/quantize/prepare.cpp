@@ -18,6 +18,9 @@ void check_vector(const char* name, const ChannelVector& vector, Norm norm) {
 
 void check(const PrepareParams& params) {
   check_quantize(kOp, params.quantize, prepare_workspace_bytes(params));
+  const ProblemSize& size = params.quantize.size;
+  FPSATTN_CHECK(size.group == 1 && size.kv_blocks == 0, kOp, ": group is ", size.group, " and kv_blocks ",
+                size.kv_blocks, ", expected keys of the heads and tokens of the queries");
   FPSATTN_CHECK(params.norm >= Norm::kNone && params.norm <= Norm::kLayer, kOp, ": norm is ",
                 static_cast<int>(params.norm), ", expected 0 (none), 1 (rms), 2 (rms_across_heads) or 3 (layer)");
   FPSATTN_CHECK(std::isfinite(params.eps) && params.eps >= 0.0f, kOp, ": eps is ", params.eps,

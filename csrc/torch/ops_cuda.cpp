@@ -43,21 +43,34 @@ const float* optional_floats(const char* op, const char* name, const OptionalTen
   return x.has_value() ? input<float>(op, name, *x, like, shape) : nullptr;
 }
 
-// token_of_slot, checked. Contents are checked where that costs no synchronization, on the CPU; on a GPU the kernels trap
-// on what is out of range.
-const int32_t* checked_slots(const char* op, const Tensor& token_of_slot, const Tensor& like, int64_t num_tokens) {
-  const int32_t* tokens = input<int32_t>(op, "token_of_slot", token_of_slot, like, {kAnySize});
-  const int64_t slots = token_of_slot.size(0);
-  FPSATTN_CHECK(slots > 0 && slots % kBlockSlots == 0, op, ": token_of_slot has ", slots,
+// One table [num_blocks * 128] or one of every (batch, head), [B, H, num_blocks * 128]. Contents are checked where that
+// costs no synchronization, on the CPU; on a GPU the kernels trap on what is out of range.
+SlotTable slot_table(const char* op, const char* name, const Tensor& x, const Tensor& like, int64_t batch,
+                     int64_t heads, int64_t num_tokens) {
+  const bool shared = x.dim() != 3;
+  const int32_t* tokens = shared ? input<int32_t>(op, name, x, like, {kAnySize})
+                                 : input<int32_t>(op, name, x, like, {batch, heads, kAnySize});
+  const int64_t slots = x.size(x.dim() - 1);
+  FPSATTN_CHECK(slots > 0 && slots % kBlockSlots == 0, op, ": ", name, " has ", slots,
                 " entries, expected a positive multiple of ", kBlockSlots);
-  if (token_of_slot.is_cuda()) return tokens;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    FPSATTN_CHECK(tokens[slot] >= -1 && tokens[slot] < num_tokens, op, ": token_of_slot[", slot, "] is ", tokens[slot],
+  const SlotTable table = {tokens, shared ? 0 : slots};
+  if (x.is_cuda()) return table;
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    FPSATTN_CHECK(tokens[i] >= -1 && tokens[i] < num_tokens, op, ": ", name, "[", i, "] is ", tokens[i],
                   ", expected -1 to ", num_tokens - 1);
-    FPSATTN_CHECK(tokens[slot] >= 0 || slot % kBlockSlots != 0, op, ": token_of_slot[", slot,
+    FPSATTN_CHECK(tokens[i] >= 0 || i % kBlockSlots != 0, op, ": ", name, "[", i,
                   "] is padding: valid slots come first in each block of ", kBlockSlots);
   }
-  return tokens;
+  return table;
+}
+
+int64_t num_blocks_of(const Tensor& token_of_slot) { return token_of_slot.size(token_of_slot.dim() - 1) / kBlockSlots; }
+
+// Query heads of a head of K and V.
+int group_of(const char* op, const char* name, int64_t heads, int64_t kv_heads) {
+  FPSATTN_CHECK(kv_heads > 0 && heads % kv_heads == 0, op, ": ", name, " has ", kv_heads,
+                " heads, expected a divisor of the ", heads, " of q");
+  return static_cast<int>(heads / kv_heads);
 }
 
 // Entries of a table of block or tile numbers, likewise.
@@ -76,6 +89,7 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 template <class Run>
 Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& token_of_slot,
                     const Tensor& tile_block_offsets, const OptionalTensor& k_mean, const OptionalTensor& v_absmax,
+                    const OptionalTensor& kv_token_of_slot, const OptionalTensor& kv_tile_block_offsets,
                     int64_t granularity, bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool block_sums,
                     const Run& run) {
   const Launch launch(op, q);
@@ -83,6 +97,12 @@ Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& 
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
   FPSATTN_CHECK(is_head_dim(dim), op, ": q has head dimension ", dim, ", supported are ", kHeadDims);
   FPSATTN_CHECK(batch > 0 && heads > 0 && tokens > 0, op, ": q has shape ", shape_text(q), ": no size may be 0");
+  FPSATTN_CHECK(k.dim() == 4, op, ": k has shape ", shape_text(k), ", expected (B, H, S, D)");
+  const bool own_keys = kv_token_of_slot.has_value();
+  FPSATTN_CHECK(own_keys == kv_tile_block_offsets.has_value(), op, ": ",
+                own_keys ? "kv_tile_block_offsets" : "kv_token_of_slot", " is missing: both or none");
+  const int64_t kv_heads = k.size(1), kv_tokens = own_keys ? k.size(2) : tokens;
+  FPSATTN_CHECK(kv_tokens > 0, op, ": k has shape ", shape_text(k), ": no size may be 0");
   QuantizeParams params;
   params.dtype = kernel_dtype(op, "q", q.scalar_type());
   Tensor* const tensors[] = {&q, &k, &v};
@@ -91,55 +111,72 @@ Quantized quantized(const char* op, Tensor q, Tensor k, Tensor v, const Tensor& 
   for (int i = 0; i < 3; ++i) {
     check_same_device(op, names[i], *tensors[i], q);
     check_dtype(op, names[i], *tensors[i], q.scalar_type());
-    check_shape(op, names[i], *tensors[i], {batch, heads, tokens, dim});
+    check_shape(op, names[i], *tensors[i], {batch, i == 0 ? heads : kv_heads, i == 0 ? tokens : kv_tokens, dim});
     *tensors[i] = with_aligned_rows(op, names[i], *tensors[i]);
     *views[i] = token_tensor(op, names[i], *tensors[i]);
   }
-  params.token_of_slot = checked_slots(op, token_of_slot, q, tokens);
-  params.tile_block_offsets = input<int32_t>(op, "tile_block_offsets", tile_block_offsets, q, {kAnySize});
-  FPSATTN_CHECK(tile_block_offsets.size(0) >= 2, op, ": tile_block_offsets has ", tile_block_offsets.size(0),
-                " entries, expected num_tiles + 1, at least 2");
+  params.token_of_slot = slot_table(op, "token_of_slot", token_of_slot, q, batch, heads, tokens);
   FPSATTN_CHECK(granularity >= 0 && granularity <= 2, op, ": granularity is ", granularity,
                 ", expected 0 (tile), 1 (block) or 2 (token)");
   FPSATTN_CHECK(k_mean_stride >= 1, op, ": k_mean_stride is ", k_mean_stride, ", expected at least 1");
-  const int64_t num_blocks = token_of_slot.size(0) / kBlockSlots;
-  check_entries(op, "tile_block_offsets", tile_block_offsets, num_blocks + 1);
+  const auto offsets_of = [&](const char* name, const Tensor& x, int64_t blocks) {
+    const int32_t* offsets = input<int32_t>(op, name, x, q, {kAnySize});
+    FPSATTN_CHECK(x.size(0) >= 2, op, ": ", name, " has ", x.size(0), " entries, expected num_tiles + 1, at least 2");
+    check_entries(op, name, x, blocks + 1);
+    return offsets;
+  };
+  const int64_t num_blocks = num_blocks_of(token_of_slot);
+  params.tile_block_offsets = offsets_of("tile_block_offsets", tile_block_offsets, num_blocks);
   params.size = {static_cast<int>(batch),      static_cast<int>(heads),
                  static_cast<int>(dim),        static_cast<int>(tokens),
                  static_cast<int>(num_blocks), static_cast<int>(tile_block_offsets.size(0) - 1)};
+  params.size.group = group_of(op, "k", heads, kv_heads);
+  int64_t kv_blocks = num_blocks;
+  if (own_keys) {
+    params.kv_token_of_slot = slot_table(op, "kv_token_of_slot", *kv_token_of_slot, q, batch, kv_heads, kv_tokens);
+    kv_blocks = num_blocks_of(*kv_token_of_slot);
+    params.kv_tile_block_offsets = offsets_of("kv_tile_block_offsets", *kv_tile_block_offsets, kv_blocks);
+    params.size.kv_tokens = static_cast<int>(kv_tokens);
+    params.size.kv_blocks = static_cast<int>(kv_blocks);
+    params.size.kv_tiles = static_cast<int>(kv_tile_block_offsets->size(0) - 1);
+  }
   params.granularity = static_cast<Granularity>(granularity);
   params.smooth_k = smooth_k;
   params.pow2_scales = pow2_scales;
-  params.k_mean_stride = static_cast<int>(k_mean_stride < tokens ? k_mean_stride : tokens);
-  params.given_k_mean = optional_floats(op, "k_mean", k_mean, q, {batch, heads, dim});
-  params.given_v_absmax = optional_floats(op, "v_absmax", v_absmax, q, {batch, heads, dim});
+  params.k_mean_stride = static_cast<int>(k_mean_stride < kv_tokens ? k_mean_stride : kv_tokens);
+  params.given_k_mean = optional_floats(op, "k_mean", k_mean, q, {batch, kv_heads, dim});
+  params.given_v_absmax = optional_floats(op, "v_absmax", v_absmax, q, {batch, kv_heads, dim});
 
   const int64_t columns = code_dim(params.size.head_dim);
   Tensor q8 = output(params.q8, q, {batch, heads, num_blocks, kBlockSlots, columns});
-  Tensor k8 = output(params.k8, q, {batch, heads, num_blocks, kBlockSlots, columns});
-  Tensor v8t = output(params.v8t, q, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
-  std::vector<int64_t> scales = {batch, heads, num_blocks};
-  if (params.granularity == Granularity::kToken) scales.push_back(kBlockSlots);
-  Tensor q_scale = output(params.q_scale, q, scales), k_scale = output(params.k_scale, q, scales);
-  Tensor v_scale = output(params.v_scale, q, {batch, heads, dim});
-  Tensor used_mean = output(params.k_mean, q, {batch, heads, dim});
+  Tensor k8 = output(params.k8, q, {batch, kv_heads, kv_blocks, kBlockSlots, columns});
+  Tensor v8t = output(params.v8t, q, {batch, kv_heads, kv_blocks, columns + kVExtraRows, kBlockSlots});
+  const auto scales = [&](float*& pointer, int64_t of_heads, int64_t blocks) {
+    std::vector<int64_t> shape = {batch, of_heads, blocks};
+    if (params.granularity == Granularity::kToken) shape.push_back(kBlockSlots);
+    return output(pointer, q, shape);
+  };
+  Tensor q_scale = scales(params.q_scale, heads, num_blocks), k_scale = scales(params.k_scale, kv_heads, kv_blocks);
+  Tensor v_scale = output(params.v_scale, q, {batch, kv_heads, dim});
+  Tensor used_mean = output(params.k_mean, q, {batch, kv_heads, dim});
   Tensor q_k_mean = output(params.q_k_mean, q, {batch, heads, tokens});
   Tensor q_block_sum = output(params.q_block_sum, q, {batch, heads, block_sums ? num_blocks : 0, dim});
-  Tensor k_block_sum = output(params.k_block_sum, q, {batch, heads, block_sums ? num_blocks : 0, dim});
+  Tensor k_block_sum = output(params.k_block_sum, q, {batch, kv_heads, block_sums ? kv_blocks : 0, dim});
   if (!block_sums) params.q_block_sum = params.k_block_sum = nullptr;
   run(params, launch.stream());
   return {q8, k8, v8t, q_scale, k_scale, v_scale, used_mean, q_k_mean, q_block_sum, k_block_sum};
 }
 
 Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
-                      OptionalTensor k_mean, OptionalTensor v_absmax, int64_t granularity, bool smooth_k,
-                      bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
+                      OptionalTensor k_mean, OptionalTensor v_absmax, OptionalTensor kv_token_of_slot,
+                      OptionalTensor kv_tile_block_offsets, int64_t granularity, bool smooth_k, bool pow2_scales,
+                      int64_t k_mean_stride, bool block_sums) {
   const auto run = [&](QuantizeParams& params, cudaStream_t stream) {
     const Tensor workspace = workspace_of(params, quantize_workspace_bytes(params), q);
     quantize(params, stream);
   };
-  return quantized("quantize", q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k,
-                   pow2_scales, k_mean_stride, block_sums, run);
+  return quantized("quantize", q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, kv_token_of_slot,
+                   kv_tile_block_offsets, granularity, smooth_k, pow2_scales, k_mean_stride, block_sums, run);
 }
 
 // A weight or bias [1 or 2, channels], FP32 and aligned: `kept` holds what had to be copied.
@@ -202,8 +239,8 @@ Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor 
     const Tensor workspace = workspace_of(params.quantize, prepare_workspace_bytes(params), q);
     prepare(params, stream);
   };
-  return quantized(op, q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, granularity, smooth_k, pow2_scales,
-                   k_mean_stride, block_sums, run);
+  return quantized(op, q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, {}, {}, granularity, smooth_k,
+                   pow2_scales, k_mean_stride, block_sums, run);
 }
 
 // What forward and backward share of their arguments.
@@ -218,20 +255,23 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
   const int64_t batch = q8.size(0), heads = q8.size(1), num_blocks = q8.size(2), dim = v_scale.size(2);
   FPSATTN_CHECK(is_head_dim(dim), op, ": v_scale has head dimension ", dim, ", supported are ", kHeadDims);
   const int64_t columns = code_dim(static_cast<int>(dim));
+  FPSATTN_CHECK(k8.dim() == 5, op, ": k8 has shape ", shape_text(k8), ", expected (B, H, num_blocks, 128, D)");
+  const int64_t kv_heads = k8.size(1), kv_blocks = k8.size(2);
   params.q8 = input<uint8_t>(op, "q8", q8, q8, {batch, heads, num_blocks, kBlockSlots, columns});
-  params.k8 = input<uint8_t>(op, "k8", k8, q8, {batch, heads, num_blocks, kBlockSlots, columns});
-  params.v8t = input<uint8_t>(op, "v8t", v8t, q8, {batch, heads, num_blocks, columns + kVExtraRows, kBlockSlots});
-  const auto scales = [&](const char* name, const Tensor& x) {
-    return x.dim() == 4 ? input<float>(op, name, x, q8, {batch, heads, num_blocks, kBlockSlots})
-                        : input<float>(op, name, x, q8, {batch, heads, num_blocks});
+  params.k8 = input<uint8_t>(op, "k8", k8, q8, {batch, kv_heads, kv_blocks, kBlockSlots, columns});
+  params.v8t = input<uint8_t>(op, "v8t", v8t, q8, {batch, kv_heads, kv_blocks, columns + kVExtraRows, kBlockSlots});
+  const auto scales = [&](const char* name, const Tensor& x, int64_t of_heads, int64_t blocks) {
+    return x.dim() == 4 ? input<float>(op, name, x, q8, {batch, of_heads, blocks, kBlockSlots})
+                        : input<float>(op, name, x, q8, {batch, of_heads, blocks});
   };
-  params.q_scale = scales("q_scale", q_scale);
-  params.k_scale = scales("k_scale", k_scale);
+  params.q_scale = scales("q_scale", q_scale, heads, num_blocks);
+  params.k_scale = scales("k_scale", k_scale, kv_heads, kv_blocks);
   params.q_scale_per_token = q_scale.dim() == 4;
   params.k_scale_per_token = k_scale.dim() == 4;
-  params.v_scale = input<float>(op, "v_scale", v_scale, q8, {batch, heads, dim});
-  params.token_of_slot = checked_slots(op, token_of_slot, q8, num_tokens);
-  check_shape(op, "token_of_slot", token_of_slot, {num_blocks * kBlockSlots});
+  params.v_scale = input<float>(op, "v_scale", v_scale, q8, {batch, kv_heads, dim});
+  params.token_of_slot = slot_table(op, "token_of_slot", token_of_slot, q8, batch, heads, num_tokens);
+  FPSATTN_CHECK(num_blocks_of(token_of_slot) == num_blocks, op, ": token_of_slot has shape ", shape_text(token_of_slot),
+                ", expected ", num_blocks * kBlockSlots, " slots, those of q8");
   params.tile_of_block = input<int32_t>(op, "tile_of_block", tile_of_block, q8, {num_blocks});
   FPSATTN_CHECK(num_tokens >= 1 && num_tokens <= num_blocks * kBlockSlots, op, ": num_tokens is ", num_tokens,
                 ", expected 1 to ", num_blocks * kBlockSlots);
@@ -240,6 +280,8 @@ void fill_operands(const char* op, Params& params, const Tensor& q8, const Tenso
   check_entries(op, "tile_of_block", tile_of_block, num_tiles);
   params.size = {static_cast<int>(batch),      static_cast<int>(heads),      static_cast<int>(dim),
                  static_cast<int>(num_tokens), static_cast<int>(num_blocks), static_cast<int>(num_tiles)};
+  params.size.group = group_of(op, "k8", heads, kv_heads);
+  if (kv_blocks != num_blocks) params.size.kv_blocks = static_cast<int>(kv_blocks);
 }
 
 using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -270,7 +312,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
                                                Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max,
                                                Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block,
                                                Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks,
-                                               Tensor q_indices, double softmax_scale, bool deterministic) {
+                                               Tensor q_indices, OptionalTensor kv_token_of_slot, double softmax_scale,
+                                               bool deterministic, int64_t num_kv_tokens) {
   const char* op = "backward";
   const Launch launch(op, grad_out);
   FPSATTN_CHECK(out.dim() == 4, op, ": out has shape ", shape_text(out), ", expected (B, H, S, D)");
@@ -288,19 +331,32 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor out, Tens
   check_shape(op, "grad_out", grad_out, {batch, heads, tokens, dim});
   params.row_max = input<float>(op, "row_max", row_max, q8, {batch, heads, num_blocks * kBlockSlots});
   params.row_sum = input<float>(op, "row_sum", row_sum, q8, {batch, heads, num_blocks * kBlockSlots});
-  params.q = block_lists(op, "q", q_num_blocks, q_indices, q8, batch, heads, num_blocks);
+  const int64_t kv_heads = k8.size(1), kv_blocks = k8.size(2);
+  params.q = block_lists(op, "q", q_num_blocks, q_indices, q8, batch, heads, kv_blocks);
+  const bool own_keys = kv_token_of_slot.has_value();
+  FPSATTN_CHECK(own_keys == (num_kv_tokens > 0), op, ": num_kv_tokens is ", num_kv_tokens, " and kv_token_of_slot is ",
+                own_keys ? "given" : "missing", ": both or none");
+  const int64_t kv_tokens = own_keys ? num_kv_tokens : tokens;
+  if (own_keys) {
+    params.kv_token_of_slot = slot_table(op, "kv_token_of_slot", *kv_token_of_slot, q8, batch, kv_heads, kv_tokens);
+    params.size.kv_tokens = static_cast<int>(kv_tokens);
+    params.size.kv_blocks = static_cast<int>(kv_blocks);
+  }
+  FPSATTN_CHECK(num_blocks_of(own_keys ? *kv_token_of_slot : token_of_slot) == kv_blocks, op, ": k8 has ", kv_blocks,
+                " blocks, expected those of its table of slots");
   grad_out = with_aligned_rows(op, "grad_out", grad_out);
   out = with_aligned_rows(op, "out", out);
   params.grad_out = token_tensor(op, "grad_out", grad_out);
   params.out = token_tensor(op, "out", out);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.deterministic = deterministic;
-  const auto gradient = [&](const char* name, TokenTensor& view) {
-    Tensor x = empty_tokens(out, batch, heads, tokens, dim, type);
+  const auto gradient = [&](const char* name, TokenTensor& view, int64_t of_heads, int64_t of_tokens) {
+    Tensor x = empty_tokens(out, batch, of_heads, of_tokens, dim, type);
     view = token_tensor(op, name, x);
     return x;
   };
-  Tensor dq = gradient("dq", params.dq), dk = gradient("dk", params.dk), dv = gradient("dv", params.dv);
+  Tensor dq = gradient("dq", params.dq, heads, tokens), dk = gradient("dk", params.dk, kv_heads, kv_tokens);
+  Tensor dv = gradient("dv", params.dv, kv_heads, kv_tokens);
   const Tensor workspace = workspace_of(params, backward_workspace_bytes(params), q8);
   backward(params, launch.stream());
   return {dq, dk, dv};

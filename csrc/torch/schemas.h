@@ -9,7 +9,8 @@ namespace fpsattn {
 
 inline constexpr const char* kQuantizeSchema =
     "quantize(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, "
-    "Tensor? k_mean=None, Tensor? v_absmax=None, *, int granularity, bool smooth_k, bool pow2_scales, "
+    "Tensor? k_mean=None, Tensor? v_absmax=None, Tensor? kv_token_of_slot=None, Tensor? kv_tile_block_offsets=None, *, "
+    "int granularity, bool smooth_k, bool pow2_scales, "
     "SymInt k_mean_stride=1, bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, Tensor k_block_sum)";
 
@@ -29,13 +30,14 @@ inline constexpr const char* kForwardSchema =
 inline constexpr const char* kBackwardSchema =
     "backward(Tensor grad_out, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, "
     "Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
-    "Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks, Tensor q_indices, *, float softmax_scale, "
-    "bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)";
+    "Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks, Tensor q_indices, Tensor? kv_token_of_slot=None, *, "
+    "float softmax_scale, bool deterministic=False, SymInt num_kv_tokens=0) -> (Tensor dq, Tensor dk, Tensor dv)";
 
 inline constexpr const char* kAttentionSchema =
     "attention(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, "
     "Tensor kv_num_blocks, Tensor kv_indices, Tensor? q_num_blocks=None, Tensor? q_indices=None, Tensor? k_mean=None, "
-    "Tensor? v_absmax=None, *, int granularity, float softmax_scale, bool smooth_k, bool pow2_scales, "
+    "Tensor? v_absmax=None, Tensor? kv_token_of_slot=None, Tensor? kv_tile_block_offsets=None, *, int granularity, "
+    "float softmax_scale, bool smooth_k, bool pow2_scales, "
     "SymInt k_mean_stride=1, bool deterministic=False) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
     "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)";
 

@@ -38,6 +38,15 @@ struct TokenTensor {
 // Largest stride_token, either way, of the inputs of quantize: a byte offset of one token from the next fits 32 bits.
 inline constexpr int64_t kMaxTokenStride = INT32_MAX / 2;
 
+// Which token lies in a slot: int32 [num_blocks * 128], -1 in padding.
+struct SlotTable {
+  const int32_t* data = nullptr;
+  int64_t stride = 0;  // from the table of one (batch, head) to that of the next; 0: one table for all
+
+  SlotTable() = default;
+  SlotTable(const int32_t* table, int64_t table_stride = 0) : data(table), stride(table_stride) {}
+};
+
 struct ProblemSize {
   int batch = 0;
   int heads = 0;
@@ -45,6 +54,17 @@ struct ProblemSize {
   int num_tokens = 0;  // S: video and text tokens together
   int num_blocks = 0;
   int num_tiles = 0;
+
+  // K and V. Query head h attends their head h / group: below, Hk = H / group. Where they have other tokens than the
+  // queries: how many, in how many blocks and tiles (tiles: only quantize asks); 0: as the queries. Sk, KB below.
+  int group = 1;
+  int kv_tokens = 0;
+  int kv_blocks = 0;
+  int kv_tiles = 0;
+
+  int key_heads() const { return heads / group; }
+  int key_tokens() const { return kv_tokens > 0 ? kv_tokens : num_tokens; }
+  int key_blocks() const { return kv_blocks > 0 ? kv_blocks : num_blocks; }
 };
 
 struct QuantizeParams {
@@ -56,22 +76,24 @@ struct QuantizeParams {
   int k_mean_stride = 1;     // the mean is taken over tokens 0, n, 2n, ...
 
   TokenTensor q, k, v;
-  const int32_t* token_of_slot = nullptr;       // [num_blocks * 128], -1 in padding
+  SlotTable token_of_slot;
   const int32_t* tile_block_offsets = nullptr;  // [num_tiles + 1], first block of each tile
+  SlotTable kv_token_of_slot;                   // of K and V; null: those of the queries
+  const int32_t* kv_tile_block_offsets = nullptr;
 
-  const float* given_k_mean = nullptr;    // [B, H, D] or null: computed
-  const float* given_v_absmax = nullptr;  // [B, H, D] or null: computed. Delayed scaling: |v| above it saturates
+  const float* given_k_mean = nullptr;    // [B, Hk, D] or null: computed
+  const float* given_v_absmax = nullptr;  // [B, Hk, D] or null: computed. Delayed scaling: |v| above it saturates
 
   uint8_t* q8 = nullptr;         // e4m3 [B, H, num_blocks, 128, C]
-  uint8_t* k8 = nullptr;         // e4m3 [B, H, num_blocks, 128, C]
-  uint8_t* v8t = nullptr;        // e4m3 [B, H, num_blocks, C + 8, 128], slots permuted inside each 16 (kVSlotOrder)
+  uint8_t* k8 = nullptr;         // e4m3 [B, Hk, KB, 128, C]
+  uint8_t* v8t = nullptr;        // e4m3 [B, Hk, KB, C + 8, 128], slots permuted inside each 16 (kVSlotOrder)
   float* q_scale = nullptr;      // [B, H, num_blocks] (tile, block) or [B, H, num_blocks, 128] (token)
-  float* k_scale = nullptr;      // likewise
-  float* v_scale = nullptr;      // [B, H, D]
-  float* k_mean = nullptr;       // [B, H, D]: the mean that was used; zeros without smooth_k
+  float* k_scale = nullptr;      // likewise, Hk and KB
+  float* v_scale = nullptr;      // [B, Hk, D]
+  float* k_mean = nullptr;       // [B, Hk, D]: the mean that was used; zeros without smooth_k
   float* q_k_mean = nullptr;     // [B, H, S]: q . k_mean of every token; zeros without smooth_k
   float* q_block_sum = nullptr;  // [B, H, num_blocks, D] or null: sum of the block's tokens of q, FP32
-  float* k_block_sum = nullptr;  // [B, H, num_blocks, D] or null: likewise of k, nothing subtracted
+  float* k_block_sum = nullptr;  // [B, Hk, KB, D] or null: likewise of k, nothing subtracted
 
   void* workspace = nullptr;  // quantize_workspace_bytes(params), 16-byte aligned
   size_t workspace_bytes = 0;
@@ -105,8 +127,8 @@ struct ForwardParams {
   const float* q_scale = nullptr;
   const float* k_scale = nullptr;
   const float* v_scale = nullptr;
-  const float* q_k_mean = nullptr;  // [B, H, S] or null; lse += softmax_scale * q_k_mean
-  const int32_t* token_of_slot = nullptr;
+  const float* q_k_mean = nullptr;         // [B, H, S] or null; lse += softmax_scale * q_k_mean
+  SlotTable token_of_slot;                 // of the queries
   const int32_t* tile_of_block = nullptr;  // [num_blocks]: row of the lists that a query block follows
   BlockLists kv;                           // rows = num_tiles
 
@@ -136,10 +158,11 @@ struct BackwardParams {
   const float* v_scale = nullptr;
   const float* row_max = nullptr;
   const float* row_sum = nullptr;
-  const int32_t* token_of_slot = nullptr;
+  SlotTable token_of_slot;
+  SlotTable kv_token_of_slot;  // of K and V; null: those of the queries
   const int32_t* tile_of_block = nullptr;
   BlockLists kv;  // rows = num_tiles (query tiles), entries KV blocks
-  BlockLists q;   // the transpose: rows = num_blocks (KV blocks), entries query *blocks*
+  BlockLists q;   // the transpose: rows = KB (KV blocks), entries query *blocks*
 
   TokenTensor out, grad_out, dq, dk, dv;
 
@@ -148,5 +171,11 @@ struct BackwardParams {
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
+
+// The table of K and V.
+template <class Params>
+const SlotTable& key_slots(const Params& params) {
+  return params.kv_token_of_slot.data != nullptr ? params.kv_token_of_slot : params.token_of_slot;
+}
 
 }  // namespace fpsattn

@@ -60,7 +60,8 @@ def attention(
 
     Args:
         q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), BF16 or FP16 (FP32 on the CPU too), any strides. D is 64,
-            96 or 128, or any other one below, which is padded to the next of them with zeros. S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
+            96 or 128, or any other one below, which is padded to the next of them with zeros. k and v may have fewer heads
+            (grouped queries: query head h attends head ``h // (H / Hk)``; nothing is repeated). S = T * H * W video tokens in raster order (T slowest) and ``text_len`` text tokens.
         grid: ``(T, H, W)``, the token grid of the video.
         tile: ``(tT, tH, tW)``; None: the planner's choice. Part of the meaning of ``window``.
         window: ``(wT, wH, wW)`` sliding tile window, in tiles; text tokens attend and are attended by everything. None with no
@@ -79,8 +80,8 @@ def attention(
         text_len, text_position: text tokens of the same sequence, after ("suffix") or before ("prefix") the video.
         return_lse: also return the log-sum-exp of the scores, f32 ``(B, H, S)``, natural logarithm, not differentiable.
         backend: "sm90" (Hopper GPUs), "cpu", "reference" (slow, plain PyTorch), or "auto": by the device of q.
-        k_mean: f32 ``(B, H, D)``, subtracted instead of the computed mean.
-        v_absmax: f32 ``(B, H, D)``, taken for V's scales instead of the computed maximum; values beyond it saturate.
+        k_mean: f32 ``(B, H of k, D)``, subtracted instead of the computed mean.
+        v_absmax: f32 ``(B, H of k, D)``, taken for V's scales instead of the computed maximum; values beyond it saturate.
         deterministic: same bits on repeat in the backward too.
         norm, rope: q and k are raw projections, which are normalized and rotated first, in FP32 without rounding in between:
             ``fpsattention.Norm``, ``fpsattention.Rope``. D is 64, 96 or 128. Gradients are those of the raw tensors and of the norm's weights.
@@ -103,7 +104,7 @@ def attention(
     _choice("granularity", granularity, tuple(GRANULARITIES))
     _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
-    heads = q.shape[2 if tensor_layout == "NHD" else 1]
+    kv_heads = k.shape[2 if tensor_layout == "NHD" else 1]
     mask = _resolve_lists(grid, tile, window, block_mask, exact, text_len, text_position, q, tensor_layout)
     if k_mean is not None and not smooth_k:
         raise _fail("k_mean is given but smooth_k is False: nothing would be subtracted")
@@ -115,8 +116,8 @@ def attention(
         scale=_scale(scale, softmax_scale),
         smooth_k=_flag("smooth_k", smooth_k),
         pow2_scales=_flag("pow2_scales", pow2_scales),
-        k_mean=_statistic("k_mean", k_mean, q, heads),
-        v_absmax=_statistic("v_absmax", v_absmax, q, heads),
+        k_mean=_statistic("k_mean", k_mean, q, kv_heads),
+        v_absmax=_statistic("v_absmax", v_absmax, q, kv_heads),
         deterministic=_flag("deterministic", deterministic),
         norm=_instance("norm", norm, Norm),
         rope=_instance("rope", rope, Rope),
@@ -142,12 +143,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str) -> None:
             raise _fail(f"{name} has shape {tuple(x.shape)}, expected {axes} for tensor_layout={tensor_layout!r}")
         if x.device != q.device:
             raise _fail(f"{name} is on {x.device}, expected {q.device} like q")
-        if x.shape != q.shape:
-            raise _fail(f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} like q: this is self-attention")
+        if x.shape != q.shape and (name == "q" or not _fewer_heads(x, q, tensor_layout)):
+            raise _fail(
+                f"{name} has shape {tuple(x.shape)}, expected {tuple(q.shape)} like q, or fewer heads that divide those of q: "
+                "this is self-attention"
+            )
     if 0 in q.shape:
         raise _fail(f"q has shape {tuple(q.shape)}: no size may be 0")
     if kernel_dim(q.shape[3]) is None:
         raise _fail(f"q has head dimension {q.shape[3]}, supported are 1 to {HEAD_DIMS[-1]}")
+
+
+def _fewer_heads(x: Tensor, q: Tensor, tensor_layout: str) -> bool:
+    """Grouped queries: all sizes are those of q, and the heads divide its heads."""
+    axis = 2 if tensor_layout == "NHD" else 1
+    others = [size for i, size in enumerate(x.shape) if i != axis] == [
+        size for i, size in enumerate(q.shape) if i != axis
+    ]
+    return others and x.shape[axis] > 0 and q.shape[axis] % x.shape[axis] == 0
 
 
 def _choice(name: str, value: Any, options: Sequence[str]) -> str:
@@ -181,7 +194,7 @@ def _scale(scale: Any, softmax_scale: Any) -> float | None:
 
 
 def _statistic(name: str, x: Any, q: Tensor, heads: int) -> Tensor | None:
-    """``k_mean`` or ``v_absmax``: f32 ``(B, H, D)`` beside q."""
+    """``k_mean`` or ``v_absmax``: f32 ``(B, H, D)`` beside k."""
     if x is None:
         return None
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.layout != torch.strided:

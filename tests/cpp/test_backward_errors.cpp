@@ -43,6 +43,9 @@ TEST(BackwardErrors, NameTheArgumentAndWhatWasWanted) {
       {"backward: heads is 0", [](auto& p) { p.size.heads = 0; }},
       {"backward: num_tokens is 0", [](auto& p) { p.size.num_tokens = 0; }},
       {"backward: batch * heads is 4294836225, expected at most", [](auto& p) { p.size.batch = p.size.heads = 65535; }},
+      {"backward: group is 2, expected a divisor of heads (3)", [](auto& p) { p.size.group = 2; }},
+      {"backward: q.rows is 2, expected kv_blocks (3)", [](auto& p) { p.size.kv_blocks = 3; }},
+      {"backward: kv_tokens is 9, kv_blocks 0 and kv_token_of_slot null", [](auto& p) { p.size.kv_tokens = 9; }},
       {"backward: dtype is 7", [](auto& p) { p.dtype = static_cast<DType>(7); }},
       {"backward: dtype is 2", [](auto& p) { p.dtype = DType::kFloat32; }},  // of forward's output only
       {"backward: softmax_scale is nan, expected a positive finite number", [](auto& p) { p.softmax_scale = NAN; }},

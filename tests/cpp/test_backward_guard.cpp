@@ -41,12 +41,12 @@ TEST_P(BackwardGuard, FailsTheLaunch) {
 
 INSTANTIATE_TEST_SUITE_P(
     , BackwardGuard,
-    testing::Values(Spoiled{"query_block", true, [](auto& p) { return std::pair(p.q.indices, p.size.num_blocks); }},
-                    Spoiled{"kv_block", true, [](auto& p) { return std::pair(p.kv.indices, -1); }},
-                    Spoiled{"list_length", false,
-                            [](auto& p) { return std::pair(p.q.num_blocks + 1, p.q.max_blocks + 1); }},
-                    Spoiled{"tile", true, [](auto& p) { return std::pair(p.tile_of_block + 1, p.size.num_tiles); }},
-                    Spoiled{"token", false, [](auto& p) { return std::pair(p.token_of_slot + 3, p.size.num_tokens); }}),
+    testing::Values(
+        Spoiled{"query_block", true, [](auto& p) { return std::pair(p.q.indices, p.size.num_blocks); }},
+        Spoiled{"kv_block", true, [](auto& p) { return std::pair(p.kv.indices, -1); }},
+        Spoiled{"list_length", false, [](auto& p) { return std::pair(p.q.num_blocks + 1, p.q.max_blocks + 1); }},
+        Spoiled{"tile", true, [](auto& p) { return std::pair(p.tile_of_block + 1, p.size.num_tiles); }},
+        Spoiled{"token", false, [](auto& p) { return std::pair(p.token_of_slot.data + 3, p.size.num_tokens); }}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -56,6 +56,9 @@ TEST_P(ForwardErrors, SayWhatIsWrong) {
 const Case kCases[] = {
     {"head_dim", [](ForwardParams& p) { p.size.head_dim = 80; }, "head_dim is 80, expected 64, 96 or 128"},
     {"blocks", [](ForwardParams& p) { p.size.num_blocks = 3; }, "num_blocks is 3"},
+    {"group", [](ForwardParams& p) { p.size.group = 3; }, "group is 3, expected a divisor of heads (4)"},
+    {"key_coordinates", [](ForwardParams& p) { p.size.kv_blocks = 2000000; },
+     "batch * heads * num_blocks is 16000000, expected at most"},
     {"coordinates", [](ForwardParams& p) { p.size.num_blocks = 2000000; },
      "batch * heads * num_blocks is 16000000, expected at most"},
     {"kv_batch", [](ForwardParams& p) { p.kv.batch = 3; }, "kv.batch is 3, expected 1 or batch (2)"},

@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from outside import DIM, GRID, HEADS, diffsynth, musubi, sdpa, wan
+from outside import DIM, GRID, HEADS, Projections, diffsynth, musubi, sdpa, wan
 from torch import Tensor
+from torch.nn import functional
 
 import fpsattention as fps
 from fpsattention.errors import ConfigError, UnsupportedError
 from fpsattention.integrations import adapters
 from fpsattention.integrations.adapters import WAN_DIFFSYNTH, WAN_ORIGINAL, Adapter, Geometry, submodules
 from fpsattention.layout import masks, tiles
+from fpsattention.schedule.schedule import FORMAT
 
 TILE, WINDOW = [1, 4, 4], (1, 1, 1)
 SPARSE = {
@@ -197,6 +199,75 @@ def test_joint_attention_with_padded_text():
         assert not handle.report().fallbacks
         cut = model(video[1:], torch.tensor([900.0]), text[1:, :4], valid[1:, :4])
     assert (out[1] - cut[0]).abs().mean() < 0.01 * cut.abs().mean()
+
+
+class GroupedAttention(Projections):
+    """Two query heads, one of K and V."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v = (torch.nn.Linear(HEADS * DIM, DIM) for _ in range(2))
+
+    def forward(self, x, params):
+        q, k, v = (layer(x).unflatten(2, (-1, DIM)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = (torch.arange(x.shape[1]) < params.seqlens[:, None])[:, None, None]
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def grouped(level: dict) -> tuple:
+    """A model whose heads share keys, its schedule and adapter, and what it takes beside the times: samples of padded text."""
+    model = musubi.JointModel()
+    for block in model.blocks:
+        block.self_attn = GroupedAttention()
+    adapter = Adapter("grouped", ("JointModel",), submodules(blocks="self_attn"), joint, core="scaled_dot_product_attention", text_mask=True)  # fmt: skip
+    schedule = {**SPARSE, "format": FORMAT, "levels": {**SPARSE["levels"], "narrow": level}}
+    video, text = rand(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2]), rand(2, 9, HEADS * DIM)
+    return model, schedule, adapter, video, text, torch.arange(9) < torch.tensor([[9], [4]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "level",
+    [
+        SPARSE["levels"]["narrow"],
+        {"precision": "fp8", "pattern": {"name": "topk_mean", "ratio": 0.2}},
+        {"precision": "fp8", "pattern": {"name": "sparge", "mass": 0.1}, "refresh": 2},
+    ],
+)
+def test_heads_that_share_keys(level):
+    """A window, lists of sums over blocks, a rule that reads tokens; samples of two levels and of padded text; gradients."""
+    model, schedule, adapter, video, text, valid = grouped(level)
+    times = torch.tensor([900.0, 800.0])
+    plain = model(video, times, text, valid)
+    with fps.apply(model, schedule, adapter=adapter) as handle:
+        seen = observed(handle)
+        out = model(video, times, text, valid)
+        assert not handle.report().fallbacks and seen[0][2].shape[2] == 1
+        if level is SPARSE["levels"]["narrow"]:
+            with torch.no_grad():
+                whole = [
+                    (name, q[:1], *(x[:1].repeat_interleave(HEADS, 2) for x in (k, v)), o[:1])
+                    for name, q, k, v, o in seen
+                ]
+                close_to_masked_and_far_from_dense(whole, others=9)
+        mixed = model(video, torch.tensor([100.0, 800.0]), text, valid)
+        assert torch.equal(mixed[1], out[1]) and torch.allclose(mixed[0], plain[0], atol=1e-5)
+        mixed.square().sum().backward()
+    assert all(block.self_attn.k.weight.grad.any() for block in model.blocks)
+
+
+@pytest.mark.slow
+def test_heads_that_share_keys_in_a_graph():
+    """With branches for samples of two levels, one of which makes its lists of sums."""
+    level = {"precision": "fp8", "pattern": {"name": "topk_mean", "ratio": 0.2}}
+    model, schedule, adapter, video, text, valid = grouped(level)
+    with torch.no_grad(), fps.apply(model, schedule, adapter=adapter) as handle:
+        times = torch.tensor([100.0, 800.0])
+        want = model(video, times, text, valid)
+        out = torch.compile(model, backend="aot_eager")(video, times, text, valid)
+        assert (out - want).abs().mean() < 1e-3 * want.abs().mean()
+        assert not handle.report().fallbacks
 
 
 def test_other_parallelism_is_refused():

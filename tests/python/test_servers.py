@@ -34,6 +34,7 @@ def qkv(tokens: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
 
 
 def is_sparse(out: torch.Tensor, q, k, v, **others) -> bool:
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     want = masked(q, k, v, **others)
     error = (out - want).abs().mean()
     return bool(error < 0.06 * want.abs().mean() and error < 0.5 * (out - sdpa(q, k, v)).abs().mean())
@@ -62,6 +63,8 @@ def test_vllm_omni(load, monkeypatch):
     dense = sdpa(q, k, v)
     for layer in layers:
         assert is_sparse(layer.forward(q, k, v, servers.OmniMetadata()), q, k, v)
+    grouped = q, k[:, :, :1], v[:, :, :1]
+    assert is_sparse(layers[0].forward(*grouped, servers.OmniMetadata()), *grouped)
     assert torch.equal(cross.forward(q, k, v), dense)
     context.denoise_timestep = 0.4
     assert torch.equal(layers[0].forward(q, k, v), dense)
@@ -77,7 +80,7 @@ def test_vllm_omni(load, monkeypatch):
     context.denoise_timestep = None
     assert torch.equal(layers[0].forward(q, k, v), dense)
     report = module.report()
-    assert {(row.layer, row.level): row.calls for row in report.rows}[0, "narrow"] == 2
+    assert {(row.layer, row.level): row.calls for row in report.rows}[0, "narrow"] == 3
     reasons = " ".join(report.fallbacks)
     assert all(part in reasons for part in ("attention mask", "got 199 tokens", "denoise_timestep"))
     # Layers of a second transformer have the same names.
@@ -107,6 +110,8 @@ def test_sglang(load, monkeypatch):
     assert is_sparse(layer.forward(q, k, v, attn_metadata=None), q, k, v)
     longer = qkv(VIDEO + 7)
     assert is_sparse(layer.forward(*longer, None), *longer, others=7)
+    grouped = q, k[:, :, :1], v[:, :, :1]
+    assert is_sparse(layer.forward(*grouped, None), *grouped)
     assert torch.equal(local.forward(q, k, v, None), sdpa(q, k, v))
     assert torch.equal(layer.forward(q, k[:, :50], v[:, :50], None), sdpa(q, k[:, :50], v[:, :50]))
     servers.SGLANG.current_timestep = 1
@@ -114,5 +119,5 @@ def test_sglang(load, monkeypatch):
     request.timesteps = None
     assert torch.equal(layer.forward(q, k, v, None), sdpa(q, k, v))
     report = module.report()
-    assert {row.level: row.calls for row in report.rows} == {"narrow": 2, "dense": 1}
+    assert {row.level: row.calls for row in report.rows} == {"narrow": 3, "dense": 1}
     assert "raw_latent_shape and timesteps" in " ".join(report.fallbacks)

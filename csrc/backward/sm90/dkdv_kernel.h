@@ -5,6 +5,7 @@
 //   dK += (dS s_q)^T Q8, times scale at the end      dQ += (dS s_k) K8, times scale at the end (fast mode)
 //
 // Shapes     q8, k8 e4m3 [B, H, num_blocks, 128, D]; workspace (workspace.h): Q8, K8, V~, dO as BF16 [slots, D], facts
+//            A head of K and V serves `group` query heads: their lists follow one another, dK and dV sum over all
 // Tiles      128 keys x 64 queries x D; consumer warpgroup w owns keys 64w..64w+63: its P^T, dS^T are A operands in
 //            registers
 // Layouts    tiles of common/sm90/tile.h; BF16 ones are read K-major (dP) and MN-major (dV, dK) alike. The scales are
@@ -29,7 +30,7 @@
 //                       fast: 2 stages x 41K + K16 32K + dS 2 x 16K + dQ 32K = 226K
 //            clocks of an SM: docs/kernels/backward.md
 //
-// Invariants list entries are < num_blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
+// Invariants list entries are query blocks (trapped on otherwise); a padding query has 1/l = 0 and dO = 0, so
 //            p = dS = 0; rows of padding keys are computed and never stored; K16 is 0 there: they add nothing to dQ.
 //            An empty list stores dK = dV = 0.
 #pragma once
@@ -98,13 +99,27 @@ struct DkdvStorage {
   Mbarrier empty[DqPolicy<D>::kStages];
 };
 
+// The query blocks that visit a CTA's block of keys, of one of the query heads that share its head of K and V.
+struct QueryList {
+  const int32_t* blocks;
+  int count;
+
+  __device__ __forceinline__ static QueryList of(const DkdvArgs& args, const Work& keys, int member) {
+    const BlockLists& lists = args.params.q;
+    const int64_t row = list_row(lists, keys.b, keys.h * args.params.size.group + member, keys.block);
+    const int count = lists.num_blocks[row];
+    trap_if(count < 0 || count > lists.max_blocks);
+    return {lists.indices + row * lists.max_blocks, count};
+  }
+};
+
 // The producer: one thread.
 template <int D, template <int> class DqPolicy>
-__device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem, int head,
-                                                int block, const int32_t* list, int count) {
+__device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorage<D, DqPolicy>& smem,
+                                                const Work& work) {
   using Policy = DqPolicy<D>;
   using Ring = DkdvRing<D, Policy::kStages, Policy::kFacts>;
-  const int num_blocks = args.params.size.num_blocks, key_row = (head * num_blocks + block) * kBlockSlots;
+  const int key_row = (work.head * args.keys.num_blocks + work.block) * kBlockSlots;
   smem.keys_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + (Policy::kReducesDq ? 2 : 1) * Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.k8, args.k8, smem.keys_loaded, key_row);
   load_tile<Block<D>>(smem.v, args.v, smem.keys_loaded, key_row);
@@ -112,22 +127,27 @@ __device__ __forceinline__ void produce_queries(const DkdvArgs& args, DkdvStorag
     load_tile<typename Policy::KeyPanels>(smem.dq.k, args.k, smem.keys_loaded, key_row);
   }
   RingPosition<Policy::kStages> at;
-  for (int i = 0; i < count; ++i) {
-    const int query_block = list[i];
-    trap_if(static_cast<unsigned>(query_block) >= static_cast<unsigned>(num_blocks));
-    for (int half = 0; half < kHalves; ++half) {
-      const int row = (head * num_blocks + query_block) * kBlockSlots + half * kQueryRows;
-      smem.empty[at.stage].wait(at.parity ^ 1);
-      if constexpr (Policy::kReducesDq) {
-        smem.query_half[at.stage] = row / kQueryRows;
+  for (int member = 0; member < args.params.size.group; ++member) {
+    const QueryList list = QueryList::of(args, work, member);
+    const int first_block = (work.head * args.params.size.group + member) * args.queries.num_blocks;
+    for (int i = 0; i < list.count; ++i) {
+      const int query_block = list.blocks[i];
+      trap_if(static_cast<unsigned>(query_block) >= static_cast<unsigned>(args.queries.num_blocks));
+      for (int half = 0; half < kHalves; ++half) {
+        const int row = (first_block + query_block) * kBlockSlots + half * kQueryRows;
+        smem.empty[at.stage].wait(at.parity ^ 1);
+        if constexpr (Policy::kReducesDq) {
+          smem.query_half[at.stage] = row / kQueryRows;
+        }
+        Mbarrier& full = smem.full[at.stage];
+        full.arrive_and_expect_tx(Ring::kStageBytes);
+        load_tile<Fp8Half<D>>(smem.ring.q8[at.stage], args.q8, full, row);
+        const float* facts = args.space.row_facts + int64_t(row) * kNumRowFacts;
+        bulk_load(smem.ring.facts[at.stage], facts, Ring::kFactsBytes, full);
+        load_tile<Half<D>>(smem.ring.d_out[at.stage], args.d_out, full, row);
+        load_tile<Half<D>>(smem.ring.q[at.stage], args.q, full, row);
+        at.advance();
       }
-      Mbarrier& full = smem.full[at.stage];
-      full.arrive_and_expect_tx(Ring::kStageBytes);
-      load_tile<Fp8Half<D>>(smem.ring.q8[at.stage], args.q8, full, row);
-      bulk_load(smem.ring.facts[at.stage], args.space.row_facts + int64_t(row) * kNumRowFacts, Ring::kFactsBytes, full);
-      load_tile<Half<D>>(smem.ring.d_out[at.stage], args.d_out, full, row);
-      load_tile<Half<D>>(smem.ring.q[at.stage], args.q, full, row);
-      at.advance();
     }
   }
 }
@@ -385,8 +405,6 @@ template <int D, template <int> class DqPolicy, bool kKeyScales>
 __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant__ DkdvArgs args) {
   using Policy = DqPolicy<D>;
   auto& smem = shared_storage<DkdvStorage<D, DqPolicy>>();
-  const auto [head, b, h, block] = Work::of_cta(args);  // a block of keys
-
   if (threadIdx.x == 0) {
     smem.keys_loaded.init(1);
     for (int stage = 0; stage < Policy::kStages; ++stage) {
@@ -397,16 +415,11 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   }
   __syncthreads();
 
-  const BlockLists& queries = args.params.q;
-  const int64_t row = list_row(queries, b, h, block);
-  const int count = queries.num_blocks[row];
-  const int32_t* list = queries.indices + row * queries.max_blocks;
-  trap_if(count < 0 || count > queries.max_blocks);
-
+  const Work keys = Work::of_cta(args.keys);
   if (threadIdx.x < kWarpgroupThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
     if (threadIdx.x == 0) {
-      produce_queries<D, DqPolicy>(args, smem, head, block, list, count);
+      produce_queries<D, DqPolicy>(args, smem, keys);
     }
     return;
   }
@@ -416,22 +429,26 @@ __global__ void __launch_bounds__(kThreads, 1) dkdv_kernel(const __grid_constant
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int first_key = warpgroup * 64 + accumulator_row(thread, 0);  // and first_key + 8
   const float* k_scale =
-      args.space.k_scale + (int64_t(head) * args.params.size.num_blocks + block) * kBlockSlots + first_key;
+      args.space.k_scale + (int64_t(keys.head) * args.keys.num_blocks + keys.block) * kBlockSlots + first_key;
   DkdvConsumer<D, DqPolicy, kKeyScales> consumer(args, smem, warpgroup, first_key, k_scale);
 
+  int steps = 0;
+  for (int member = 0; member < args.params.size.group; ++member) {
+    steps += QueryList::of(args, keys, member).count * kHalves;
+  }
   smem.keys_loaded.wait(0);
   if constexpr (Policy::kRunsAhead) {
-    consumer.run_ahead(count * kHalves);
+    consumer.run_ahead(steps);
   } else {
-    consumer.run(count * kHalves);
+    consumer.run(steps);
   }
   if constexpr (Policy::kReducesDq) {
     if (thread == 0) {
       bulk_wait<0>();
     }
   }
-  store_rows<D>(consumer.dv, 1.0f, args, args.params.dv, first_key);
-  store_rows<D>(consumer.dk, args.params.softmax_scale, args, args.params.dk, first_key);
+  store_rows<D>(consumer.dv, 1.0f, args, args.keys, args.params.dv, first_key);
+  store_rows<D>(consumer.dk, args.params.softmax_scale, args, args.keys, args.params.dk, first_key);
 }
 
 }  // namespace fpsattn::sm90::backward

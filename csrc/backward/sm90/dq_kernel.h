@@ -26,7 +26,7 @@
 //            shared     D = 128: Q8 16K + dO 32K + 2 x (K8 16K + V~ 32K + K16 32K + s_k 0.5K) = 209K
 //            clocks of an SM: docs/kernels/backward.md
 //
-// Invariants list entries are < num_blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding
+// Invariants list entries are KV blocks, tiles are rows of the lists (trapped on otherwise); K16 is 0 in padding
 //            keys: their dS does not matter;
 //            an empty list stores dQ = 0.
 #pragma once
@@ -64,15 +64,16 @@ struct DqStorage {
 template <int D>
 __device__ __forceinline__ void produce_keys(const DqArgs& args, DqStorage<D>& smem, int head, int block,
                                              const int32_t* list, int count) {
-  const int num_blocks = args.params.size.num_blocks, query_row = (head * num_blocks + block) * kBlockSlots;
+  const int query_row = (head * args.queries.num_blocks + block) * kBlockSlots;
+  const int first_block = head / args.params.size.group * args.keys.num_blocks;
   smem.queries_loaded.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes);
   load_tile<Fp8Block<D>>(smem.q8, args.q8, smem.queries_loaded, query_row);
   load_tile<Block<D>>(smem.d_out, args.d_out, smem.queries_loaded, query_row);
   RingPosition<DqStorage<D>::kStages> at;
   for (int i = 0; i < count; ++i) {
     const int key_block = list[i];
-    trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(num_blocks));
-    const int row = (head * num_blocks + key_block) * kBlockSlots;
+    trap_if(static_cast<unsigned>(key_block) >= static_cast<unsigned>(args.keys.num_blocks));
+    const int row = (first_block + key_block) * kBlockSlots;
     smem.empty[at.stage].wait(at.parity ^ 1);
     Mbarrier& full = smem.full[at.stage];
     full.arrive_and_expect_tx(Fp8Block<D>::kBytes + Block<D>::kBytes + sizeof(smem.k_scale[0]));
@@ -269,7 +270,7 @@ struct DqConsumer {
 template <int D, bool kKeyScales>
 __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ DqArgs args) {
   auto& smem = shared_storage<DqStorage<D>>();
-  const auto [head, b, h, block] = Work::of_cta(args);  // a block of queries
+  const auto [head, b, h, block] = Work::of_cta(args.queries);  // a block of queries
 
   if (threadIdx.x == 0) {
     smem.queries_loaded.init(1);
@@ -303,13 +304,13 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads - 1, 0);
   const int row = accumulator_row(thread, 0);  // of this warpgroup's half block, and row + 8
-  const int64_t half_block = (int64_t(head) * args.params.size.num_blocks + block) * kHalves + warpgroup;
+  const int64_t half_block = (int64_t(head) * args.queries.num_blocks + block) * kHalves + warpgroup;
   const QueryRows queries = QueryRows::load(args.space.row_facts + half_block * kNumRowFacts * kQueryRows, row);
   DqConsumer<D, kKeyScales> consumer(args, smem, warpgroup, queries);
 
   smem.queries_loaded.wait(0);
   consumer.run(count * decltype(consumer)::kSteps);
-  store_rows<D>(consumer.dq, args.params.softmax_scale, args, args.params.dq, warpgroup * 64 + row);
+  store_rows<D>(consumer.dq, args.params.softmax_scale, args, args.queries, args.params.dq, warpgroup * 64 + row);
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -20,11 +20,10 @@ struct Work {
   int b, h;
   int block;
 
-  __device__ __forceinline__ static Work of_cta(const Round& round) {
-    const int head = static_cast<int>(opaque(blockIdx.y)), all_heads = round.first_head + head;
-    const ProblemSize& size = round.params.size;
-    return {head, all_heads / size.heads, all_heads % size.heads,
-            size.num_blocks - 1 - static_cast<int>(opaque(blockIdx.x))};
+  __device__ __forceinline__ static Work of_cta(const Side& side) {
+    const int head = static_cast<int>(opaque(blockIdx.y)), all_heads = side.first_head + head;
+    return {head, all_heads / side.heads, all_heads % side.heads,
+            side.num_blocks - 1 - static_cast<int>(opaque(blockIdx.x))};
   }
 };
 
@@ -70,12 +69,12 @@ __device__ __forceinline__ void store_8(const TokenTensor& out, int64_t row_offs
 }
 
 // Stores the columns of factor * accumulator (64 x D) that there are to the tokens of slots `slot` (accumulator row g) and
-// slot + 8 of the CTA's block; of padding, nothing.
+// slot + 8 of the CTA's block of `side`; of padding, nothing.
 template <int D, class Accumulator>
 __device__ __forceinline__ void store_rows(const Accumulator& accumulator, float factor, const Round& round,
-                                           const TokenTensor& out, int slot) {
-  const Work work = Work::of_cta(round);
-  const int32_t* token = round.params.token_of_slot + work.block * kBlockSlots + slot;
+                                           const Side& side, const TokenTensor& out, int slot) {
+  const Work work = Work::of_cta(side);
+  const int32_t* token = slots_of(side.token_of_slot, side.first_head + work.head) + work.block * kBlockSlots + slot;
   const int tokens[2] = {token[0], token[8]};
   const int head_dim = round.params.size.head_dim;  // fewer than D for 96
   const bool fp16 = round.params.dtype == DType::kFloat16;

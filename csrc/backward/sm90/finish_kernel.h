@@ -13,18 +13,18 @@ namespace fpsattn::sm90::backward {
 
 inline constexpr int kFinishThreads = 256;
 
-// Grid: x = half block, y = head of the workspace.
+// Grid: x = half block, y = query head of the workspace.
 template <int D>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ Round round) {
   const BackwardParams& params = round.params;
-  const int all_heads = round.first_head + blockIdx.y, b = all_heads / params.size.heads,
-            h = all_heads % params.size.heads;
-  const int64_t half_block = int64_t(blockIdx.y) * params.size.num_blocks * kHalves + blockIdx.x;
+  const Side& queries = round.queries;
+  const int all_heads = queries.first_head + blockIdx.y, b = all_heads / queries.heads, h = all_heads % queries.heads;
+  const int64_t half_block = int64_t(blockIdx.y) * queries.num_blocks * kHalves + blockIdx.x;
   const float* sums = round.space.dq_sum + half_block * kQueryRows * D;
   constexpr int kRowThreads = D / 8;
   for (int i = threadIdx.x; i < kQueryRows * kRowThreads; i += kFinishThreads) {
     const int row = i / kRowThreads, group = i % kRowThreads;  // group of 8 columns
-    const int token = params.token_of_slot[blockIdx.x * kQueryRows + row];
+    const int token = slots_of(queries.token_of_slot, all_heads)[blockIdx.x * kQueryRows + row];
     if (token < 0 || 8 * group >= params.size.head_dim) {
       continue;
     }

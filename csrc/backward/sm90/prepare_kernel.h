@@ -5,9 +5,10 @@
 //   facts of a row (workspace.h), 64 rows of each after another; s_k per slot, whatever the granularity
 //
 // FP16 gradients are rounded to BF16 here (relative error 2^-9 per element): dS would not survive FP16's range.
-// One CTA of 256 threads per block of 128 slots; D / 8 threads share a row. Bytes per element: 3 (e4m3) + 4 (O, dO)
-// read, 8 written. Invariants: every byte of the workspace that a main kernel reads is written here on every call;
-// tokens are < num_tokens (trapped on otherwise).
+// One CTA of 256 threads per block of 128 slots, of the queries and of K and V; D / 8 threads share a row. Bytes per
+// element: 3 (e4m3) + 4 (O, dO) read, 8 written. Invariants: every byte of the workspace that a main kernel reads is
+// written here on every call; tokens are < num_tokens (trapped on otherwise), for the kernels that follow, too: none of
+// them starts after a trap.
 #pragma once
 
 #include "backward/sm90/config.h"
@@ -40,29 +41,30 @@ __device__ __forceinline__ uint4 widen_8(uint2 bytes) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// `head`: of the workspace.
+// `head`: of the queries in the workspace.
 template <int D>
-__device__ __forceinline__ void prepare_rows(const Round& round, int head, int block) {
+__device__ __forceinline__ void prepare_queries(const Round& round, int head, int block) {
   const BackwardParams& params = round.params;
-  const ProblemSize& size = params.size;
+  const Side& side = round.queries;
   const bool fp16 = params.dtype == DType::kFloat16;
   constexpr int kRowThreads = D / 8;
   const int part = threadIdx.x % kRowThreads;
-  const int all_heads = round.first_head + head, b = all_heads / size.heads, h = all_heads % size.heads;
-  const int64_t head_block = int64_t(head) * size.num_blocks + block;
-  const int64_t source_block = int64_t(all_heads) * size.num_blocks + block;
+  const int all_heads = side.first_head + head, b = all_heads / side.heads, h = all_heads % side.heads;
+  const int64_t head_block = int64_t(head) * side.num_blocks + block;
+  const int64_t source_block = int64_t(all_heads) * side.num_blocks + block;
+  const int32_t* tokens = slots_of(side.token_of_slot, all_heads) + block * kBlockSlots;
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
-    const int token = params.token_of_slot[block * kBlockSlots + i];
-    trap_if(token >= size.num_tokens);  // for the kernels that follow, too: none of them starts after a trap
+    const int token = tokens[i];
+    trap_if(token >= side.num_tokens);
     const int64_t slot = head_block * kBlockSlots + i;
     const int64_t source_slot = source_block * kBlockSlots + i;
     const int64_t element = slot * D + part * 8, source = source_slot * D + part * 8;
-    uint4 q = make_uint4(0, 0, 0, 0), k = q, d_out = q;
+    uint4 q = make_uint4(0, 0, 0, 0), d_out = q;
     float delta = 0.0f;
     if (token >= 0) {
       float o[8] = {}, g[8] = {};
-      if (part * 8 < size.head_dim) {
+      if (part * 8 < params.size.head_dim) {
         load_8(o, params.out, token_offset(params.out, b, h, token) + part * 8, fp16);
         load_8(g, params.grad_out, token_offset(params.grad_out, b, h, token) + part * 8, fp16);
       }
@@ -75,14 +77,12 @@ __device__ __forceinline__ void prepare_rows(const Round& round, int head, int b
       }
       d_out = make_uint4(w[0], w[1], w[2], w[3]);
       q = widen_8(*reinterpret_cast<const uint2*>(params.q8 + source));
-      k = widen_8(*reinterpret_cast<const uint2*>(params.k8 + source));
     }
 #pragma unroll
     for (int distance = kRowThreads / 2; distance > 0; distance /= 2) {
       delta += __shfl_xor_sync(0xffffffffu, delta, distance);
     }
     *reinterpret_cast<uint4*>(round.space.q + element) = q;
-    *reinterpret_cast<uint4*>(round.space.k + element) = k;
     *reinterpret_cast<uint4*>(round.space.d_out + element) = d_out;
     if (part == 0) {
       const float l = params.row_sum[source_slot], inverse_sum = token < 0 || l == 0.0f ? 0.0f : 1.0f / l;
@@ -94,7 +94,6 @@ __device__ __forceinline__ void prepare_rows(const Round& round, int head, int b
       facts[kDelta * kQueryRows] = -delta * inverse_sum;
       facts[kScaledInverseSum * kQueryRows] = inverse_sum * q_scale;
       facts[kScaledDelta * kQueryRows] = -delta * inverse_sum * q_scale;
-      round.space.k_scale[slot] = params.k_scale[params.k_scale_per_token ? source_slot : source_block];
     }
   }
 }
@@ -104,14 +103,18 @@ __device__ __forceinline__ int v_position(int slot) {
   return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
 }
 
+// `head`: of K and V in the workspace.
 template <int D>
-__device__ __forceinline__ void prepare_v(const Round& round, int head, int block) {
+__device__ __forceinline__ void prepare_keys(const Round& round, int head, int block) {
   const BackwardParams& params = round.params;
-  const ProblemSize& size = params.size;
+  const Side& side = round.keys;
+  const int head_dim = params.size.head_dim;
   constexpr int kPitch = kBlockSlots + 4;  // bytes; columns of a quad land in different banks
   __shared__ __align__(16) uint8_t rows[D * kPitch];
-  const int64_t all_heads = round.first_head + head;
-  const uint8_t* source = params.v8t + (all_heads * size.num_blocks + block) * (D + kVExtraRows) * kBlockSlots;
+  const int64_t all_heads = side.first_head + head;
+  const int64_t source_block = all_heads * side.num_blocks + block;
+  const uint8_t* source = params.v8t + source_block * (D + kVExtraRows) * kBlockSlots;
+  const int32_t* tokens = slots_of(side.token_of_slot, all_heads) + block * kBlockSlots;
   for (int i = threadIdx.x; i < D * kBlockSlots / 4; i += kPrepareThreads) {
     const int d = i / (kBlockSlots / 4), word = i % (kBlockSlots / 4);
     *reinterpret_cast<uint32_t*>(rows + d * kPitch + word * 4) = reinterpret_cast<const uint32_t*>(source)[i];
@@ -122,7 +125,7 @@ __device__ __forceinline__ void prepare_v(const Round& round, int head, int bloc
   float scale[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    scale[e] = d < size.head_dim ? params.v_scale[all_heads * size.head_dim + d + e] : 1.0f;
+    scale[e] = d < head_dim ? params.v_scale[all_heads * head_dim + d + e] : 1.0f;
   }
 #pragma unroll 1
   for (int i = threadIdx.x / kRowThreads; i < kBlockSlots; i += kPrepareThreads / kRowThreads) {
@@ -133,16 +136,29 @@ __device__ __forceinline__ void prepare_v(const Round& round, int head, int bloc
       const float2 v = e4m3x2_to_float2(pair[0] | uint32_t(pair[kPitch]) << 8);
       w[e] = pack_bf16(v.x * scale[2 * e], v.y * scale[2 * e + 1]);
     }
-    const int64_t slot = (int64_t(head) * size.num_blocks + block) * kBlockSlots + i;
+    const int token = tokens[i];
+    trap_if(token >= side.num_tokens);
+    const int64_t slot = (int64_t(head) * side.num_blocks + block) * kBlockSlots + i;
+    const int64_t source_slot = source_block * kBlockSlots + i;
+    const uint2 k = token < 0 ? make_uint2(0, 0) : *reinterpret_cast<const uint2*>(params.k8 + source_slot * D + d);
+    *reinterpret_cast<uint4*>(round.space.k + slot * D + d) = widen_8(k);
     *reinterpret_cast<uint4*>(round.space.v + slot * D + d) = make_uint4(w[0], w[1], w[2], w[3]);
+    if (d == 0) {
+      round.space.k_scale[slot] = params.k_scale[params.k_scale_per_token ? source_slot : source_block];
+    }
   }
 }
 
-// Grid: x = block, y = head of the workspace.
+// Grid: x = block of queries and of keys, y = query head of the workspace.
 template <int D>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Round round) {
-  prepare_rows<D>(round, blockIdx.y, blockIdx.x);
-  prepare_v<D>(round, blockIdx.y, blockIdx.x);
+  const int head = blockIdx.y, block = blockIdx.x, group = round.params.size.group;
+  if (block < round.queries.num_blocks) {
+    prepare_queries<D>(round, head, block);
+  }
+  if (block < round.keys.num_blocks && head % group == 0) {
+    prepare_keys<D>(round, head / group, block);
+  }
 }
 
 }  // namespace fpsattn::sm90::backward

@@ -18,18 +18,20 @@ struct alignas(16) QueryBlock {
 
 struct Arguments {
   CUtensorMap q_map;  // [B H num_blocks 128][C] bytes, box 128 x C
-  CUtensorMap k_map;  // likewise
-  CUtensorMap v_map;  // [B H num_blocks (C + 8)][128] bytes, box (C + 8) x 128
+  CUtensorMap k_map;  // [B Hk num_kv_blocks 128][C] bytes, box 128 x C
+  CUtensorMap v_map;  // [B Hk num_kv_blocks (C + 8)][128] bytes, box (C + 8) x 128
 
   int32_t cluster_size;  // 1 or 2 CTAs
   int32_t head_dim;      // D: columns of out and of v_scale. C = Config::kHeadDim is more for D = 96
   int32_t batch_heads, heads, num_tokens, num_blocks;  // batch_heads = B H
+  int32_t group, num_kv_blocks;                        // (batch, head) i attends i / group of the B Hk of K and V
   float scale_log2;                                    // softmax_scale * log2(e)
   float softmax_scale;
   bool q_scale_per_token;
   DType out_dtype;
   const float *q_scale, *k_scale, *v_scale, *q_k_mean;
-  const int32_t *token_of_slot, *tile_of_block;
+  SlotTable token_of_slot;
+  const int32_t* tile_of_block;
   BlockLists kv;
 
   TokenTensor out;

@@ -14,9 +14,10 @@ template <int kHeadDim>
 void encode_maps(const ForwardParams& params, Arguments& args) {
   using C = Config<kHeadDim, false>;  // scales do not change tiles
   const int64_t blocks = static_cast<int64_t>(args.batch_heads) * args.num_blocks;
+  const int64_t kv_blocks = static_cast<int64_t>(args.batch_heads / args.group) * args.num_kv_blocks;
   args.q_map = tile_map<typename C::QTile>("forward: q8", params.q8, blocks * C::QTile::kRows);
-  args.k_map = tile_map<typename C::KTile>("forward: k8", params.k8, blocks * C::KTile::kRows);
-  args.v_map = tile_map<typename C::VTile>("forward: v8t", params.v8t, blocks * C::VTile::kRows);
+  args.k_map = tile_map<typename C::KTile>("forward: k8", params.k8, kv_blocks * C::KTile::kRows);
+  args.v_map = tile_map<typename C::VTile>("forward: v8t", params.v8t, kv_blocks * C::VTile::kRows);
 }
 
 Arguments arguments_of(const ForwardParams& params, const Workspace& workspace, bool clusters) {
@@ -28,6 +29,8 @@ Arguments arguments_of(const ForwardParams& params, const Workspace& workspace, 
   args.heads = size.heads;
   args.num_tokens = size.num_tokens;
   args.num_blocks = size.num_blocks;
+  args.group = size.group;
+  args.num_kv_blocks = size.key_blocks();
   args.scale_log2 = scale_in_log2_units(params.softmax_scale);
   args.softmax_scale = params.softmax_scale;
   args.q_scale_per_token = params.q_scale_per_token;

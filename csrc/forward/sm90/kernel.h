@@ -6,7 +6,7 @@
 //
 // Shapes     q8, k8 [B, H, num_blocks, 128, D] e4m3, D = 64 or 128   v8t [B, H, num_blocks, D + 8, 128] e4m3, row D: 1
 //            in valid slots   s_q, s_k [B, H, num_blocks] or [.., 128] f32   s_v [B, H, D] f32   out: token order, bf16,
-//            fp16 or f32
+//            fp16 or f32. K and V may have fewer heads (H / group) and other blocks than Q: only the producer knows
 // Work item  one query block of one (batch, head); 2 consumer warpgroups x 64 rows; persistent CTAs, longest lists
 //            first (schedule.cu); clusters of 2 CTAs where tiles have several query blocks
 // Layouts    Q, K, V^T: tiles of config.h, K-major, swizzled   P: registers, operand A of PV (kVSlotOrder: no shuffle)

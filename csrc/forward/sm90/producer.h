@@ -75,9 +75,9 @@ struct Producer {
     const QueryBlock query = args.block_order[lists * args.num_blocks + position];
     const int32_t* const list = args.kv.indices + (lists * args.kv.rows + query.tile) * args.kv.max_blocks;
     const int32_t count = query.length;
-    const int32_t first_block = batch_head * args.num_blocks;
+    const int32_t kv_head = batch_head / args.group, first_block = kv_head * args.num_kv_blocks;
 
-    if (lane == 0) load_q(first_block, WorkItem{batch_head, query.block, count, pair});
+    if (lane == 0) load_q(kv_head, WorkItem{batch_head, query.block, count, pair});
     item_slot.advance();
 
     int32_t previous = 0;
@@ -87,7 +87,7 @@ struct Producer {
       float my_scale = 0.0f;
       if (start + static_cast<int32_t>(lane) < count) {
         my_block = list[start + lane];
-        trap_if(my_block < 0 || my_block >= args.num_blocks);
+        trap_if(my_block < 0 || my_block >= args.num_kv_blocks);
         if constexpr (!C::kKScalePerToken) my_scale = args.k_scale[static_cast<int64_t>(first_block) + my_block];
       }
       for (int32_t i = 0; i < 32 && start + i < count; ++i) {
@@ -105,19 +105,19 @@ struct Producer {
   }
 
   // From here on: one thread each.
-  __device__ void load_q(int32_t first_block, const WorkItem& item) {
+  __device__ void load_q(int32_t kv_head, const WorkItem& item) {
     const uint32_t s = item_slot.stage;
     shared.item_empty[s].wait(item_slot.parity ^ 1);
     shared.item[s] = item;
     const uint32_t v_scale_bytes = args.head_dim * sizeof(float);
     const uint32_t operands = item.count > 0 ? C::QTile::kBytes + v_scale_bytes : 0;
     shared.item_full[s].arrive_and_expect_tx(sizeof(shared.tokens[s]) + operands);
-    bulk_load(shared.tokens[s], args.token_of_slot + item.q_block * kBlockSlots, sizeof(shared.tokens[s]),
-              shared.item_full[s]);
+    bulk_load(shared.tokens[s], slots_of(args.token_of_slot, item.batch_head) + item.q_block * kBlockSlots,
+              sizeof(shared.tokens[s]), shared.item_full[s]);
     if (item.count == 0) return;
-    load_tile<typename C::QTile>(shared.q[s], args.q_map, shared.item_full[s], (first_block + item.q_block) * C::kRows,
-                                 CacheHint::EVICT_FIRST);
-    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(item.batch_head) * args.head_dim, v_scale_bytes,
+    load_tile<typename C::QTile>(shared.q[s], args.q_map, shared.item_full[s],
+                                 (item.batch_head * args.num_blocks + item.q_block) * C::kRows, CacheHint::EVICT_FIRST);
+    bulk_load(shared.v_scale[s], args.v_scale + static_cast<int64_t>(kv_head) * args.head_dim, v_scale_bytes,
               shared.item_full[s]);
   }
 

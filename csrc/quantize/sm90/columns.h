@@ -27,7 +27,7 @@ __device__ __forceinline__ void quantize_columns(const QuantizeParams& params, c
     uint32_t valid[4] = {};  // 0xff in the byte of a valid slot, in v8t's order
     {
       int tokens[kPatchSlots];
-      const int32_t* slots = params.token_of_slot + static_cast<int64_t>(block) * kBlockSlots;
+      const int32_t* slots = slots_of(params.token_of_slot, batch_head) + static_cast<int64_t>(block) * kBlockSlots;
       load_tokens(tokens, slots + group * kPatchSlots);
       load_patch<Config>(patch, rows, chunk, tokens, __ldg(slots), params.size.num_tokens);
 #pragma unroll

@@ -63,6 +63,8 @@ struct Plan {
   float* k_partial = nullptr;  // [B, H, k_parts, D], workspace
   float* v_partial = nullptr;  // [B, H, v_parts, D], workspace
   int cluster_size = 1;        // CTAs that share a tile
+  int first_role = 0;          // of the launch
+  int roles = kRoles;          // in it
   size_t workspace_bytes = 0;
 
   static Plan of(const QuantizeParams& params, void* workspace);

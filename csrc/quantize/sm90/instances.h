@@ -29,7 +29,7 @@ void for_instance(const QuantizeParams& params, const Run& run) {
   params.dtype == DType::kBFloat16 ? of_dim(BFloat16()) : of_dim(Float16());
 }
 
-// One cluster for each (tile or block, head), once per role.
+// One cluster for each (tile or block, head), once per role of the plan.
 template <class Config, class Kernel, class... Arguments>
 void launch_blocks(const char* what, const QuantizeParams& params, const Plan& plan, int shared_bytes,
                    cudaStream_t stream, Kernel kernel, const Arguments&... arguments) {
@@ -42,7 +42,7 @@ void launch_blocks(const char* what, const QuantizeParams& params, const Plan& p
     FPSATTN_CUDA_CHECK(what, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
   cudaLaunchConfig_t launch_config = {};
-  launch_config.gridDim = dim3(static_cast<unsigned>(ctas), kRoles, size.batch);
+  launch_config.gridDim = dim3(static_cast<unsigned>(ctas), plan.roles, size.batch);
   launch_config.blockDim = dim3(Config::kThreads);
   launch_config.dynamicSmemBytes = shared_bytes;
   launch_config.stream = stream;

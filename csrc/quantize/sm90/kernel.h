@@ -8,7 +8,8 @@
 //            C = D, or 128 for D = 96: the columns between are codes of zeros, made in registers, read from nowhere
 //            q_scale, k_scale [B, H, num_blocks(, 128)]; v_scale, k_mean [B, H, D]; q_k_mean [B, H, S];
 //            q_block_sum, k_block_sum [B, H, num_blocks, D], if wanted: sums of a block's tokens, from the registers
-// Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; C threads per CTA
+// Grid       x = (tile or block, head, CTA of the cluster), y = role (V, K, Q), z = batch; C threads per CTA. Keys of
+//            other heads or tokens than the queries: one launch for V and K, one for Q, each with its own sizes
 // Layouts    a thread holds a patch, 16 slots x 8 channels in 64 registers (config.h, rows.h, columns.h)
 //
 // Pipeline   statistics (K mean, V absmax)  ->  finish  ->  this kernel
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
   if (work.first_block >= work.end_block) {
     return;
   }
-  switch (static_cast<Role>(blockIdx.y)) {
+  switch (static_cast<Role>(blockIdx.y + plan.first_role)) {
     case Role::kV:
       quantize_columns_of<Config>(params, work);
       break;

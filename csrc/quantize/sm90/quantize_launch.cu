@@ -78,14 +78,37 @@ void launch_finish(const QuantizeParams& params, const Plan& plan, cudaStream_t 
   });
 }
 
-size_t workspace_bytes(const QuantizeParams& params) { return Plan::of(params, nullptr).workspace_bytes; }
+QuantizeParams of_keys(const QuantizeParams& params) {
+  QuantizeParams keys = params;
+  const ProblemSize& size = params.size;
+  const int tiles = size.kv_tiles > 0 ? size.kv_tiles : size.num_tiles;
+  keys.size = {size.batch, size.key_heads(), size.head_dim, size.key_tokens(), size.key_blocks(), tiles};
+  keys.token_of_slot = key_slots(params);
+  if (size.kv_tiles > 0) keys.tile_block_offsets = params.kv_tile_block_offsets;
+  return keys;
+}
+
+size_t workspace_bytes(const QuantizeParams& params) { return Plan::of(of_keys(params), nullptr).workspace_bytes; }
 
 void launch(const QuantizeParams& params, cudaStream_t stream) {
-  const Plan plan = Plan::of(params, params.workspace);
-  launch_statistics(params, plan, stream);
-  launch_finish(params, plan, stream);
-  for_instance(params,
-               [&](auto dim, auto element) { launch_quantize_of<dim(), decltype(element)>(params, plan, stream); });
+  const QuantizeParams keys = of_keys(params);
+  Plan plan = Plan::of(keys, params.workspace);
+  launch_statistics(keys, plan, stream);
+  launch_finish(keys, plan, stream);
+  const auto run = [&](const QuantizeParams& side, const Plan& roles) {
+    for_instance(side,
+                 [&](auto dim, auto element) { launch_quantize_of<dim(), decltype(element)>(side, roles, stream); });
+  };
+  if (params.size.group == 1 && params.kv_token_of_slot.data == nullptr) {
+    run(params, plan);
+    return;
+  }
+  plan.roles = kRoles - 1;  // V, K
+  run(keys, plan);
+  Plan of_queries = Plan::of(params, params.workspace);
+  of_queries.first_role = static_cast<int>(Role::kQ);
+  of_queries.roles = 1;
+  run(params, of_queries);
 }
 
 }  // namespace fpsattn::sm90::quantize

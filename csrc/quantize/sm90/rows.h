@@ -57,8 +57,9 @@ class RowQuantizer {
                 first_row_, more...) {
     float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
     if (Config::has_chunk(lane_)) {
+      const int64_t head = is_query ? batch_head_ / params.size.group : batch_head_;
       const float4* mean =
-          reinterpret_cast<const float4*>(params.k_mean + batch_head_ * Config::kHeadDim + lane_ * kPatchChannels);
+          reinterpret_cast<const float4*>(params.k_mean + head * Config::kHeadDim + lane_ * kPatchChannels);
       low = mean[0], high = mean[1];
     }
     mean_[0] = low.x, mean_[1] = low.y, mean_[2] = low.z, mean_[3] = low.w;
@@ -69,9 +70,7 @@ class RowQuantizer {
     }
   }
 
-  __device__ __forceinline__ void load(int block) {
-    source_.load(params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots);
-  }
+  __device__ __forceinline__ void load(int block) { source_.load(slots(block)); }
 
   // Where wanted, the sum of the block's tokens per channel: 16 slots in order, then the 8 partial sums in order.
   // `scratch` holds kPatchRowsPerBlock * kCodeDim floats.
@@ -81,7 +80,7 @@ class RowQuantizer {
       return;
     }
     int tokens[kPatchSlots];
-    load_tokens(tokens, params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_);
+    load_tokens(tokens, slots(block) + first_row_);
     float sum[kPatchChannels] = {};
 #pragma unroll
     for (int i = 0; i < kPatchSlots; ++i) {
@@ -151,6 +150,10 @@ class RowQuantizer {
   }
 
  private:
+  __device__ __forceinline__ const int32_t* slots(int block) const {
+    return slots_of(params_.token_of_slot, batch_head_) + static_cast<int64_t>(block) * kBlockSlots;
+  }
+
   __device__ __forceinline__ float row_absmax(int row, float so_far) const {
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
@@ -203,10 +206,10 @@ class RowQuantizer {
   // q . k_mean of every valid slot's token: what smoothing took from the scores, for the LSE.
   __device__ __forceinline__ void store_dots(int block, float (&dot)[kPatchSlots]) const {
     transpose_reduce<Config::kChunks>(dot, lane_, [](float a, float b) { return a + b; });
-    const int32_t* slots = params_.token_of_slot + static_cast<int64_t>(block) * kBlockSlots + first_row_;
+    const int32_t* rows = slots(block) + first_row_;
 #pragma unroll
     for (int j = 0; j < Config::kRowsPerLane; ++j) {
-      const int token = __ldg(slots + lane_ * Config::kRowsPerLane + j);
+      const int token = __ldg(rows + lane_ * Config::kRowsPerLane + j);
       if (token >= 0) {
         params_.q_k_mean[batch_head_ * params_.size.num_tokens + token] = dot[j];
       }

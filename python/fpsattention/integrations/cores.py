@@ -45,6 +45,8 @@ def core_of(module: Any, wanted: str | None = None) -> str:
         raise UnsupportedError(f"{what}, whose code does not call {wanted or ' or '.join(DIFFUSERS)}")
     if names[0] in function.__globals__:
         CORES[names[0]](function.__globals__[names[0]])  # its parameters are known
+    elif not any(value is torch.nn.functional for value in function.__globals__.values()):
+        raise UnsupportedError(f"{what}, whose code calls {names[0]} through a longer path, wanted F.{names[0]}")
     return names[0]
 
 

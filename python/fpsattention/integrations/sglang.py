@@ -120,7 +120,7 @@ class FPSAttentionImpl(AttentionImpl):
         """``(B, S, H, D)`` each."""
         context = get_forward_context()
         batch = context.forward_batch
-        if self.layer is None or query.shape != key.shape or batch is None:
+        if self.layer is None or query.shape[:2] != key.shape[:2] or batch is None:
             return self._dense(query, key, value)
         refused, sigma, run, grid = None, 1.0, (), (1, 1, 1)
         shape, timesteps = getattr(batch, "raw_latent_shape", None), getattr(batch, "timesteps", None)

@@ -233,7 +233,7 @@ class Site:
     ) -> tuple[Tensor, Lists | None]:  # fmt: skip
         """:meth:`launch` whose output is as any other branch gives it: contiguous, of the dtype of v."""
         out, lists = self.launch(call, core, part, q, k, v, padding.Masked(*masked) if masked else None, known)
-        return out.to(v.dtype).flatten().view(v.shape), lists  # contiguous(), and by the book where a size is 1
+        return out.to(v.dtype).flatten().view(q.shape), lists  # contiguous(), and by the book where a size is 1
 
     def launch(
         self,
@@ -264,8 +264,8 @@ class Site:
                     f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
                 )
         if raw is not None and (
-            part.precision != "fp8" or part.lists is None or part.hadamard
-        ):  # such a level, beside others
+            part.precision != "fp8" or part.lists is None or part.hadamard or q.shape != k.shape
+        ):  # such a level, beside others; or a model with fewer heads of K
             q, k, raw = *raw.finish(q, k), None
         dtype = v.dtype
         if dtype == torch.float32 and v.device.type != "cpu":
@@ -333,7 +333,7 @@ class Site:
                 return self._launch_in_graph(call, core, part, None, q, k, v, *others)[:1]
 
             def skip(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, part: Part = part) -> tuple[Tensor, ...]:
-                out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+                out = q.new_zeros(q.shape, dtype=v.dtype)
                 return (out, others[0].clone()) if part.keeps else (out,)
 
             operands = (core.q, core.k, core.v, *kept, *(masked or ()))
@@ -350,9 +350,11 @@ class Site:
             return "is causal, wanted attention in both directions"
         if core.parallel is not None:
             return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
-        if core.q.shape != core.k.shape or core.k.shape != core.v.shape:
+        (batch, count, heads, dim), of_keys = core.q.shape, core.k.shape
+        fewer = of_keys[2] and heads % of_keys[2] == 0  # grouped queries
+        if of_keys != (batch, count, of_keys[2], dim) or core.v.shape != of_keys or not fewer:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
-            return f"got q, k, v of shapes {shapes}, wanted equal ones (only self-attention is replaced)"
+            return f"got q, k, v of shapes {shapes}, wanted equal ones, heads of k and v aside (only self-attention is replaced)"
         if kernel_dim(core.q.shape[3]) is None:
             return f"has head dimension {core.q.shape[3]}, wanted at most {HEAD_DIMS[-1]}"
         if core.dropout:

@@ -106,7 +106,7 @@ class FPSAttentionImpl(AttentionImpl):
         """``(B, S, H, D)`` each."""
         told = attn_metadata
         joint = told is not None and told.joint_query is not None
-        if self.layer is None or joint or query.shape != key.shape or not is_forward_context_available():
+        if self.layer is None or joint or query.shape[:2] != key.shape[:2] or not is_forward_context_available():
             return self.dense.forward(query, key, value, told)
 
         def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

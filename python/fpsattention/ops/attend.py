@@ -34,6 +34,7 @@ def attend(
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
     hidden: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
     deterministic: bool = False,
     norm: Norm | None = None,
     rope: Rope | None = None,
@@ -44,13 +45,16 @@ def attend(
     """Block-sparse FP8 attention, differentiable straight through the quantizers.
 
     Args:
-        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``.
+        q, k, v: ``(B, S, H, D)`` ("NHD") or ``(B, H, S, D)`` ("HND"), one dtype and device, any strides; S as in ``mask.layout``. k and v
+            may have fewer heads, a divisor of H (grouped queries): query head h attends their head ``h // (H / Hk)``.
             D up to 128: where the ops have no such D, zeros are appended up to the next of 64, 96 and 128. Zeros change no
             score, scale or maximum; they cost a copy and the time of the larger D.
         mask: whom the tokens attend, taken to the device of q; or its ready tables there, with the transpose if q, k or v wants
             a gradient; or what makes them when q and k are quantized (:func:`attend_selected`).
         hidden: bool ``[B, S]`` on the device of q: keys that no row attends; k and v are then those of :func:`hidden.fill`.
-        others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, H, D)`` on the device of q.
+        keys: ``(token_of_slot, tile_block_offsets)`` of k and v, where they have other tokens or another order than q; ``mask`` is
+            then ready tables, whose rows are query tiles, and whose entries are blocks of these.
+        others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, Hk, D)`` on the device of q.
 
     Returns:
         ``out`` like q, as a view of ``(B, S, H, D)`` memory, and ``lse`` f32 ``(B, H, S)``.
@@ -60,7 +64,7 @@ def attend(
     """
     return _attend(
         q, k, v, mask, granularity=granularity, precision=precision, scale=scale, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean=k_mean,
-        v_absmax=v_absmax, hidden=hidden, deterministic=deterministic, norm=norm, rope=rope, hadamard=hadamard, tensor_layout=tensor_layout,
+        v_absmax=v_absmax, hidden=hidden, keys=keys, deterministic=deterministic, norm=norm, rope=rope, hadamard=hadamard, tensor_layout=tensor_layout,
         backend=backend,
     )[:2]  # fmt: skip
 
@@ -92,6 +96,7 @@ def _attend(
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
     hidden: Tensor | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
     deterministic: bool = False,
     norm: Norm | None = None,
     rope: Rope | None = None,
@@ -140,8 +145,15 @@ def _attend(
         "softmax_scale": dim**-0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
-        "k_mean_stride": _k_mean_stride(q.shape[2]),
+        "k_mean_stride": _k_mean_stride(k.shape[2]),
     }
+    if keys is not None and (prepared or hidden is not None or isinstance(lists, Selection)):
+        raise UnsupportedError(
+            "fpsattention.attention: keys of their own were given with norm, rope, hidden or a selection by sums over blocks, supported is "
+            "none of these"
+        )
+    names = ("kv_token_of_slot", "kv_tile_block_offsets")
+    key_tables: dict[str, Any] = {} if keys is None else dict(zip(names, keys, strict=True))
     rest: tuple[Any, ...] = ()
     if precision == "paper" and prepared:
         raise UnsupportedError(
@@ -158,7 +170,9 @@ def _attend(
             transposed=lists.transposed, head_dim=dim, **options, deterministic=deterministic,
         )  # fmt: skip
     elif precision == "paper":
-        out, lse = published.attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
+        out, lse = published.attention(
+            q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **key_tables, **options
+        )
     elif prepared:
         out, lse = prepare.attend(
             q,
@@ -175,14 +189,16 @@ def _attend(
             **options,
         )
     elif backend == "reference":
-        out, lse = reference_attention(q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **options)
+        out, lse = reference_attention(
+            q, k, v, lists, k_mean=k_mean, v_absmax=v_absmax, hidden=hidden, **key_tables, **options
+        )
     elif hidden is not None:
         out, lse, *_ = autograd.call(
             "attention_masked", q, k, v, *lists, k_mean, v_absmax, hidden, **options, deterministic=deterministic
         )
     else:
         out, lse, *_ = autograd.call(
-            "attention", q, k, v, *lists, k_mean, v_absmax, **options, deterministic=deterministic
+            "attention", q, k, v, *lists, k_mean, v_absmax, *(keys or ()), **options, deterministic=deterministic
         )
     out = out[..., :dim] if zeros[1] else out
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse, *rest

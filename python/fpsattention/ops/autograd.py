@@ -40,8 +40,9 @@ def _below_autograd(op: str, *args: Any, **options: Any) -> Any:
         return getattr(torch.ops.fpsattn, op).default(*args, **options)
 
 
+_NUM_ARGUMENTS = 14  # of attention, but for the keyword ones
 #: By the number of their positional arguments.
-_COMPOSITES = {12: "attention", 13: "attention_masked", 10: "attention_selected"}
+_COMPOSITES = {_NUM_ARGUMENTS: "attention", 13: "attention_masked", 10: "attention_selected"}
 
 
 class _Attention(torch.autograd.Function):
@@ -54,7 +55,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _q, _k, _v, token_of_slot, tile_of_block, _offsets, *others, options = inputs
+        *args, options = inputs
+        _q, k, _v, token_of_slot, tile_of_block, _offsets, *others = args
+        kv_token_of_slot = args[12] if _COMPOSITES[len(args)] == "attention" else None
         out, lse, *saved = output[:_NUM_OUTPUTS]  # q8 .. v_scale, row_max, row_sum
         made = output[_NUM_OUTPUTS:]  # lists and densities
         kv_num_blocks, kv_indices, q_num_blocks, q_indices = (made or others)[:4]
@@ -64,10 +67,11 @@ class _Attention(torch.autograd.Function):
         ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
         ctx.softmax_scale = options["softmax_scale"]
         ctx.deterministic = options.get("deterministic", False)
+        ctx.num_kv_tokens = 0 if kv_token_of_slot is None else k.shape[2]
         lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
-        ctx.save_for_backward(out, *saved, *lists, q_num_blocks, q_indices)
+        ctx.save_for_backward(out, *saved, *lists, q_num_blocks, q_indices, kv_token_of_slot)
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(out, *saved, *lists)
+            ctx.save_for_forward(out, *saved, *lists, kv_token_of_slot)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -76,7 +80,7 @@ class _Attention(torch.autograd.Function):
         out, *saved = ctx.saved_tensors
         gradients = call(
             "backward", _like(grad_out, out), out, *saved,
-            softmax_scale=ctx.softmax_scale, deterministic=ctx.deterministic,
+            softmax_scale=ctx.softmax_scale, deterministic=ctx.deterministic, num_kv_tokens=ctx.num_kv_tokens,
         )  # fmt: skip
         wanted = (g if n else None for g, n in zip(gradients, ctx.needs_input_grad[:3], strict=True))
         return (*wanted, *(None,) * (ctx.num_inputs - 3))
@@ -190,8 +194,13 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 def call(op: str, *args: Any, **options: Any) -> Any:
     """``torch.ops.fpsattn.<op>``, also inside of ``torch.func`` transforms, whose functions must be met before the dispatcher."""
     if torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[op].apply(*args, options)
+        return _FUNCTIONS[op].apply(*_all(op, args), options)
     return getattr(torch.ops.fpsattn, op)(*args, **options)
+
+
+def _all(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With the trailing defaults that a caller or the dispatcher left out."""
+    return (*args, *(None,) * (_NUM_ARGUMENTS - len(args))) if op == "attention" else args
 
 
 def _kernel(op: str) -> Callable[..., Any]:
@@ -205,9 +214,7 @@ def _kernel(op: str) -> Callable[..., Any]:
                     f"fpsattention.{op}: torch.ops.fpsattn.{op} was called inside a transform of torch.func that differentiates, "
                     "which fpsattention.attention supports: call that"
                 )
-            if op == "attention":
-                args = (*args, *(None,) * (12 - len(args)))  # the dispatcher leaves out trailing defaults
-            return _FUNCTIONS[op].apply(*args, options)
+            return _FUNCTIONS[op].apply(*_all(op, args), options)
         with torch._C._AutoDispatchBelowAutograd():
             overload = getattr(torch.ops.fpsattn, op).default
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)

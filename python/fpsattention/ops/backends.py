@@ -98,11 +98,14 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        lists, ctx.softmax_scale = inputs[3], inputs[4]
+        lists, ctx.softmax_scale, options = inputs[3:]
         out, lse, *saved = output
         ctx.mark_non_differentiable(lse, *saved)
         ctx.set_materialize_grads(False)
-        tables = (lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices)
+        tables = (
+            lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices,
+            options.get("kv_token_of_slot"),
+        )  # fmt: skip
         ctx.save_for_backward(out, *saved, *tables)
         ctx.save_for_forward(out, *saved, *tables)
 
@@ -139,7 +142,7 @@ def reference_attention(
     hidden = options.pop("hidden", None)
     check_quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
     if hidden is not None:
-        check_hidden(q, hidden)
+        check_hidden(q, hidden, lists.token_of_slot)
         options["hidden"] = hidden
     on_cpu = lists.to("cpu")
     options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}

@@ -84,17 +84,29 @@ def kernel_dim(dim: int) -> int | None:
     return None
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, kv_shape: tuple[Any, ...] | None = None) -> None:
+    """``kv_shape``: of k and v; None: that of q."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _token_tensor(op, name, x)
         _dtype(op, name, x, *_dtypes_of(q.device))
         if x.dtype != q.dtype:
             _fail(op, name, f"has dtype {x.dtype}, expected {q.dtype} like q")
-        _shape(op, name, x, tuple(q.shape))
+        _shape(op, name, x, tuple(q.shape) if kv_shape is None or name == "q" else kv_shape)
+        if 0 in x.shape:
+            _fail(op, name, f"has shape {tuple(x.shape)}: no size may be 0")
     if q.shape[3] not in HEAD_DIMS:
         _fail(op, "q", f"has head dimension {q.shape[3]}, supported are {_HEAD_DIMS_TEXT}")
-    if 0 in q.shape:
-        _fail(op, "q", f"has shape {tuple(q.shape)}: no size may be 0")
+
+
+def _divides(op: str, name: str, kv_heads: int, heads: int) -> None:
+    if kv_heads < 1 or heads % kv_heads:
+        _fail(op, name, f"has {kv_heads} heads, expected a divisor of the {heads} of q")
+
+
+def _offsets(op: str, name: str, x: Tensor) -> None:
+    _int32(op, name, x, ("num_tiles + 1",))
+    if x.shape[0] < 2:
+        _fail(op, name, f"has {x.shape[0]} entries, expected num_tiles + 1")
 
 
 def check_quantize(
@@ -105,6 +117,8 @@ def check_quantize(
     tile_block_offsets: Tensor,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
+    kv_tile_block_offsets: Tensor | None = None,
     *,
     granularity: int,
     smooth_k: bool,
@@ -113,15 +127,25 @@ def check_quantize(
     block_sums: bool = False,
 ) -> None:
     op = "quantize"
-    check_qkv(op, q, k, v)
+    if q.dim() != 4 or k.dim() != 4:
+        check_qkv(op, q, k, v)  # which says so
+    kv_heads, kv_tokens = k.shape[1], q.shape[2] if kv_token_of_slot is None else k.shape[2]
+    check_qkv(op, q, k, v, (q.shape[0], kv_heads, kv_tokens, q.shape[3]))
+    _divides(op, "k", kv_heads, q.shape[1])
     _same_device(
         op, q.device, k=k, v=v, token_of_slot=token_of_slot, tile_block_offsets=tile_block_offsets,
-        k_mean=k_mean, v_absmax=v_absmax,
+        k_mean=k_mean, v_absmax=v_absmax, kv_token_of_slot=kv_token_of_slot, kv_tile_block_offsets=kv_tile_block_offsets,
     )  # fmt: skip
-    check_slots(op, token_of_slot)
-    _int32(op, "tile_block_offsets", tile_block_offsets, ("num_tiles + 1",))
-    if tile_block_offsets.shape[0] < 2:
-        _fail(op, "tile_block_offsets", f"has {tile_block_offsets.shape[0]} entries, expected num_tiles + 1")
+    check_slots(op, token_of_slot, q.shape[0], q.shape[1])
+    _offsets(op, "tile_block_offsets", tile_block_offsets)
+    if (kv_token_of_slot is None) != (kv_tile_block_offsets is None):
+        missing = "kv_token_of_slot" if kv_token_of_slot is None else "kv_tile_block_offsets"
+        _fail(op, missing, "is missing: both or none of kv_token_of_slot and kv_tile_block_offsets")
+    if kv_token_of_slot is not None and kv_tile_block_offsets is not None:
+        check_slots(op, kv_token_of_slot, q.shape[0], kv_heads, "kv_token_of_slot")
+        _offsets(op, "kv_tile_block_offsets", kv_tile_block_offsets)
+    elif token_of_slot.dim() == 3 and kv_heads != q.shape[1]:
+        _fail(op, "kv_token_of_slot", "is missing, but token_of_slot differs from head to head and k has fewer heads")
     if granularity not in (0, 1, 2, INT8):
         _fail(op, "granularity", f"is {granularity}, expected 0 (tile), 1 (block), 2 (token) or 3 (INT8, block)")
     if k_mean_stride < 1:
@@ -129,10 +153,12 @@ def check_quantize(
     for name, x in (("k_mean", k_mean), ("v_absmax", v_absmax)):
         if x is not None:
             _dtype(op, name, x, torch.float32)
-            _shape(op, name, x, (q.shape[0], q.shape[1], q.shape[3]))
+            _shape(op, name, x, (q.shape[0], kv_heads, q.shape[3]))
 
 
-def check_hidden(q: Tensor, hidden: Tensor) -> None:
+def check_hidden(q: Tensor, hidden: Tensor, token_of_slot: Tensor) -> None:
+    if token_of_slot.dim() != 1:
+        _fail("attention_masked", "token_of_slot", f"has shape {tuple(token_of_slot.shape)}, expected one table")
     _dtype("attention_masked", "hidden", hidden, torch.bool)
     _shape("attention_masked", "hidden", hidden, (q.shape[0], q.shape[2]))
     _same_device("attention_masked", q.device, hidden=hidden)
@@ -161,6 +187,7 @@ def check_prepare(
 ) -> None:
     op = "prepare"
     check_quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)
+    _shape(op, "k", k, tuple(q.shape))
     batch, heads, tokens, dim = q.shape
     if norm not in NORMS.values():
         _fail(op, "norm", f"is {norm}, expected {', '.join(f'{code} ({name})' for name, code in NORMS.items())}")
@@ -206,10 +233,12 @@ def check_prepare(
     _same_device(op, q.device, **given, cos=cos, sin=sin)
 
 
-def check_slots(op: str, token_of_slot: Tensor) -> None:
-    _int32(op, "token_of_slot", token_of_slot, ("num_blocks * 128",))
-    if token_of_slot.shape[0] == 0 or token_of_slot.shape[0] % BLOCK:
-        _fail(op, "token_of_slot", f"has {token_of_slot.shape[0]} entries, expected a positive multiple of {BLOCK}")
+def check_slots(op: str, token_of_slot: Tensor, batch: int, heads: int, name: str = "token_of_slot") -> None:
+    """One table, or one per head."""
+    per_head = token_of_slot.dim() == 3
+    _int32(op, name, token_of_slot, (batch, heads, "num_blocks * 128") if per_head else ("num_blocks * 128",))
+    if token_of_slot.shape[-1] == 0 or token_of_slot.shape[-1] % BLOCK:
+        _fail(op, name, f"has {token_of_slot.shape[-1]} entries, expected a positive multiple of {BLOCK}")
 
 
 def check_lists(op: str, kind: str, num_blocks: Tensor, indices: Tensor, batch: int, heads: int, rows: Any) -> None:
@@ -246,20 +275,20 @@ def check_quantized(
     columns = code_dim(dim)
     _shape(op, "q8", q8, ("B", "H", "num_blocks", BLOCK, columns))
     batch, heads, num_blocks = q8.shape[:3]
-    check_slots(op, token_of_slot)
-    _shape(op, "token_of_slot", token_of_slot, (num_blocks * BLOCK,))
-    for name, x, want in (
-        ("k8", k8, q8.shape),
-        ("v8t", v8t, (batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK)),
-    ):
-        _dtype(op, name, x, q8.dtype if name == "k8" else E4M3)
-        _shape(op, name, x, tuple(want))
-    for name, x in (("q_scale", q_scale), ("k_scale", k_scale)):
-        per_token = x.dim() == 4
+    check_slots(op, token_of_slot, batch, heads)
+    if not _holds(token_of_slot.shape[-1] == num_blocks * BLOCK):
+        _fail(op, "token_of_slot", f"has {token_of_slot.shape[-1]} slots, expected the {num_blocks * BLOCK} of q8")
+    _shape(op, "k8", k8, (batch, "H", "num_blocks", BLOCK, columns))
+    kv_heads, kv_blocks = k8.shape[1:3]
+    _divides(op, "k8", kv_heads, heads)
+    for name, x, dtype in (("k8", k8, q8.dtype), ("v8t", v8t, E4M3)):
+        _dtype(op, name, x, dtype)
+    _shape(op, "v8t", v8t, (batch, kv_heads, kv_blocks, columns + V_EXTRA_ROWS, BLOCK))
+    for name, x, shape in (("q_scale", q_scale, (batch, heads, num_blocks)), ("k_scale", k_scale, k8.shape[:3])):
         _dtype(op, name, x, torch.float32)
-        _shape(op, name, x, (batch, heads, num_blocks, BLOCK) if per_token else (batch, heads, num_blocks))
+        _shape(op, name, x, (*shape, BLOCK) if x.dim() == 4 else tuple(shape))
     _dtype(op, "v_scale", v_scale, torch.float32)
-    _shape(op, "v_scale", v_scale, (batch, heads, dim))
+    _shape(op, "v_scale", v_scale, (batch, kv_heads, dim))
     _same_device(
         op, q8.device, k8=k8, v8t=v8t, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, token_of_slot=token_of_slot
     )
@@ -314,11 +343,17 @@ def check_saved(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None,
 ) -> None:
     """What backward and jvp take of a forward."""
     check_quantized(op, *operands, token_of_slot)
-    batch, heads, dim = operands.v_scale.shape
-    num_blocks = operands.q8.shape[2]
+    batch, heads, num_blocks = operands.q8.shape[:3]
+    dim = operands.v_scale.shape[2]
+    if kv_token_of_slot is not None:
+        check_slots(op, kv_token_of_slot, batch, operands.k8.shape[1], "kv_token_of_slot")
+    of_keys = token_of_slot if kv_token_of_slot is None else kv_token_of_slot
+    if not _holds(of_keys.shape[-1] == operands.k8.shape[2] * BLOCK):
+        _fail(op, "k8", f"has {operands.k8.shape[2]} blocks, expected those of its table of {of_keys.shape[-1]} slots")
     _token_tensor(op, "out", out)
     _dtype(op, "out", out, *_dtypes_of(operands.q8.device))
     _shape(op, "out", out, (batch, heads, "S", dim))
@@ -331,7 +366,7 @@ def check_saved(
     check_lists(op, "kv", kv_num_blocks, kv_indices, batch, heads, "num_tiles")
     _same_device(
         op, operands.q8.device, out=out, row_max=row_max, row_sum=row_sum, tile_of_block=tile_of_block,
-        kv_num_blocks=kv_num_blocks, kv_indices=kv_indices,
+        kv_num_blocks=kv_num_blocks, kv_indices=kv_indices, kv_token_of_slot=kv_token_of_slot,
     )  # fmt: skip
 
 
@@ -361,15 +396,26 @@ def check_backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor,
     q_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
     deterministic: bool = False,
+    num_kv_tokens: int = 0,
 ) -> None:
     op, operands = "backward", Operands(q8, k8, v8t, q_scale, k_scale, v_scale)
-    check_saved(op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+    check_saved(
+        op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, kv_token_of_slot
+    )
     _like_out(op, out, grad_out=grad_out)
-    batch, heads, num_blocks = q8.shape[:3]
-    check_lists(op, "q", q_num_blocks, q_indices, batch, heads, num_blocks)
+    batch, heads = q8.shape[:2]
+    check_lists(op, "q", q_num_blocks, q_indices, batch, heads, k8.shape[2])
+    most = 0 if kv_token_of_slot is None else k8.shape[2] * BLOCK
+    if not _holds(min(most, 1) <= num_kv_tokens <= most):
+        _fail(
+            op,
+            "num_kv_tokens",
+            f"is {num_kv_tokens}, expected {f'1 to {most}' if most else 'none'}: the tokens of kv_token_of_slot",
+        )
     _same_device(op, out.device, q_num_blocks=q_num_blocks, q_indices=q_indices)
 
 
@@ -390,22 +436,46 @@ def check_jvp(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> None:
     op, operands = "jvp", Operands(q8, k8, v8t, q_scale, k_scale, v_scale)
-    check_saved(op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
-    _like_out(op, out, q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent)
+    check_saved(
+        op, out, operands, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, kv_token_of_slot
+    )
+    _like_out(op, out, q_tangent=q_tangent)
+    tokens = out.shape[2] if kv_token_of_slot is None else "S of k"
+    for name, x in (("k_tangent", k_tangent), ("v_tangent", v_tangent)):
+        if x is not None:
+            _token_tensor(op, name, x)
+            _dtype(op, name, x, out.dtype)
+            _shape(op, name, x, (out.shape[0], k8.shape[1], tokens, out.shape[3]))
+    _same_device(op, out.device, k_tangent=k_tangent, v_tangent=v_tangent)
 
 
 # Values (CPU only) -------------------------------------------------------------------------------------------------------
 
 
 def check_quantize_values(
-    q: Tensor, k: Tensor, v: Tensor, token_of_slot: Tensor, tile_block_offsets: Tensor, *_: Any, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
+    kv_tile_block_offsets: Tensor | None = None,
+    **options: Any,
 ) -> None:
     check_slot_values("quantize", token_of_slot, q.shape[2])
-    check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[0] // BLOCK)
+    check_offset_values("quantize", tile_block_offsets, token_of_slot.shape[-1] // BLOCK)
+    if kv_token_of_slot is not None and kv_tile_block_offsets is not None:
+        check_slot_values("quantize", kv_token_of_slot, k.shape[2], "kv_token_of_slot")
+        check_offset_values(
+            "quantize", kv_tile_block_offsets, kv_token_of_slot.shape[-1] // BLOCK, "kv_tile_block_offsets"
+        )
 
 
 def check_prepare_values(
@@ -434,7 +504,7 @@ def check_forward_values(
     check_softmax_scale("forward", softmax_scale)
     check_slot_values("forward", token_of_slot, num_tokens)
     check_tile_of_block("forward", tile_of_block, kv_num_blocks.shape[2])
-    check_list_values("forward", "kv", kv_num_blocks, kv_indices, q8.shape[2])
+    check_list_values("forward", "kv", kv_num_blocks, kv_indices, k8.shape[2])
 
 
 def _check_saved_values(
@@ -445,11 +515,16 @@ def _check_saved_values(
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
     softmax_scale: float,
+    k8: Tensor,
+    kv_token_of_slot: Tensor | None,
+    num_kv_tokens: int,
 ) -> None:
     check_softmax_scale(op, softmax_scale)
     check_slot_values(op, token_of_slot, out.shape[2])
+    if kv_token_of_slot is not None:
+        check_slot_values(op, kv_token_of_slot, num_kv_tokens, "kv_token_of_slot")
     check_tile_of_block(op, tile_of_block, kv_num_blocks.shape[2])
-    check_list_values(op, "kv", kv_num_blocks, kv_indices, tile_of_block.shape[0])
+    check_list_values(op, "kv", kv_num_blocks, kv_indices, k8.shape[2])
 
 
 def check_backward_values(
@@ -469,11 +544,14 @@ def check_backward_values(
     kv_indices: Tensor,
     q_num_blocks: Tensor,
     q_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
     deterministic: bool = False,
+    num_kv_tokens: int = 0,
 ) -> None:
-    _check_saved_values("backward", out, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, softmax_scale)
+    lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+    _check_saved_values("backward", out, *lists, softmax_scale, k8, kv_token_of_slot, num_kv_tokens)
     check_list_values("backward", "q", q_num_blocks, q_indices, q8.shape[2])
 
 
@@ -494,10 +572,14 @@ def check_jvp_values(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> None:
-    _check_saved_values("jvp", out, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, softmax_scale)
+    of_keys = k_tangent if k_tangent is not None else v_tangent
+    slots = None if of_keys is None else kv_token_of_slot
+    lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices)
+    _check_saved_values("jvp", out, *lists, softmax_scale, k8, slots, 0 if of_keys is None else of_keys.shape[2])
 
 
 def check_softmax_scale(op: str, softmax_scale: float) -> None:
@@ -506,15 +588,19 @@ def check_softmax_scale(op: str, softmax_scale: float) -> None:
         _fail(op, "softmax_scale", f"is {softmax_scale}, expected a finite number > 0")
 
 
-def check_slot_values(op: str, token_of_slot: Tensor, num_tokens: int) -> None:
-    """Every token in exactly one slot, and slot 0 of every block valid."""
+def check_slot_values(op: str, token_of_slot: Tensor, num_tokens: int, name: str = "token_of_slot") -> None:
+    """Every token in exactly one slot, and slot 0 of every block valid; of every table."""
+    if token_of_slot.dim() == 3:
+        for table in token_of_slot.flatten(0, 1):
+            check_slot_values(op, table, num_tokens, name)
+        return
     low, high = (int(x) for x in torch.aminmax(token_of_slot))
     if low < -1 or high >= num_tokens:
-        _fail(op, "token_of_slot", f"holds values from {low} to {high}, expected -1 to {num_tokens - 1}")
+        _fail(op, name, f"holds values from {low} to {high}, expected -1 to {num_tokens - 1}")
     if bool((token_of_slot.view(-1, BLOCK)[:, 0] < 0).any()):
         _fail(
             op,
-            "token_of_slot",
+            name,
             f"has a block whose slot 0 is padding: valid slots come first in each of its {BLOCK}-slot blocks",
         )
     counts = torch.bincount(token_of_slot[token_of_slot >= 0], minlength=num_tokens)
@@ -522,17 +608,17 @@ def check_slot_values(op: str, token_of_slot: Tensor, num_tokens: int) -> None:
         token = int(torch.nonzero(counts != 1)[0])
         _fail(
             op,
-            "token_of_slot",
+            name,
             f"holds token {token} {int(counts[token])} times, expected every token of {num_tokens} once",
         )
 
 
-def check_offset_values(op: str, tile_block_offsets: Tensor, num_blocks: int) -> None:
+def check_offset_values(op: str, tile_block_offsets: Tensor, num_blocks: int, name: str = "tile_block_offsets") -> None:
     sizes = tile_block_offsets.diff()
     if int(tile_block_offsets[0]) != 0 or int(tile_block_offsets[-1]) != num_blocks or int(sizes.min()) < 1:
         _fail(
             op,
-            "tile_block_offsets",
+            name,
             f"must rise from 0 to num_blocks = {num_blocks}, came {tile_block_offsets.tolist()[:8]}...",
         )
 

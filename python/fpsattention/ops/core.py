@@ -1,9 +1,12 @@
 """``torch.ops.fpsattn.*``: loads the libraries and registers kernels, fakes and derivatives.
 
-Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D):
+Shapes (NB = num_blocks, blocks of 128 slots; S = video and text tokens; token tensors have unit stride in D). k and v may have fewer
+heads than q (a divisor: query head h attends their head ``h // (H / Hk)``) and, where ``kv_token_of_slot`` and ``kv_tile_block_offsets``
+are given, other tokens or another order: in all shapes of theirs H is then Hk, S is Sk, NB is theirs. A ``token_of_slot`` is one
+table for all or, int32 [B, H, NB * 128], one per head.
 
-``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, *, granularity, smooth_k, pow2_scales,
-k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean, q_block_sum, k_block_sum)``
+``quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean=None, v_absmax=None, kv_token_of_slot=None, kv_tile_block_offsets=None,
+*, granularity, smooth_k, pow2_scales, k_mean_stride=1, block_sums=False) -> (q8, k8, v8t, q_scale, k_scale, v_scale, k_mean_used, q_k_mean, q_block_sum, k_block_sum)``
     q, k, v (B, H, S, D), D in {64, 96, 128}; token_of_slot int32 [NB * 128], -1 in padding; tile_block_offsets int32 [num_tiles + 1];
     granularity 0 tile, 1 block, 2 token, 3 (CPU only) INT8 q8 and k8, scales per block; k_mean, v_absmax f32 [B, H, D], computed where None.
     q8, k8 e4m3 [B, H, NB, 128, C]; v8t e4m3 [B, H, NB, C + 8, 128]; C = D, or 128 for D = 96, the rest zeros; q_scale, k_scale f32 [B, H, NB], per token
@@ -19,13 +22,13 @@ softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
     out (B, H, S, D), a view of (B, S, H, D) memory, of any ``out_dtype`` of bf16, f16, f32 whatever was quantized; lse f32 [B, H, S]; row_max, row_sum f32 [B, H, NB * 128].
 ``backward(grad_out, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks, kv_indices,
-q_num_blocks, q_indices, *, softmax_scale, deterministic=False) -> (dq, dk, dv)``
-    q_num_blocks int32 [., ., NB], q_indices int32 [., ., NB, max_q]: the query blocks that visit a KV block.
+q_num_blocks, q_indices, kv_token_of_slot=None, *, softmax_scale, deterministic=False, num_kv_tokens=0) -> (dq, dk, dv)``
+    num_kv_tokens: Sk, with kv_token_of_slot. q_num_blocks int32 [., ., NB], q_indices int32 [., ., NB, max_q]: the query blocks that visit a KV block.
 ``jvp(q_tangent, k_tangent, v_tangent, out, q8, ..., v_scale, row_max, row_sum, token_of_slot, tile_of_block, kv_num_blocks,
-kv_indices, *, softmax_scale) -> out_tangent``
-    tangents like q, or None; out_tangent like out. CPU only.
+kv_indices, kv_token_of_slot=None, *, softmax_scale) -> out_tangent``
+    tangents like q, k, v, or None; out_tangent like out. CPU only.
 ``attention(q, k, v, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks=None,
-q_indices=None, k_mean=None, v_absmax=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
+q_indices=None, k_mean=None, v_absmax=None, kv_token_of_slot=None, kv_tile_block_offsets=None, *, ...) -> (out, lse, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum)``
     quantize, then forward: a composite on every device. Differentiable in q, k, v through ``out`` (``autograd.py``).
 ``attention_masked(q, k, v, ..., v_absmax, hidden, *, ...)``
     ``attention`` of q, k, v from ``hidden.fill``, without the keys where ``hidden``, bool [B, S], is true. Every argument is given.
@@ -72,7 +75,7 @@ LIST_OPS = ("select_blocks", "transpose_blocks")  # likewise: lists of a mask
 JVP_SCHEMA = (
     "(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor out, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, "
     "Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum, Tensor token_of_slot, Tensor tile_of_block, "
-    "Tensor kv_num_blocks, Tensor kv_indices, *, float softmax_scale) -> Tensor out_tangent"
+    "Tensor kv_num_blocks, Tensor kv_indices, Tensor? kv_token_of_slot=None, *, float softmax_scale) -> Tensor out_tangent"
 )
 
 
@@ -198,8 +201,10 @@ def _attention(
     q_indices: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
-    hidden: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
+    kv_tile_block_offsets: Tensor | None = None,
     *,
+    hidden: Tensor | None = None,
     select: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
     granularity: int,
     softmax_scale: float,
@@ -210,11 +215,12 @@ def _attention(
 ) -> tuple[Tensor, ...]:
     """The composite, of both ops; ``q_num_blocks``, ``q_indices`` and ``deterministic`` are for the backward. ``select``: makes the lists."""
     _keep_for_stream(
-        q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices
-    )
+        q, token_of_slot, tile_of_block, tile_block_offsets, kv_num_blocks, kv_indices, q_num_blocks, q_indices,
+        kv_token_of_slot, kv_tile_block_offsets,
+    )  # fmt: skip
     z = Quantized(
         *torch.ops.fpsattn.quantize(
-            q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax,
+            q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, kv_token_of_slot, kv_tile_block_offsets,
             granularity=granularity, smooth_k=smooth_k, pow2_scales=pow2_scales, k_mean_stride=k_mean_stride,
             block_sums=select is not None,
         )
@@ -224,6 +230,11 @@ def _attention(
     assert kv_num_blocks is not None and kv_indices is not None  # given or made
     lists = (token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_indices)
     return _of_quantized(z, q, *lists, hidden, softmax_scale)
+
+
+def _attention_masked(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    *args_of_attention, hidden = args
+    return _attention(*args_of_attention, hidden=hidden, **options)
 
 
 def _attention_prepared(
@@ -264,7 +275,7 @@ def _of_quantized(
     softmax_scale: float,
 ) -> tuple[Tensor, ...]:
     if hidden is not None:
-        checks.check_hidden(q, hidden)
+        checks.check_hidden(q, hidden, token_of_slot)
         hidden = slots(hidden, token_of_slot)
         z = hide(z, hidden)
     f = Forward(
@@ -335,8 +346,8 @@ def _register() -> None:
     torch.library.define("fpsattn::jvp", JVP_SCHEMA)
     torch.library.define("fpsattn::attention_masked", MASKED_SCHEMA)
     torch.library.define("fpsattn::attention_selected", selection.ATTENTION_SCHEMA)
-    for op in ("attention", "attention_masked"):
-        impl(f"fpsattn::{op}", "CompositeExplicitAutograd")(_attention)
+    impl("fpsattn::attention", "CompositeExplicitAutograd")(_attention)
+    impl("fpsattn::attention_masked", "CompositeExplicitAutograd")(_attention_masked)
     impl("fpsattn::attention_selected", "CompositeExplicitAutograd")(_attention_selected)
     torch.library.register_fake("fpsattn::attention_selected")(partial(_attention_selected, make=fake_lists_of_sums))
     torch.library.define("fpsattn::attention_prepared", PREPARED_SCHEMA)

@@ -64,11 +64,29 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, source_token: Tensor) -> Tensor:
-    """``(B, H, S, D)`` in any strides to a fresh FP32 ``(B, H, num_blocks, 128, C)``, zeros beyond D."""
-    rows = x.index_select(2, source_token)
+    """``(B, H, S, D)`` in any strides to a fresh FP32 ``(B, H, num_blocks, 128, C)``, zeros beyond D.
+
+    ``source_token``: of every slot, ``[num_slots]`` or, a table per head, ``[B, H, num_slots]``.
+    """
+    if source_token.dim() == 1:
+        rows = x.index_select(2, source_token)
+    else:
+        rows = x.gather(2, source_token[..., None].expand(*source_token.shape, x.shape[3]))
     rows = rows if rows.dtype == torch.float32 else rows.float()
     rows = rows if code_dim(rows.shape[-1]) == rows.shape[-1] else code_columns(rows)
     return rows.unflatten(2, (-1, BLOCK))
+
+
+def _sources(token_of_slot: Tensor) -> tuple[Tensor, Tensor]:
+    """The token that each slot reads, padding that of slot 0 of its block, and which slots are valid ``[..., num_blocks, 128]``."""
+    slots = token_of_slot.long().unflatten(-1, (-1, BLOCK))
+    valid = slots >= 0
+    return torch.where(valid, slots, slots[..., :1]).flatten(-2), valid
+
+
+def _tile_of_block(tile_block_offsets: Tensor) -> Tensor:
+    sizes = tile_block_offsets.long().diff()
+    return torch.repeat_interleave(torch.arange(sizes.numel(), device=CPU), sizes)
 
 
 def _group_absmax(blocks: Tensor, tile_of_block: Tensor, num_tiles: int, granularity: int) -> Tensor:
@@ -102,6 +120,8 @@ def quantize(
     tile_block_offsets: Tensor,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
+    kv_tile_block_offsets: Tensor | None = None,
     *,
     granularity: int,
     smooth_k: bool,
@@ -110,12 +130,11 @@ def quantize(
     block_sums: bool = False,
 ) -> tuple[Tensor, ...]:
     """See ``reference.quantize``: same bits, given the same ``k_mean``."""
-    slots = token_of_slot.long().view(-1, BLOCK)
-    valid = slots >= 0
-    source = torch.where(valid, slots, slots[:, :1]).reshape(-1)
-    offsets = tile_block_offsets.long()
-    num_tiles = offsets.numel() - 1
-    tile_of_block = torch.repeat_interleave(torch.arange(num_tiles, device=CPU), offsets.diff())
+    kv_token_of_slot = token_of_slot if kv_token_of_slot is None else kv_token_of_slot
+    kv_tile_block_offsets = tile_block_offsets if kv_tile_block_offsets is None else kv_tile_block_offsets
+    source, _ = _sources(token_of_slot)
+    kv_source, valid = _sources(kv_token_of_slot)
+    tiles, kv_tiles = ((_tile_of_block(x), x.numel() - 1) for x in (tile_block_offsets, kv_tile_block_offsets))
 
     if not smooth_k:
         mean = _zeros(k.shape[0], k.shape[1], k.shape[3])
@@ -126,12 +145,13 @@ def quantize(
         mean = k[:, :, ::k_mean_stride].double().mean(dim=2).float()
 
     q_blocks = _gather(q, source)
-    q_k_mean = torch.matmul(q.float(), mean.unsqueeze(-1)).squeeze(-1)
-    q8, q_scale = _quantize_rows(q_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
+    of_query = mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    q_k_mean = torch.matmul(q.float(), of_query.unsqueeze(-1)).squeeze(-1)
+    q8, q_scale = _quantize_rows(q_blocks, *tiles, granularity, pow2_scales)
     del q_blocks
-    k_blocks = _gather(k, source)
+    k_blocks = _gather(k, kv_source)
     k_blocks -= code_columns(mean)[:, :, None, None]
-    k8, k_scale = _quantize_rows(k_blocks, tile_of_block, num_tiles, granularity, pow2_scales)
+    k8, k_scale = _quantize_rows(k_blocks, *kv_tiles, granularity, pow2_scales)
     del k_blocks
 
     if v_absmax is None:
@@ -139,16 +159,17 @@ def quantize(
         v_absmax = torch.maximum(-low.float(), high.float())
     v_scale = scale_of(v_absmax.float(), pow2_scales)
     order = v_slot_order()
-    v_blocks = _gather(v, source.view(-1, BLOCK)[:, order].reshape(-1))
+    v_blocks = _gather(v, kv_source.unflatten(-1, (-1, BLOCK))[..., order].flatten(-2))
     v_blocks.masked_fill_(v_blocks.isinf(), float("nan"))  # with a given v_absmax, an Inf must not saturate
     v_blocks = to_e4m3(v_blocks.div_(code_columns(v_scale, 1.0)[:, :, None, None])).view(torch.uint8)
-    valid = valid[:, order]
+    valid = valid[..., order]
     columns = v_blocks.shape[-1]
     v8t = v_blocks.new_zeros(*v_blocks.shape[:3], columns + V_EXTRA_ROWS, BLOCK)
-    v8t[..., :columns, :] = v_blocks.masked_fill_(~valid[:, :, None], 0).transpose(-1, -2)
+    v8t[..., :columns, :] = v_blocks.masked_fill_(~valid[..., None], 0).transpose(-1, -2)
     v8t[..., columns, :] = valid.to(torch.uint8) * 0x38  # 1.0 in e4m3
     sums = tuple(
-        block_sum(x, token_of_slot) if block_sums else mean.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (q, k)
+        block_sum(x, slots) if block_sums else mean.new_empty(*x.shape[:2], 0, x.shape[3])
+        for x, slots in ((q, token_of_slot), (k, kv_token_of_slot))
     )
     return q8, k8, v8t.view(torch.float8_e4m3fn), q_scale, k_scale, v_scale, mean, q_k_mean, *sums
 
@@ -186,17 +207,21 @@ def prepare(
 
 @dataclass
 class Chunk:
-    """Items computed together. Blocks are numbered through (batch, head): ``(b * H + h) * num_blocks + block``."""
+    """Items computed together. Blocks are numbered through (batch, head): ``(b * H + h) * num_blocks + block``, those of K and V
+    by their own heads and blocks."""
 
     q_blocks: Tensor  # int64 [items, blocks of a tile]
+    kv_heads: Tensor  # int64 [items]: (batch, head) of K and V
     kv_blocks: Tensor  # int64 [items, list length], in list order
 
 
 def _chunks(
-    tile_of_block: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, batch: int, heads: int
+    tile_of_block: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q8: Tensor, k8: Tensor
 ) -> Iterator[Chunk]:
     """Items with a non-empty list, grouped by (blocks of the tile, list length)."""
-    num_blocks, num_tiles = tile_of_block.numel(), kv_num_blocks.shape[2]
+    batch, heads, num_blocks = q8.shape[:3]
+    group, num_kv_blocks = heads // k8.shape[1], k8.shape[2]
+    num_tiles = kv_num_blocks.shape[2]
     tile_of_block = tile_of_block.long()
     blocks_by_tile = torch.argsort(tile_of_block, stable=True)
     tile_size = torch.bincount(tile_of_block, minlength=num_tiles)
@@ -206,20 +231,21 @@ def _chunks(
     item_tile = torch.arange(num_tiles, device=CPU).repeat(batch * heads)
     item_bh = torch.arange(batch * heads, device=CPU).repeat_interleave(num_tiles)
     lists = kv_indices.expand(batch, heads, *kv_indices.shape[2:])
-    kinds = tile_size[item_tile] * (num_blocks + 1) + counts
+    kinds = tile_size[item_tile] * (num_kv_blocks + 1) + counts
     kinds[counts == 0] = 0
     for kind in torch.unique(kinds).tolist():
-        size, length = divmod(kind, num_blocks + 1)
+        size, length = divmod(kind, num_kv_blocks + 1)
         if size == 0 or length == 0:
             continue
         of_kind = torch.nonzero(kinds == kind).squeeze(1)
         step = max(1, CHUNK_SCORES // (size * BLOCK * min(length, SEGMENT_BLOCKS) * BLOCK))
         for items in of_kind.split(step):
             bh, tile = item_bh[items], item_tile[items]
-            first = (bh * num_blocks)[:, None]
+            kv_heads = bh // group
             q_blocks = blocks_by_tile[tile_start[tile][:, None] + torch.arange(size, device=CPU)]
             kv_blocks = lists[bh // heads, bh % heads, tile, :length].long()
-            yield Chunk(first + q_blocks, first + kv_blocks)
+            first, first_kv = (bh * num_blocks)[:, None], (kv_heads * num_kv_blocks)[:, None]
+            yield Chunk(first + q_blocks, kv_heads, first_kv + kv_blocks)
 
 
 def _rows(x: Tensor, blocks: Tensor) -> Tensor:
@@ -339,17 +365,17 @@ def forward(
     """See ``reference.forward``."""
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
-    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(-1, dim)
     factor = softmax_scale * LOG2E
     valid = token_of_slot >= 0
 
     out = _zeros(batch * heads * num_blocks, BLOCK, dim, dtype=out_dtype)
     row_max = _zeros(batch * heads * num_blocks, BLOCK)
     row_sum = _zeros(batch * heads * num_blocks, BLOCK)
-    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, q8, k8):
         acc, m = _forward_chunk(operands, chunk, factor)
         l = acc[..., dim]
-        scale_v = v_scale[chunk.q_blocks[:, 0] // num_blocks].unsqueeze(1)
+        scale_v = v_scale[chunk.kv_heads].unsqueeze(1)
         o = (acc[..., :dim] * scale_v).div_(l.unsqueeze(-1))
         rows = chunk.q_blocks.reshape(-1)
         out[rows] = o.view(-1, BLOCK, dim).to(out_dtype)
@@ -358,7 +384,7 @@ def forward(
 
     row_max, row_sum = (x.view(batch, heads, -1).mul_(1.0).masked_fill_(~valid, 0.0) for x in (row_max, row_sum))
     slot_of_token = _slot_of_token(token_of_slot, num_tokens)
-    lse = (row_max - P_SHIFT + torch.log2(row_sum)).div_(LOG2E).index_select(2, slot_of_token)
+    lse = (row_max - P_SHIFT + torch.log2(row_sum)).div_(LOG2E).gather(2, slot_of_token.expand(batch, heads, -1))
     if q_k_mean is not None:
         lse += softmax_scale * q_k_mean
     out = _token_order(out.view(batch, heads, -1, dim)[..., :head_dim], slot_of_token, out_dtype)
@@ -389,6 +415,9 @@ def _forward_chunk(operands: _Operands, chunk: Chunk, factor: float) -> tuple[Te
 
 
 def _slot_of_token(token_of_slot: Tensor, num_tokens: int) -> Tensor:
+    if token_of_slot.dim() == 3:
+        tables = token_of_slot.flatten(0, 1).unbind()
+        return torch.stack([_slot_of_token(x, num_tokens) for x in tables]).unflatten(0, token_of_slot.shape[:2])
     slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
     result = _zeros(num_tokens, dtype=torch.long)
     result[token_of_slot[slots].long()] = slots
@@ -398,10 +427,11 @@ def _slot_of_token(token_of_slot: Tensor, num_tokens: int) -> Tensor:
 def _token_order(slots: Tensor, slot_of_token: Tensor, dtype: torch.dtype) -> Tensor:
     """``(B, H, num_slots, D)`` to a ``(B, H, S, D)`` view of ``(B, S, H, D)`` memory."""
     batch, heads, _, dim = slots.shape
-    result = slots.new_empty(batch, slot_of_token.numel(), heads, dim, dtype=dtype)
+    slot_of_token = slot_of_token.expand(batch, heads, -1)
+    result = slots.new_empty(batch, slot_of_token.shape[2], heads, dim, dtype=dtype)
     for b in range(batch):
         for h in range(heads):
-            result[b, :, h] = slots[b, h].index_select(0, slot_of_token)
+            result[b, :, h] = slots[b, h].index_select(0, slot_of_token[b, h])
     return result.transpose(1, 2)
 
 
@@ -425,9 +455,11 @@ def backward(
     kv_indices: Tensor,
     q_num_blocks: Tensor | None = None,
     q_indices: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
     deterministic: bool = True,
+    num_kv_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.backward``. Gradients in the dtype of ``grad_out``.
 
@@ -436,28 +468,27 @@ def backward(
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
     k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
-    slots = token_of_slot.long().view(-1, BLOCK)
-    valid = slots >= 0
-    source = torch.where(valid, slots, slots[:, :1]).reshape(-1)
+    source, valid = _sources(token_of_slot)
 
     do = _gather(grad_out, source).masked_fill_(~valid.unsqueeze(-1), 0.0)
     delta = (_gather(out, source) * do).sum(-1).view(-1, BLOCK, 1)
     do = do.view(-1, BLOCK, dim)
-    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(-1, 1, dim)
     row_max = row_max.reshape(-1, BLOCK, 1)
     row_sum = row_sum.reshape(-1, BLOCK, 1)
     # Padding rows: P = 2^-inf = 0 and P / l = 0, whatever their scores.
     row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))
     factor = softmax_scale * LOG2E
 
-    dq, dk, dv = (_zeros(batch * heads * num_blocks, BLOCK, dim) for _ in range(3))
-    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+    dq = _zeros(batch * heads * num_blocks, BLOCK, dim)
+    dk, dv = (_zeros(operands.k.shape[0], BLOCK, dim) for _ in range(2))
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, q8, k8):
         q_rows = _rows(operands.q8, chunk.q_blocks).float()
         q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
         do_rows, m, l = (_rows(x, chunk.q_blocks) for x in (do, row_max, row_sum))
         delta_rows = _rows(delta, chunk.q_blocks)
         # dP = dO (V8 * v_scale)^T = (dO * v_scale) V8^T
-        do_scaled = do_rows * v_scale[chunk.q_blocks[:, 0] // num_blocks]
+        do_scaled = do_rows * v_scale[chunk.kv_heads]
         q_real = q_rows * q_scale_rows.unsqueeze(-1)
         items, rows = q_rows.shape[:2]
         dq_rows = _zeros(items, rows, dim)
@@ -476,9 +507,13 @@ def backward(
     dq.mul_(softmax_scale)
     dk.mul_(softmax_scale)
     slot_of_token = _slot_of_token(token_of_slot, out.shape[2])
-    shape = (batch, heads, num_blocks * BLOCK, dim)
-    dq, dk, dv = (_token_order(g.view(shape)[..., :head_dim], slot_of_token, grad_out.dtype) for g in (dq, dk, dv))
-    return dq, dk, dv
+    of_keys = slot_of_token if kv_token_of_slot is None else _slot_of_token(kv_token_of_slot, num_kv_tokens)
+
+    def in_token_order(gradient: Tensor, heads: int, slots: Tensor) -> Tensor:
+        return _token_order(gradient.view(batch, heads, -1, dim)[..., :head_dim], slots, grad_out.dtype)
+
+    dk, dv = (in_token_order(x, k8.shape[1], of_keys) for x in (dk, dv))
+    return in_token_order(dq, heads, slot_of_token), dk, dv
 
 
 # Forward mode ------------------------------------------------------------------------------------------------------------
@@ -501,6 +536,7 @@ def jvp(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> Tensor:
@@ -508,21 +544,21 @@ def jvp(
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
     k = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
-    slots = token_of_slot.long().view(-1, BLOCK)
-    source = torch.where(slots >= 0, slots, slots[:, :1]).reshape(-1)
+    source, _ = _sources(token_of_slot)
+    kv_source = source if kv_token_of_slot is None else _sources(kv_token_of_slot)[0]
 
-    def in_slots(x: Tensor | None) -> Tensor | None:
+    def in_slots(x: Tensor | None, source: Tensor) -> Tensor | None:
         return x if x is None else _gather(x, source).view(-1, BLOCK, dim)
 
-    q_dot, k_dot, v_dot = (in_slots(x) for x in (q_tangent, k_tangent, v_tangent))
+    q_dot, k_dot, v_dot = in_slots(q_tangent, source), in_slots(k_tangent, kv_source), in_slots(v_tangent, kv_source)
     o = _gather(out, source).view(-1, BLOCK, dim)
-    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(-1, 1, dim)
     row_max, row_sum = row_max.reshape(-1, BLOCK, 1), row_sum.reshape(-1, BLOCK, 1)
     row_max, row_sum = (torch.where(row_sum == 0, math.inf, x) for x in (row_max, row_sum))  # as in backward
     factor = softmax_scale * LOG2E
 
     result = _zeros(batch * heads * num_blocks, BLOCK, dim)
-    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, q8, k8):
         q_rows = _rows(operands.q8, chunk.q_blocks).float()
         q_scale_rows = _rows(operands.q_scale, chunk.q_blocks)
         m, l = (_rows(x, chunk.q_blocks) for x in (row_max, row_sum))
@@ -544,7 +580,7 @@ def jvp(
             p_dot = x_dot.mul_(p)
             of_scores.baddbmm_(p_dot, v[..., :dim])
             total += p_dot.sum(-1, keepdim=True)
-        of_scores.mul_(v_scale[chunk.q_blocks[:, 0] // num_blocks]).sub_(total * _rows(o, chunk.q_blocks))
+        of_scores.mul_(v_scale[chunk.kv_heads]).sub_(total * _rows(o, chunk.q_blocks))
         of_v.add_(of_scores, alpha=softmax_scale)
         result.index_copy_(0, chunk.q_blocks.reshape(-1), of_v.view(-1, BLOCK, dim))
     shape = (batch, heads, num_blocks * BLOCK, dim)

@@ -35,6 +35,10 @@ def _quantize(
     k: Tensor,
     v: Tensor,
     token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
+    k_mean: Tensor | None = None,
+    v_absmax: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
     *_: Any,
     granularity: int,
     block_sums: bool = False,
@@ -42,20 +46,22 @@ def _quantize(
 ) -> tuple[Tensor, ...]:
     batch, heads, tokens, dim = q.shape
     columns = code_dim(dim)
-    num_blocks = token_of_slot.shape[0] // BLOCK
-    scale_shape = (batch, heads, num_blocks, BLOCK) if granularity == TOKEN else (batch, heads, num_blocks)
+    num_blocks = token_of_slot.shape[-1] // BLOCK
+    kv_heads = k.shape[1]
+    kv_blocks = num_blocks if kv_token_of_slot is None else kv_token_of_slot.shape[-1] // BLOCK
+    slots = (BLOCK,) if granularity == TOKEN else ()
     dtype = torch.int8 if granularity == INT8 else E4M3
     return (
         q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=dtype),
-        q.new_empty((batch, heads, num_blocks, BLOCK, columns), dtype=dtype),
-        q.new_empty((batch, heads, num_blocks, columns + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
-        q.new_empty(scale_shape, dtype=torch.float32),
-        q.new_empty(scale_shape, dtype=torch.float32),
-        q.new_empty((batch, heads, dim), dtype=torch.float32),
-        q.new_empty((batch, heads, dim), dtype=torch.float32),
+        q.new_empty((batch, kv_heads, kv_blocks, BLOCK, columns), dtype=dtype),
+        q.new_empty((batch, kv_heads, kv_blocks, columns + V_EXTRA_ROWS, BLOCK), dtype=E4M3),
+        q.new_empty((batch, heads, num_blocks, *slots), dtype=torch.float32),
+        q.new_empty((batch, kv_heads, kv_blocks, *slots), dtype=torch.float32),
+        q.new_empty((batch, kv_heads, dim), dtype=torch.float32),
+        q.new_empty((batch, kv_heads, dim), dtype=torch.float32),
         q.new_empty((batch, heads, tokens), dtype=torch.float32),
         q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
-        q.new_empty((batch, heads, num_blocks if block_sums else 0, dim), dtype=torch.float32),
+        q.new_empty((batch, kv_heads, kv_blocks if block_sums else 0, dim), dtype=torch.float32),
     )
 
 
@@ -64,12 +70,13 @@ def _prepare(
     k: Tensor,
     v: Tensor,
     token_of_slot: Tensor,
+    tile_block_offsets: Tensor,
     *_: Any,
     granularity: int,
     block_sums: bool = False,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    return _quantize(q, k, v, token_of_slot, granularity=granularity, block_sums=block_sums)
+    return _quantize(q, k, v, token_of_slot, tile_block_offsets, granularity=granularity, block_sums=block_sums)
 
 
 def _forward(
@@ -84,8 +91,8 @@ def _forward(
     softmax_scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    batch, heads, dim = v_scale.shape
-    num_blocks = q8.shape[2]
+    batch, heads, num_blocks = q8.shape[:3]
+    dim = v_scale.shape[2]
     return (
         _token_like(q8, (batch, heads, num_tokens, dim), out_dtype),
         q8.new_empty((batch, heads, num_tokens), dtype=torch.float32),
@@ -94,8 +101,12 @@ def _forward(
     )
 
 
-def _backward(grad_out: Tensor, out: Tensor, *_: Any, **options: Any) -> tuple[Tensor, ...]:
-    return tuple(_token_like(out, out.shape, out.dtype) for _ in range(3))
+def _backward(
+    grad_out: Tensor, out: Tensor, q8: Tensor, k8: Tensor, *_: Any, num_kv_tokens: int = 0, **options: Any
+) -> tuple[Tensor, ...]:
+    batch, _heads, tokens, dim = out.shape
+    keys = (batch, k8.shape[1], num_kv_tokens or tokens, dim)
+    return tuple(_token_like(out, shape, out.dtype) for shape in (tuple(out.shape), keys, keys))
 
 
 def _jvp(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..layout.masks import Lists
 from . import checks, cpu
-from .cpu import Chunk, _chunks, _gather, _Operands, _rows, _zeros
+from .cpu import Chunk, _chunks, _gather, _Operands, _rows, _sources, _zeros
 from .hidden import hide, slots
 from .reference import BLOCK, E4M3_MAX, LOG2E, V_EXTRA_ROWS, Quantized, code_columns
 
@@ -26,7 +26,7 @@ P_SCALE = E4M3_MAX
 def attention(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, softmax_scale: float, hidden: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of q, k, v ``(B, H, S, D)``, computed on the CPU whatever their device; ``options``: of ``quantize``.
+    """``(out, lse)`` of q, k, v as of ``quantize``, computed on the CPU whatever their device; ``options``: those of ``quantize``.
 
     Raises:
         UnsupportedError: inside of a graph, which its loops over lists are not made for.
@@ -37,7 +37,7 @@ def attention(
         )
     checks.check_quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
     if hidden is not None:
-        checks.check_hidden(q, hidden)
+        checks.check_hidden(q, hidden, lists.token_of_slot)
         options["hidden"] = hidden
     options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
     with torch.autocast("cpu", enabled=False):
@@ -59,14 +59,15 @@ class _Published(torch.autograd.Function):
             *z.operands, *tables, z.q_k_mean, num_tokens=q.shape[2], softmax_scale=softmax_scale, out_dtype=q.dtype
         )
         ctx.mark_non_differentiable(lse)
-        ctx.softmax_scale = softmax_scale
-        ctx.save_for_backward(out, *z.operands, *tables)
+        ctx.softmax_scale, ctx.num_kv_tokens = softmax_scale, k.shape[2]
+        ctx.save_for_backward(out, *z.operands, *tables, options.get("kv_token_of_slot"))
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-        gradients = backward(grad_out, *ctx.saved_tensors, softmax_scale=ctx.softmax_scale)
+        options = {"softmax_scale": ctx.softmax_scale, "num_kv_tokens": ctx.num_kv_tokens}
+        gradients = backward(grad_out, *ctx.saved_tensors, **options)
         return (*gradients, None, None, None)
 
 
@@ -109,17 +110,17 @@ def forward(
     """``(out, lse)``; arguments as of ``torch.ops.fpsattn.forward``."""
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
-    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(-1, 1, dim)
     out, lse = _zeros(batch * heads * num_blocks, BLOCK, dim), _zeros(batch * heads * num_blocks, BLOCK)
     lse.fill_(-math.inf)
-    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, q8, k8):
         p, row_sum, row_max = _probabilities(operands, chunk, softmax_scale * LOG2E)
         o = torch.bmm(p, _rows(operands.v, chunk.kv_blocks)[..., :dim]).div_(row_sum)
         rows = chunk.q_blocks.reshape(-1)
-        out[rows] = o.mul_(v_scale[chunk.q_blocks[:, 0] // num_blocks]).view(-1, BLOCK, dim)
+        out[rows] = o.mul_(v_scale[chunk.kv_heads]).view(-1, BLOCK, dim)
         lse[rows] = (row_max + row_sum.log2()).div_(LOG2E).view(-1, BLOCK)
     slot_of_token = cpu._slot_of_token(token_of_slot, num_tokens)
-    lse = lse.view(batch, heads, -1).index_select(2, slot_of_token)
+    lse = lse.view(batch, heads, -1).gather(2, slot_of_token.expand(batch, heads, -1))
     if q_k_mean is not None:
         lse += softmax_scale * q_k_mean
     out = out.view(batch, heads, -1, dim)[..., :head_dim].to(out_dtype)
@@ -139,34 +140,41 @@ def backward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
+    num_kv_tokens: int,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv ``(B, H, S, D)`` in the dtype of ``out``."""
+    """dq, dk, dv, each like its tensor, in the dtype of ``out``."""
     batch, heads, num_blocks, _, dim = q8.shape
     operands = _Operands(q8, k8, v8t, q_scale, k_scale)
-    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(batch * heads, 1, dim)
+    head_dim, v_scale = v_scale.shape[2], code_columns(v_scale, 1.0).reshape(-1, 1, dim)
     keys = operands.k * operands.k_scale.view(operands.k.shape[0], -1, 1)
-    valid = (token_of_slot >= 0).view(-1, BLOCK, 1)
-    source = token_of_slot.long().clamp_min(0)
-    do = _gather(grad_out, source).masked_fill_(~valid, 0.0)
+    source, valid = _sources(token_of_slot)
+    do = _gather(grad_out, source).masked_fill_(~valid.unsqueeze(-1), 0.0)
     delta = (_gather(out, source) * do).sum(-1, keepdim=True).view(-1, BLOCK, 1)
     do = do.view(-1, BLOCK, dim)
-    dq, dk, dv = (_zeros(batch * heads * num_blocks, BLOCK, dim) for _ in range(3))
-    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, batch, heads):
+    dq = _zeros(batch * heads * num_blocks, BLOCK, dim)
+    dk, dv = _zeros(*keys.shape), _zeros(*keys.shape)
+    for chunk in _chunks(tile_of_block, kv_num_blocks, kv_indices, q8, k8):
         p, row_sum, _ = _probabilities(operands, chunk, softmax_scale * LOG2E)
         p.div_(row_sum)
         queries = _rows(operands.q8, chunk.q_blocks).float() * _rows(operands.q_scale, chunk.q_blocks).unsqueeze(-1)
         do_rows = _rows(do, chunk.q_blocks)
-        do_scaled = do_rows * v_scale[chunk.q_blocks[:, 0] // num_blocks]  # dP = dO V^T = (dO * v_scale) V8^T
+        do_scaled = do_rows * v_scale[chunk.kv_heads]  # dP = dO V^T = (dO * v_scale) V8^T
         values = _rows(operands.v, chunk.kv_blocks)[..., :dim]
         ds = torch.bmm(do_scaled, values.transpose(1, 2)).sub_(_rows(delta, chunk.q_blocks)).mul_(p)
         flat = chunk.kv_blocks.reshape(-1)
         dv.index_add_(0, flat, torch.bmm(p.transpose(1, 2), do_rows).view(-1, BLOCK, dim))
         dk.index_add_(0, flat, torch.bmm(ds.transpose(1, 2), queries).view(-1, BLOCK, dim))
         dq[chunk.q_blocks.reshape(-1)] = torch.bmm(ds, _rows(keys, chunk.kv_blocks)).view(-1, BLOCK, dim)
-    slot_of_token = cpu._slot_of_token(token_of_slot, out.shape[2])
-    gradients = (
-        x.view(batch, heads, -1, dim)[..., :head_dim] for x in (dq.mul_(softmax_scale), dk.mul_(softmax_scale), dv)
+    of_queries = cpu._slot_of_token(token_of_slot, out.shape[2])
+    of_keys = of_queries if kv_token_of_slot is None else cpu._slot_of_token(kv_token_of_slot, num_kv_tokens)
+    return tuple(
+        cpu._token_order(x.view(batch, n, -1, dim)[..., :head_dim], slots, out.dtype)
+        for x, n, slots in (
+            (dq.mul_(softmax_scale), heads, of_queries),
+            (dk.mul_(softmax_scale), k8.shape[1], of_keys),
+            (dv, k8.shape[1], of_keys),
+        )
     )
-    return tuple(cpu._token_order(x.to(out.dtype), slot_of_token, out.dtype) for x in gradients)

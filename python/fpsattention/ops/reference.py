@@ -129,7 +129,7 @@ def code_columns(x: Tensor, value: float = 0.0) -> Tensor:
 def block_sum(x: Tensor, token_of_slot: Tensor) -> Tensor:
     """Sum of the tokens of each block, FP32 ``(B, H, num_blocks, D)``, in a fixed order: each 16 slots one after another, then the
     8 sums one after another."""
-    valid = (token_of_slot >= 0).view(-1, BLOCK, 1)
+    valid = (token_of_slot >= 0).unflatten(-1, (-1, BLOCK)).unsqueeze(-1)
     slots = torch.where(valid, gather_slots(x.float(), token_of_slot), 0.0).unflatten(3, (BLOCK // 16, 16))
     groups = torch.zeros_like(slots[..., 0, :])
     for i in range(16):
@@ -142,9 +142,17 @@ def block_sum(x: Tensor, token_of_slot: Tensor) -> Tensor:
 
 def gather_slots(x: Tensor, token_of_slot: Tensor) -> Tensor:
     """``(B, H, S, D)`` to ``(B, H, num_blocks, 128, D)``; a padding slot repeats slot 0 of its own block."""
-    slots = token_of_slot.long().view(-1, BLOCK)
-    source = torch.where(slots < 0, slots[:, :1], slots)
-    return x[:, :, source.reshape(-1)].unflatten(2, (-1, BLOCK))
+    slots = token_of_slot.long().unflatten(-1, (-1, BLOCK))
+    source = torch.where(slots < 0, slots[..., :1], slots).flatten(-2)
+    return _rows(x, source).unflatten(2, (-1, BLOCK))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``(B, H, n, ...)`` by an index for all, ``[m]``, or one per head, ``[B, H, m]``."""
+    if index.dim() == 1:
+        return x[:, :, index]
+    index = index.expand(*x.shape[:2], -1)
+    return x.gather(2, index.reshape(*index.shape, *(1,) * (x.dim() - 3)).expand(*index.shape, *x.shape[3:]))
 
 
 def _group_scales(blocks: Tensor, offsets: list[int], granularity: int, pow2: bool) -> Tensor:
@@ -171,6 +179,8 @@ def quantize(
     tile_block_offsets: Tensor,
     k_mean: Tensor | None = None,
     v_absmax: Tensor | None = None,
+    kv_token_of_slot: Tensor | None = None,
+    kv_tile_block_offsets: Tensor | None = None,
     *,
     granularity: int,
     smooth_k: bool,
@@ -181,42 +191,46 @@ def quantize(
     """Tile order, K smoothing, scales and e4m3 bytes (steps 1 and 2 of ``docs/numerics.md``).
 
     Args:
-        q, k, v: ``(B, H, S, D)``.
-        token_of_slot: int32 ``[num_slots]``, -1 in padding.
+        q, k, v: ``(B, H, S, D)``; k and v may have fewer heads, a divisor of H: query head h attends their head ``h // (H / Hk)``.
+        token_of_slot: int32 ``[num_slots]``, -1 in padding, or a table per head, ``[B, H, num_slots]``.
         tile_block_offsets: int32 ``[num_tiles + 1]``.
+        kv_token_of_slot, kv_tile_block_offsets: of k and v, where they have other tokens or another order than q.
         granularity: 0 tile, 1 block (128 slots), 2 token; 3: INT8 q8 and k8, scales per block.
         k_mean_stride: the mean of K is taken over tokens 0, n, 2n, ...
-        k_mean, v_absmax: f32 ``[B, H, D]``; computed where None. Values of V beyond ``v_absmax`` saturate.
+        k_mean, v_absmax: f32 ``[B, Hk, D]``; computed where None. Values of V beyond ``v_absmax`` saturate.
         block_sums: whether ``q_block_sum`` and ``k_block_sum`` are wanted.
     """
     q, k, v = q.float(), k.float(), v.float()
     dim = q.shape[3]
+    kv_slots = token_of_slot if kv_token_of_slot is None else kv_token_of_slot
     q_block_sum, k_block_sum = (
-        block_sum(x, token_of_slot) if block_sums else x.new_empty(*x.shape[:2], 0, dim) for x in (q, k)
+        block_sum(x, slots) if block_sums else x.new_empty(*x.shape[:2], 0, dim)
+        for x, slots in ((q, token_of_slot), (k, kv_slots))
     )
     q, k, v = (code_columns(x) for x in (q, k, v))
     k_mean, v_absmax = (x if x is None else code_columns(x) for x in (k_mean, v_absmax))
     offsets = tile_block_offsets.tolist()
-    valid = (token_of_slot >= 0).view(-1, BLOCK)
+    kv_offsets = offsets if kv_tile_block_offsets is None else kv_tile_block_offsets.tolist()
+    valid = (kv_slots >= 0).unflatten(-1, (-1, BLOCK))
 
     if not smooth_k:
         k_mean = torch.zeros_like(k[:, :, 0])
     elif k_mean is None:
         k_mean = k[:, :, ::k_mean_stride].mean(dim=2)
-    q_k_mean = (q * k_mean.unsqueeze(2)).sum(-1)
+    q_k_mean = (q * k_mean.repeat_interleave(q.shape[1] // k.shape[1], 1).unsqueeze(2)).sum(-1)
 
     q_blocks = gather_slots(q, token_of_slot)
-    k_blocks = gather_slots(k - k_mean.unsqueeze(2), token_of_slot)
+    k_blocks = gather_slots(k - k_mean.unsqueeze(2), kv_slots)
     q_scale = _group_scales(q_blocks, offsets, granularity, pow2_scales)
-    k_scale = _group_scales(k_blocks, offsets, granularity, pow2_scales)
+    k_scale = _group_scales(k_blocks, kv_offsets, granularity, pow2_scales)
     rounded = to_int8 if granularity == INT8 else to_e4m3
     q8 = rounded(q_blocks / q_scale.unsqueeze(-1))
     k8 = rounded(k_blocks / k_scale.unsqueeze(-1))
 
     v_scale = scale_of(v.abs().amax(2) if v_absmax is None else v_absmax.float(), pow2_scales)
     v = torch.where(v.isinf(), math.nan, v)  # with a given v_absmax, an Inf must not saturate to a number
-    v_blocks = gather_slots(v, token_of_slot) / v_scale[:, :, None, None]
-    v_blocks = torch.where(valid[:, :, None], v_blocks, 0.0).transpose(-1, -2)  # (B, H, num_blocks, D, 128)
+    v_blocks = gather_slots(v, kv_slots) / v_scale[:, :, None, None]
+    v_blocks = torch.where(valid[..., None], v_blocks, 0.0).transpose(-1, -2)  # (B, H, num_blocks, D, 128)
     extra = torch.zeros_like(v_blocks[..., :V_EXTRA_ROWS, :])
     extra[..., 0, :] = valid.float()
     v8t = to_e4m3(torch.cat([v_blocks, extra], dim=-2)[..., v_slot_order()])
@@ -289,9 +303,10 @@ def probabilities(y: Tensor, dim: int) -> Tensor:
     return p
 
 
-def _slot_of_token(token_of_slot: Tensor) -> Tensor:
-    slots = torch.nonzero(token_of_slot >= 0).squeeze(1)
-    return slots[token_of_slot[slots].argsort()]
+def _token_order(x: Tensor, token_of_slot: Tensor) -> Tensor:
+    """``(B, H, num_slots, ...)`` to ``(B, H, S, ...)``: padding sorts to the end."""
+    slots = torch.where(token_of_slot < 0, token_of_slot.shape[-1], token_of_slot).argsort(-1)
+    return _rows(x, slots[..., : int((token_of_slot >= 0).sum(-1).max())])
 
 
 def _per_slot(scale: Tensor) -> Tensor:
@@ -333,9 +348,11 @@ def forward(
     """Block-sparse attention on quantized operands, a Python loop over (batch, head, query block, KV block).
 
     ``kv_num_blocks [Bm, Hm, num_tiles]`` and ``kv_indices [Bm, Hm, num_tiles, max_kv]`` list the KV blocks that a query
-    tile visits, in that order. D is the length of ``v_scale``; columns of codes beyond D are dropped at the end.
+    tile visits, in that order. D is the length of ``v_scale``; columns of codes beyond D are dropped at the end. K and V may have
+    fewer heads and other blocks than Q.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    group = heads // k8.shape[1]
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
     q_raw, k_raw = q8.float(), k8.float()
     v_raw, ones = _dequantized_v(v8t)
@@ -357,28 +374,28 @@ def forward(
                 l = q_raw.new_zeros(BLOCK)
                 o = q_raw.new_zeros(BLOCK, dim)
                 for j in indices[tile][: counts[tile]]:
+                    key = b, h // group, j
                     # Section 3: scores in log2 units.
-                    product = q_raw[b, h, i] @ k_raw[b, h, j].T
-                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
+                    product = q_raw[b, h, i] @ k_raw[key].T
+                    x = _scores(product, q_scale[b, h, i], k_scale[key], softmax_scale, k_per_token)
                     # Section 4: integer running maximum, probabilities in e4m3 with the offset 8.
                     m_new = torch.maximum(m, x.amax(-1).ceil())
                     p = probabilities(x.double() - m_new[:, None] + P_SHIFT, dim)
                     rescale = torch.where(m_new == m, 1.0, torch.exp2(m - m_new))
                     # Section 5: the normaliser is the sum of the quantized probabilities of valid keys.
-                    l = l * rescale + p @ ones[b, h, j]
-                    o = o * rescale[:, None] + p @ v_raw[b, h, j]
+                    l = l * rescale + p @ ones[key]
+                    o = o * rescale[:, None] + p @ v_raw[key]
                     m = m_new
-                out[b, h, i] = o * v_scale[b, h] / l[:, None]
+                out[b, h, i] = o * v_scale[b, h // group] / l[:, None]
                 row_max[b, h, i], row_sum[b, h, i] = m, l
 
     # Section 6: token order, natural logarithm; an empty row has log2(0) = -inf.
     lse = (row_max - P_SHIFT + torch.log2(row_sum)) / LOG2E
-    valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
-    slot_of_token = _slot_of_token(token_of_slot)
-    lse = lse.flatten(2)[:, :, slot_of_token]
+    valid = (token_of_slot >= 0).unflatten(-1, (num_blocks, BLOCK))
+    lse = _token_order(lse.flatten(2), token_of_slot)
     if q_k_mean is not None:
         lse = lse + softmax_scale * q_k_mean
-    out = out[..., :head_dim].flatten(2, 3)[:, :, slot_of_token].to(out_dtype)
+    out = _token_order(out[..., :head_dim].flatten(2, 3), token_of_slot).to(out_dtype)
     return Forward(out, lse, torch.where(valid, row_max, 0.0).flatten(2), torch.where(valid, row_sum, 0.0).flatten(2))
 
 
@@ -397,15 +414,17 @@ def backward(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Straight-through gradients ``(dq, dk, dv)``, each ``(B, H, S, D)`` FP32 (``docs/numerics.md``, Backward).
+    """Straight-through gradients ``(dq, dk, dv)``, each like its tensor, FP32 (``docs/numerics.md``, Backward).
 
     The quantizers and the K smoothing pass gradients as identity. The probabilities are the quantized ones of the forward,
-    ``p = P(x - m + 8) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact.
+    ``p = P(x - m + 8) / l``, in dV as in dS, so that ``delta = rowsum(dO * O)`` is exact. dK and dV sum over the query heads of a head.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    group = heads // k8.shape[1]
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
     k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
@@ -413,8 +432,8 @@ def backward(
     k = k8.float() * k_scale.unsqueeze(-1)
     v_raw, ones = _dequantized_v(v8t)
     v = v_raw * v_scale[:, :, None, None]
-    valid = (token_of_slot >= 0).view(num_blocks, BLOCK)
-    do = torch.where(valid[:, :, None], gather_slots(code_columns(grad_out.float()), token_of_slot), 0.0)
+    valid = (token_of_slot >= 0).unflatten(-1, (num_blocks, BLOCK))
+    do = torch.where(valid[..., None], gather_slots(code_columns(grad_out.float()), token_of_slot), 0.0)
     delta = (do * gather_slots(code_columns(out.float()), token_of_slot)).sum(-1)
     row_max = row_max.unflatten(2, (num_blocks, BLOCK))
     row_sum = row_sum.unflatten(2, (num_blocks, BLOCK))
@@ -428,18 +447,22 @@ def backward(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
-                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
-                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[b, h, j]
+                    key = b, h // group, j
+                    product = q8[b, h, i].float() @ k8[key].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[key], softmax_scale, k_per_token)
+                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[key]
                     p = torch.where(l == 0, 0.0, p / l)  # padding query slots have l = 0
-                    dp = do[b, h, i] @ v[b, h, j].T
+                    dp = do[b, h, i] @ v[key].T
                     ds = p * (dp - delta[b, h, i, :, None]) * softmax_scale
-                    dv[b, h, j] += p.T @ do[b, h, i]
-                    dq[b, h, i] += ds @ k[b, h, j]
-                    dk[b, h, j] += ds.T @ q[b, h, i]
+                    dv[key] += p.T @ do[b, h, i]
+                    dq[b, h, i] += ds @ k[key]
+                    dk[key] += ds.T @ q[b, h, i]
 
-    slot_of_token = _slot_of_token(token_of_slot)
-    dq, dk, dv = (g[..., :head_dim].flatten(2, 3)[:, :, slot_of_token] for g in (dq, dk, dv))
+    kv_slots = token_of_slot if kv_token_of_slot is None else kv_token_of_slot
+    dq, dk, dv = (
+        _token_order(g[..., :head_dim].flatten(2, 3), slots)
+        for g, slots in ((dq, token_of_slot), (dk, kv_slots), (dv, kv_slots))
+    )
     return dq, dk, dv
 
 
@@ -460,6 +483,7 @@ def jvp(
     tile_of_block: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    kv_token_of_slot: Tensor | None = None,
     *,
     softmax_scale: float,
 ) -> Tensor:
@@ -468,6 +492,7 @@ def jvp(
     The adjoint of :func:`backward`: ``<grad_out, jvp(t)> = <backward(grad_out), t>``.
     """
     batch, heads, num_blocks, _, dim = q8.shape
+    group = heads // k8.shape[1]
     head_dim, v_scale = v_scale.shape[-1], code_columns(v_scale, 1.0)
     k_per_token = k_scale.dim() == 4
     q_scale, k_scale = _per_slot(q_scale), _per_slot(k_scale)
@@ -475,9 +500,10 @@ def jvp(
     k = k8.float() * k_scale.unsqueeze(-1)
     v_raw, ones = _dequantized_v(v8t)
     v = v_raw * v_scale[:, :, None, None]
+    kv_slots = token_of_slot if kv_token_of_slot is None else kv_token_of_slot
     q_dot, k_dot, v_dot = (
-        torch.zeros_like(q) if x is None else gather_slots(code_columns(x.float()), token_of_slot)
-        for x in (q_tangent, k_tangent, v_tangent)
+        torch.zeros_like(like) if x is None else gather_slots(code_columns(x.float()), slots)
+        for x, like, slots in ((q_tangent, q, token_of_slot), (k_tangent, k, kv_slots), (v_tangent, v, kv_slots))
     )
     o = gather_slots(code_columns(out.float()), token_of_slot)
     row_max = row_max.unflatten(2, (num_blocks, BLOCK))
@@ -492,14 +518,15 @@ def jvp(
                 tile = int(tile_of_block[i])
                 m, l = row_max[b, h, i, :, None], row_sum[b, h, i, :, None]
                 for j in indices[tile][: counts[tile]]:
-                    product = q8[b, h, i].float() @ k8[b, h, j].float().T
-                    x = _scores(product, q_scale[b, h, i], k_scale[b, h, j], softmax_scale, k_per_token)
-                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[b, h, j]
+                    key = b, h // group, j
+                    product = q8[b, h, i].float() @ k8[key].float().T
+                    x = _scores(product, q_scale[b, h, i], k_scale[key], softmax_scale, k_per_token)
+                    p = probabilities(x.double() - m + P_SHIFT, dim) * ones[key]
                     p = torch.where(l == 0, 0.0, p / l)
-                    s_dot = softmax_scale * (q_dot[b, h, i] @ k[b, h, j].T + q[b, h, i] @ k_dot[b, h, j].T)
+                    s_dot = softmax_scale * (q_dot[b, h, i] @ k[key].T + q[b, h, i] @ k_dot[key].T)
                     p_dot = p * s_dot
-                    o_dot[b, h, i] += p @ v_dot[b, h, j] + p_dot @ v[b, h, j] - p_dot.sum(-1, keepdim=True) * o[b, h, i]
-    return o_dot[..., :head_dim].flatten(2, 3)[:, :, _slot_of_token(token_of_slot)]
+                    o_dot[b, h, i] += p @ v_dot[key] + p_dot @ v[key] - p_dot.sum(-1, keepdim=True) * o[b, h, i]
+    return _token_order(o_dot[..., :head_dim].flatten(2, 3), token_of_slot)
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:

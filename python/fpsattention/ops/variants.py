@@ -1,6 +1,6 @@
-"""Calls of :func:`attend` beyond one grid, one order and as many keys as queries: by other tables and views, so on every backend.
+"""Calls of :func:`attend` beyond one grid, one order and as many keys as queries: by other tables, so on every backend.
 
-All are differentiable, take the options of :func:`attend` (not its layout: tensors are ``(B, S, H, D)``) and return ``(out, lse)``.
+All are differentiable, copy neither q, k nor v, allow k and v fewer heads, take the options of :func:`attend` (not its layout: tensors are ``(B, S, H, D)``) and return ``(out, lse)``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask, Lists
+from ..layout.tiles import BLOCK
 from .attend import attend
 
 
@@ -72,23 +73,42 @@ def attend_packed(
     return out[0], lse[0]
 
 
-def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **options: Any) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention: k and v have ``H / g`` heads, and query head h attends head ``h // g``. Nothing is repeated: the
-    queries are cut into g calls."""
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if heads % kv_heads or k.shape != v.shape or (q.shape[:2], q.shape[3]) != (k.shape[:2], k.shape[3]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+def query_lists(mask: BlockMask, first: int, count: int) -> tuple[Lists, tuple[Tensor, Tensor]]:
+    """Tables for the queries of ``count`` tokens, from ``first`` on, and for all keys of ``mask``: what :func:`attend` takes as ``mask``
+    and as ``keys``. A tile of these tables holds the asked tokens of a tile of ``mask``; tiles of others are left out. On the device
+    of ``mask``, where the places of the tokens are read once.
+
+    Raises:
+        ConfigError: tokens that are not there.
+    """
+    layout = mask.layout.cpu()
+    if not (first >= 0 and 1 <= count <= layout.num_tokens - first):
         raise ConfigError(
-            f"fpsattention.attend_grouped: q, k, v of shapes {shapes}, wanted (B, S, H, D) with H of k dividing that of q"
+            f"fpsattention.attend_queries: {count} queries from token {first}, wanted them among {layout.num_tokens} keys"
         )
-    if mask.shape[1] != 1:
-        raise ConfigError(
-            f"fpsattention.attend_grouped: mask with {mask.shape[1]} heads, wanted one list for all heads"
-        )
-    groups = q.unflatten(2, (kv_heads, heads // kv_heads))
-    calls = [attend(groups[:, :, :, i], k, v, mask, **options) for i in range(heads // kv_heads)]
-    out, lse = (torch.stack([call[i] for call in calls], 3 - i) for i in range(2))
-    return out.flatten(2, 3), lse.flatten(1, 2)
+    asked = (layout.token_of_slot >= first) & (layout.token_of_slot < first + count)
+    tile_of_slot = layout.tile_of_block.long().repeat_interleave(BLOCK)[asked]  # ascending
+    tokens = torch.bincount(tile_of_slot, minlength=layout.num_tiles)
+    tiles = tokens.nonzero().squeeze(1)
+    tokens = tokens[tiles]
+    sizes = (tokens + BLOCK - 1) // BLOCK
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    rank = torch.arange(count, device="cpu") - (tokens.cumsum(0) - tokens).repeat_interleave(tokens)
+    token_of_slot = torch.full((int(offsets[-1]) * BLOCK,), -1, dtype=torch.int32, device="cpu")
+    token_of_slot[offsets[:-1].repeat_interleave(tokens) * BLOCK + rank] = layout.token_of_slot[asked] - first
+    tile_of_block = torch.arange(tiles.numel(), device="cpu").repeat_interleave(sizes)
+    tables = [token_of_slot, tile_of_block.to(torch.int32), offsets.to(torch.int32)]
+    token_of_slot, tile_of_block, offsets = (x.to(mask.device) for x in tables)
+    kv_lists = (x.index_select(2, tiles.to(mask.device)) for x in (mask.kv_num_blocks, mask.kv_indices))
+    kv_num_blocks, kv_indices = kv_lists
+    q_lists = torch.ops.fpsattn.transpose_blocks(
+        kv_num_blocks, kv_indices, offsets, num_blocks=layout.num_blocks, width=tile_of_block.shape[0]
+    )
+    whole = mask.layout
+    return Lists(token_of_slot, tile_of_block, offsets, kv_num_blocks, kv_indices, *q_lists), (
+        whole.token_of_slot,
+        whole.tile_block_offsets,
+    )
 
 
 def attend_queries(
@@ -96,48 +116,48 @@ def attend_queries(
 ) -> tuple[Tensor, Tensor]:
     """Keys without queries (a KV cache, history): q has the tokens ``first`` to ``first + Sq`` of the sequence of k and v.
 
-    Tiles without a query attend nothing, and cost nothing but their zeros.
+    Only they are quantized, computed and stored. Makes the tables anew in each call; a loop takes them of :func:`query_lists`.
     """
-    count, keys = q.shape[1], k.shape[1]
-    if not 0 <= first <= keys - count:
-        raise ConfigError(
-            f"fpsattention.attend_queries: {count} queries from token {first}, wanted them among {keys} keys"
-        )
-    layout = mask.layout
-    asked = torch.zeros(layout.num_tokens, dtype=torch.bool, device=mask.device)
-    asked[first : first + count] = True
-    tile_of_token = layout.tile_of_block.long()[layout.slot_of_token.long() // 128]
-    tiles = torch.zeros(layout.num_tiles, dtype=torch.bool, device=mask.device).index_fill_(
-        0, tile_of_token[asked], True
-    )
-    some = BlockMask.from_keep(layout, mask.to_blocks() & tiles[:, None])
-    q = torch.nn.functional.pad(q, (0, 0, 0, 0, first, keys - count - first))
-    out, lse = attend(q, k, v, some, **options)
-    return out[:, first : first + count], lse[:, :, first : first + count]
+    lists, keys = query_lists(mask.to(q.device), first, q.shape[1])
+    return attend(q, k, v, lists, keys=keys, **options)
 
 
 def attend_permuted(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, order: Tensor, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    order: Tensor,
+    k_order: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """A permutation of the tokens per head (clusters, other curves): token i of ``mask.layout`` is token ``order[b, h, i]`` of q, k, v.
 
     Args:
-        order: int64 ``[Bm, Hm, S]``, each row a permutation; ``Bm`` and ``Hm`` are 1 or those of q. Its values are not read on the host.
+        order: integers ``[Bm, Hm, S]`` on the device of q, each row a permutation; ``Bm`` and ``Hm`` are 1 or those of q. Its values
+            are not read on the host.
+        k_order: of k and v, where it is another one; ``Hm`` is then 1 or that of k. None: ``order``, whose ``Hm`` is 1 where k has fewer
+            heads than q.
 
-    Costs a gather of q, k, v and a scatter of the output.
+    Nothing is gathered or scattered: the kernels take a table of slots per head, ``[B, H, num_slots]`` integers.
     """
-    batch, tokens, heads, _ = q.shape
-    if (
-        order.ndim != 3
-        or order.shape[2] != tokens
-        or order.shape[0] not in (1, batch)
-        or order.shape[1] not in (1, heads)
-    ):
-        raise ConfigError(
-            f"fpsattention.attend_permuted: order has shape {tuple(order.shape)}, wanted [1 or {batch}, 1 or {heads}, {tokens}]"
-        )
-    index = order.expand(batch, heads, tokens).transpose(1, 2)
-    q, k, v = (x.gather(1, index[..., None].expand_as(x)) for x in (q, k, v))
-    out, lse = attend(q, k, v, mask, **options)
-    back = index.argsort(1)
-    return out.gather(1, back[..., None].expand_as(out)), lse.gather(2, back.transpose(1, 2))
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    lists = mask.to(q.device).lists(backward)
+    of_q, keys = _slots_of_order("order", order, lists.token_of_slot, q), None
+    if k_order is not None or (k.shape[2] != q.shape[2] and of_q.dim() == 3):
+        name, k_order = ("order", order) if k_order is None else ("k_order", k_order)
+        keys = _slots_of_order(name, k_order, lists.token_of_slot, k), lists.tile_block_offsets
+    return attend(q, k, v, lists._replace(token_of_slot=of_q), keys=keys, **options)
+
+
+def _slots_of_order(name: str, order: Tensor, token_of_slot: Tensor, x: Tensor) -> Tensor:
+    """A ``token_of_slot`` per head of ``x``, or one for all."""
+    batch, tokens, heads, _ = x.shape
+    wrong = order.ndim != 3 or order.shape[2] != tokens
+    if wrong or order.shape[0] not in (1, batch) or order.shape[1] not in (1, heads):
+        rows, columns = (" or ".join(map(str, sorted({1, n}))) for n in (batch, heads))
+        wanted = f"[{rows}, {columns}, {tokens}]"
+        raise ConfigError(f"fpsattention.attend_permuted: {name} has shape {tuple(order.shape)}, wanted {wanted}")
+    slots = token_of_slot.long()
+    tables = torch.where(slots < 0, -1, order.index_select(2, slots.clamp_min(0))).to(torch.int32)
+    return tables[0, 0] if tables.shape[:2] == (1, 1) else tables.expand(batch, heads, -1).contiguous()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 
-TABLES = ("token_of_slot", "tile_of_block", "tile_block_offsets", "sizes")
+TABLES = (
+    "token_of_slot", "tile_of_block", "tile_block_offsets", "kv_token_of_slot", "kv_tile_block_offsets", "sizes",
+)  # fmt: skip
 LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
 
 
@@ -36,7 +38,7 @@ def rule(op: str, run: Callable[..., Any] | None = None) -> Callable[..., Any]:
         folded = []
         for name, (x, dim) in given.items():
             if name in TABLES:
-                if dim is not None:
+                if dim is not None or (x is not None and x.dim() > 1):
                     raise UnsupportedError(
                         f"fpsattention.{op}: vmap over {name} was asked for, supported is vmap over tensors of one tile layout"
                     )

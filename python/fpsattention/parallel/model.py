@@ -288,6 +288,11 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
             f"fpsattention.parallel: {site.name} got {core.q.shape[1]} tokens on rank {sharding.rank}, wanted {sharding.num_local}: "
             f"the model was cut otherwise than {sharding.describe()}"
         )
+    if core.k.shape != core.q.shape:
+        raise UnsupportedError(
+            f"fpsattention.parallel: {site.name} got k of shape {tuple(core.k.shape)}, wanted {tuple(core.q.shape)} as q: heads that share "
+            "keys are not dealt to ranks"
+        )
     if not state.agreed:
         known = "" if isinstance(forward.segments, Tensor) else f" segments {tuple(forward.segments)}"
         known += f" schedule {zlib.crc32(repr(forward.owner.tables.schedule).encode()):08x}"

@@ -9,7 +9,7 @@ shards at a time and the next one travels meanwhile; the parts are merged by row
 The row maxima of the ops are integers, so the weights are exact. P is rounded against the running maximum, which starts anew with every rank:
 so ring differs from one process by rounding.
 
-The ops know one set of blocks for queries and keys: a rank's problem is its own blocks, then those fetched, whose query lists are empty.
+A rank's problem has the queries of its own blocks, and the keys of its own where they are visited, then of those fetched: keys with tables of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..layout.masks import Lists
 from ..layout.plain import plain_tensors
-from ..layout.tiles import BLOCK, core
+from ..layout.tiles import BLOCK
+from ..ops.blocks import transpose_blocks
 from ..ops.reference import Operands
 from .collectives import Pending, exchange, num_bytes, pack, unpack
 from .options import Options, global_statistics, quantize, v_rows, whole_v
@@ -39,7 +40,9 @@ class Problem:
     """One call of the ops on one rank.
 
     Attributes:
-        lists: tables over its own blocks, then the fetched ones; None: its queries visit nothing here.
+        lists: tables of its own queries; entries are blocks of the keys. None: its queries visit nothing here.
+        keys: ``token_of_slot`` of the keys: own ones if ``with_own``, then the fetched ones.
+        with_own: its own keys are among them.
         fetched: from each rank, how many blocks come.
         fetched_tokens: likewise, tokens.
         extra: rows D to D + 7 of ``v8t`` of the fetched blocks, as bytes.
@@ -49,6 +52,8 @@ class Problem:
     """
 
     lists: Lists | None
+    keys: Tensor
+    with_own: bool
     fetched: tuple[int, ...]
     fetched_tokens: tuple[int, ...]
     extra: Tensor
@@ -109,39 +114,32 @@ def _problem(
     positions = slots.long() - sharding.starts[rank]  # of own tokens
     sent_tokens = [positions[blocks][slots[blocks] >= 0].to(device) for blocks in sent]
 
-    blocks = torch.cat([own, *fetched])
-    valid = slots[blocks] >= 0
-    token_of_slot = torch.where(valid[: own.numel()], positions[own], -1)
-    of_fetched = valid[own.numel() :]
-    numbers = of_fetched.flatten().cumsum(0).view_as(of_fetched) - 1 + sharding.num_local
-    token_of_slot = torch.cat([token_of_slot, torch.where(of_fetched, numbers, -1)]).reshape(-1).to(torch.int32)
+    token_of_slot = torch.where(slots[own] >= 0, positions[own], -1)
+    with_own = (rank, rank) in pairs
+    others = slots[torch.cat(fetched)] >= 0
+    numbers = others.flatten().cumsum(0).view_as(others) - 1 + (sharding.num_local if with_own else 0)
+    keys = torch.cat([token_of_slot if with_own else token_of_slot[:0], torch.where(others, numbers, -1)])
 
+    blocks = torch.cat([own if with_own else own[:0], *fetched])
     place = torch.full_like(owner, -1)
     place[blocks] = torch.arange(blocks.numel())
     allowed = place >= 0
-    if (rank, rank) not in pairs:
-        allowed[own] = False
     tiles = sharding.owner_of_tile() == rank
     counts, indices = _restricted(lists.kv_num_blocks[:, :, tiles], lists.kv_indices[:, :, tiles], allowed, place)
     sizes = lists.tile_block_offsets.diff()[tiles]
-    if any(part.numel() for part in fetched):  # their blocks are one tile, which visits nothing
-        sizes = torch.cat([sizes, sizes.new_tensor([blocks.numel() - own.numel()])])
-        counts = torch.nn.functional.pad(counts, (0, 1))
-        indices = torch.nn.functional.pad(indices, (0, 0, 0, 1))
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=torch.int32)])
     tables = None
     if bool(counts.any()):
         transposed: tuple[Any, ...] = (None, None)
         if lists.q_indices is not None:
-            transposed = tuple(
-                torch.from_numpy(x) for x in core().transpose_lists(counts.numpy(), indices.numpy(), offsets.numpy())
-            )
+            transposed = transpose_blocks(counts, indices, offsets, num_blocks=blocks.numel(), width=own.numel())
         tile_of_block = torch.repeat_interleave(torch.arange(sizes.numel(), dtype=torch.int32), sizes.long())
-        tables = Lists(token_of_slot, tile_of_block, offsets, counts, indices, *transposed).to(device)
+        slots_of_own = token_of_slot.reshape(-1).to(torch.int32)
+        tables = Lists(slots_of_own, tile_of_block, offsets, counts, indices, *transposed).to(device)
     extra = sharding.extra_rows(torch.device("cpu"))[torch.cat(fetched)].to(device)
     tokens = tuple(int((slots[part] >= 0).sum()) for part in fetched)
     return Problem(
-        tables, tuple(part.numel() for part in fetched), tokens, extra,
+        tables, keys.reshape(-1).to(device, torch.int32), with_own, tuple(part.numel() for part in fetched), tokens, extra,
         tuple(local[part].to(device) for part in sent), tuple(sent_tokens), moves,
     )  # fmt: skip
 
@@ -202,15 +200,14 @@ def _cat(tensors: Sequence[Tensor], dim: int = 2) -> Tensor:
     return torch.cat(list(tensors), dim)
 
 
-def _operands(mine: Operands, fetched: tuple[Tensor, Tensor, Tensor]) -> Operands:
-    """Of the own blocks and the fetched ones, whose queries are zeros that visit nothing."""
-    k8, v8t, k_scale = fetched
-    if not k8.shape[2]:
-        return mine
-    return Operands(
-        _cat([mine.q8, torch.zeros_like(k8, dtype=torch.uint8).view(E4M3)]), _cat([mine.k8, k8]), _cat([mine.v8t, v8t]),
-        _cat([mine.q_scale, torch.ones_like(k_scale)]), _cat([mine.k_scale, k_scale]), mine.v_scale,
-    )  # fmt: skip
+def _operands(mine: Operands, fetched: tuple[Tensor, Tensor, Tensor], problem: Problem) -> Operands:
+    """Own queries, and the keys of the problem."""
+    own = mine.k8, mine.v8t, mine.k_scale
+    if problem.with_own and fetched[0].shape[2]:
+        keys = [_cat(pair) for pair in zip(own, fetched, strict=True)]
+    else:
+        keys = list(own if problem.with_own else fetched)
+    return mine._replace(k8=keys[0], v8t=keys[1], k_scale=keys[2])
 
 
 def _forward(
@@ -221,10 +218,9 @@ def _forward(
     assert lists is not None
     out, _, row_max, row_sum = torch.ops.fpsattn.forward(
         *z, lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices, None,
-        num_tokens=sharding.num_local + sum(problem.fetched_tokens), softmax_scale=options.softmax_scale, out_dtype=dtype,
+        num_tokens=sharding.num_local, softmax_scale=options.softmax_scale, out_dtype=dtype,
     )  # fmt: skip
-    slots = row_max.shape[2] - BLOCK * sum(problem.fetched)
-    return out[:, :, : sharding.num_local], row_max[:, :, :slots], row_sum[:, :, :slots]
+    return out, row_max, row_sum
 
 
 class _Merge:
@@ -277,7 +273,7 @@ class RingAttention(torch.autograd.Function):
             )  # also by a rank that visits nothing: whether to fetch again must be one answer
             if problem.lists is None:
                 continue
-            out, row_max, row_sum = _forward(_operands(mine, fetched), problem, sharding, options, partial)
+            out, row_max, row_sum = _forward(_operands(mine, fetched, problem), problem, sharding, options, partial)
             if one:
                 merge.row_max, merge.row_sum = row_max, row_sum
             else:
@@ -308,10 +304,9 @@ class RingAttention(torch.autograd.Function):
             if i + 1 < len(problems):
                 pending = _fetch(mine, problems[i + 1], sharding)
             gradients = _backward(grad_out, out, mine, fetched, row_max, row_sum, problem, options)
-            own, others = gradients if gradients is not None else (None, None)
-            if own is not None:
-                for total, part in zip(totals, own, strict=True):
-                    total += part.float()
+            own, others = gradients if gradients is not None else ([], None)
+            for total, part in zip(totals, own, strict=False):  # of q alone where no own key is visited
+                total += part.float()
             _return_gradients(totals, others, problem, sharding, options.out_dtype)
         dq, dk, dv = (total.to(ctx.dtype) for total in totals)
         return dq, dk, dv, *(None,) * 5
@@ -325,16 +320,14 @@ def _backward(
     lists = problem.lists
     if lists is None:
         return None
-    tokens, slots = sum(problem.fetched_tokens), BLOCK * sum(problem.fetched)
-    pad_tokens = [torch.nn.functional.pad(x, (0, 0, 0, tokens)) if tokens else x for x in (grad_out, out)]
-    pad_slots = [torch.nn.functional.pad(x, (0, slots)) if slots else x.contiguous() for x in (row_max, row_sum)]
-    gradients = torch.ops.fpsattn.backward(
-        *(x if x.stride(3) == 1 else x.contiguous() for x in pad_tokens), *_operands(mine, fetched), *pad_slots, lists.token_of_slot,
-        lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices, lists.q_num_blocks, lists.q_indices,
-        softmax_scale=options.softmax_scale, deterministic=options.deterministic,
+    count = out.shape[2] if problem.with_own else 0
+    dq, dk, dv = torch.ops.fpsattn.backward(
+        *(x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, out)), *_operands(mine, fetched, problem),
+        row_max, row_sum, lists.token_of_slot, lists.tile_of_block, lists.kv_num_blocks, lists.kv_indices, lists.q_num_blocks,
+        lists.q_indices, problem.keys, softmax_scale=options.softmax_scale, deterministic=options.deterministic,
+        num_kv_tokens=count + sum(problem.fetched_tokens),
     )  # fmt: skip
-    count = out.shape[2]
-    return [g[:, :, :count] for g in gradients], [g[:, :, count:] for g in gradients[1:]]
+    return [dq, *(g[:, :, :count] for g in (dk, dv) if count)], [g[:, :, count:] for g in (dk, dv)]
 
 
 def _return_gradients(

@@ -93,8 +93,9 @@ _CLEAR_WITH_PLANS.append(_tables.cache_clear)
 # Arguments ---------------------------------------------------------------------------------------------------------------
 
 
-def check_tensors(name: str, layout: TileLayout, **tensors: Tensor) -> None:
-    """``(B, H, S, D)`` floating point tensors of one shape and device, S the tokens of the layout; or ConfigError."""
+def check_tensors(name: str, layout: TileLayout, *, grouped: bool = False, **tensors: Tensor) -> None:
+    """``(B, H, S, D)`` floating point tensors of one shape and device, S the tokens of the layout; or ConfigError. ``grouped``: those after the
+    first may have fewer heads, a divisor of its."""
     shape = device = None
     for label, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -106,7 +107,8 @@ def check_tensors(name: str, layout: TileLayout, **tensors: Tensor) -> None:
                 f"{layout.num_tokens}, the tokens of the layout: transpose (B, S, H, D) tensors"
             )
         shape, device = (x.shape, x.device) if shape is None else (shape, device)
-        if x.shape != shape or x.device != device:
+        heads = x.shape[1] if grouped and shape[1] % x.shape[1] == 0 else shape[1]
+        if x.shape != (shape[0], heads, *shape[2:]) or x.device != device:
             raise ConfigError(
                 f"fpsattention.patterns.{name}: {label} has shape {tuple(x.shape)} on {x.device}, expected {tuple(shape)} on {device}"
             )
@@ -171,6 +173,11 @@ def scores_of_means(q_means: Tensor, k_means: Tensor, layout: TileLayout, scale:
     products = tile_means(q_means, layout) @ k_means.transpose(-1, -2)
     scaled = products * (q_means.shape[-1] ** -0.5 if scale is None else scale)
     return scaled.masked_fill(tables(layout, q_means.device).text_columns, -math.inf)
+
+
+def of_query_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, Hk, ...]`` of K or V for every query head: ``[B, H, ...]``."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def means_of_sums(sums: Tensor, layout: TileLayout) -> Tensor:

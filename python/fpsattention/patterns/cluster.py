@@ -1,7 +1,7 @@
 """Sparse-VideoGen 2 (arXiv 2505.18875): tokens are permuted into clusters of similar ones, per head; clusters attend clusters.
 
-Queries and keys have clusterings, hence orders, of their own, so the permutation is applied to q, k, v (and undone on the output), and the
-attention runs on a 1-D layout of blocks of 128 in those orders. Clusters are not padded to whole blocks: 1000 clusters of 75 tokens would pay 1.7
+Queries and keys have clusterings, hence orders, of their own: the attention runs on a 1-D layout of blocks of 128 in those orders, which
+the kernels take as tables of slots per head. Clusters are not padded to whole blocks: 1000 clusters of 75 tokens would pay 1.7
 times the blocks. Instead a block pair is visited if any of its clusters' pairs is chosen; :meth:`Clustered.density` says what that costs.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..layout.masks import BlockMask
 from ..layout.tiles import BLOCK, TileLayout, plan
-from .blocks import check_count, check_number, check_tensors, top_p
+from .blocks import check_count, check_number, check_tensors, of_query_heads, top_p
 from .pattern import _PERMUTING, Density, Pattern
 from .token_rules import video_offset
 
@@ -54,8 +54,8 @@ class Clustered:
 
     Attributes:
         mask: over the 1-D layout, ``[B, H]`` lists.
-        q_order, k_order: int64 ``(B, H, S)``: token at each place of the permuted sequences.
-        q_centroids, k_centroids: f32 ``(B, H, clusters, D)``, to start the next step from.
+        q_order, k_order: int64 ``(B, H, S)``, of the heads of q and of k: token at each place of the permuted sequences.
+        q_centroids, k_centroids: f32 ``(B, H, clusters, D)``, likewise, to start the next step from.
         pairs: f64 ``[B, H]`` on the device, token pairs that the chosen cluster pairs hold.
     """
 
@@ -91,12 +91,12 @@ def svg2(
     """Clusters of queries attend the smallest set of clusters of keys with ``mass`` of ``P_ij``, proportional to ``|j| exp(scale q_i . k_j)``.
 
     Args:
-        q, k: ``(B, H, S, D)``; text tokens keep their places, attend and are attended by all.
+        q, k: ``(B, H, S, D)``, k with fewer heads, too (grouped queries): its clusters are those of its heads; text tokens keep their places, attend and are attended by all.
         q_clusters, k_clusters, mass, min_ratio: published 300, 1000, 0.9, and at least ``int(0.1 k_clusters)`` clusters.
         iterations: of k-means: published 50 at the first step, then 2 from the centroids of the step before.
         previous: that step's result.
     """
-    check_tensors("svg2", layout, q=q, k=k)
+    check_tensors("svg2", layout, grouped=True, q=q, k=k)
     check_number("svg2", "mass", mass, 0.0, 1.0)
     check_number("svg2", "min_ratio", min_ratio, 0.0, 1.0)
     for name, value in (("q_clusters", q_clusters), ("k_clusters", k_clusters)):
@@ -112,13 +112,14 @@ def svg2(
             torch.nn.functional.one_hot(labels, n).sum(2).double()
             for labels, n in ((q_labels, q_clusters), (k_labels, k_clusters))
         )
-        logits = q_centres @ k_centres.transpose(-1, -2) * q.shape[-1] ** -0.5 + k_sizes.float().log().unsqueeze(-2)
+        q_order, k_order = q_labels.argsort(dim=-1, stable=True), k_labels.argsort(dim=-1, stable=True)
+        columns = _touched(k_labels.gather(-1, k_order), k_clusters)
+        centres, k_sizes, columns = (of_query_heads(x, q.shape[1]) for x in (k_centres, k_sizes, columns))
+        logits = q_centres @ centres.transpose(-1, -2) * q.shape[-1] ** -0.5 + k_sizes.float().log().unsqueeze(-2)
         chosen = top_p(logits.softmax(-1), mass, int(min_ratio * k_clusters + 1e-9))
         pairs = ((chosen * q_sizes.unsqueeze(-1)).sum(-2) * k_sizes).sum(-1)
         pairs = pairs + layout.text_len * (2 * count + layout.text_len)
-        q_order, k_order = q_labels.argsort(dim=-1, stable=True), k_labels.argsort(dim=-1, stable=True)
         rows = _touched(q_labels.gather(-1, q_order), q_clusters)
-        columns = _touched(k_labels.gather(-1, k_order), k_clusters)
         video = (rows @ chosen.float() @ columns.transpose(-1, -2)) > 0
         keep = torch.nn.functional.pad(
             video, (0, flat.num_blocks - video.shape[-1], 0, flat.num_tiles - video.shape[-2])
@@ -155,18 +156,16 @@ def _put(x: Tensor, order: Tensor) -> Tensor:
 
 
 def clustered_attention(q: Tensor, k: Tensor, v: Tensor, clustered: Clustered, **options: Any) -> Tensor:
-    """:func:`fpsattention.attention` of q, k, v ``(B, H, S, D)`` under :func:`svg2`'s permutations; differentiable.
+    """Attention of q, k, v ``(B, H, S, D)`` under :func:`svg2`'s permutations; differentiable.
 
-    One call for all heads: each head's order is applied to its inputs. ``options``: ``granularity``, ``smooth_k``, ``scale``, ...
+    One call for all heads, which copies nothing: the kernels gather and scatter by each head's orders. ``options``: those of
+    :func:`fpsattention.ops.variants.attend_permuted`.
     """
-    from ..functional import attention
+    from ..ops.variants import attend_permuted
 
-    layout = clustered.mask.layout
-    out: Any = attention(
-        *clustered.permuted(q, k, v), grid=layout.grid, block_mask=clustered.mask, text_len=layout.text_len,
-        text_position=layout.text_position, tensor_layout="HND", **options,
-    )  # fmt: skip
-    return _put(out, clustered.q_order.argsort(dim=-1))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, _ = attend_permuted(q, k, v, clustered.mask, clustered.q_order, clustered.k_order, **options)
+    return out.transpose(1, 2)
 
 
 class _Svg2(Pattern):

@@ -20,6 +20,7 @@ from .blocks import (
     check_tensors,
     list_width,
     means_of_sums,
+    of_query_heads,
     pool_blocks,
     scores_of_means,
     select,
@@ -50,7 +51,7 @@ class Pattern:
     """A rule that says which KV blocks the query tiles visit; calling it gives the :class:`BlockMask`.
 
     Content patterns: ``pattern(q, k, layout, **hyperparameters)`` with q, k ``(B, H, S, D)`` on one device (some also take ``v=`` or
-    ``lse=``). Static ones: ``pattern(layout, **hyperparameters)``. The own tile and text (both ways) are kept, whatever the rule says.
+    ``lse=``; k and v may have fewer heads: grouped queries). Static ones: ``pattern(layout, **hyperparameters)``. The own tile and text (both ways) are kept, whatever the rule says.
 
     Attributes:
         permutes: tokens are permuted as well (:func:`svg2`): its result is no mask.
@@ -100,11 +101,13 @@ class Pattern:
 
     def _read(self, layout: TileLayout, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the rule reads, of checked tensors."""
-        check_tensors(self.name, layout, **{name: x for name, x in tensors.items() if name != "lse"})
-        if not self.pools:
-            return tensors
+        check_tensors(self.name, layout, grouped=True, **{name: x for name, x in tensors.items() if name != "lse"})
+        heads = tensors["q"].shape[1] if "q" in tensors else 0
         with torch.no_grad():
-            return {name: pool_blocks(tensors[of], layout) for name, of in _MEANS.items()}
+            if self.pools:
+                return {name: of_query_heads(pool_blocks(tensors[of], layout), heads) for name, of in _MEANS.items()}
+            # A rule that reads tokens reads those of K and V once per query head.
+            return {name: of_query_heads(x, heads) if name in ("k", "v") else x for name, x in tensors.items()}
 
     def _kept(self, layout: TileLayout, read: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -132,7 +135,8 @@ class Pattern:
         """
         if not self.pools:
             raise self._error("sums over blocks, which are not all that its lists depend on", f"{', '.join(pooling())}")
-        read = {name: means_of_sums(x, layout) for name, x in zip(_MEANS, (q_block_sum, k_block_sum), strict=True)}
+        sums = (q_block_sum, of_query_heads(k_block_sum, q_block_sum.shape[1]))
+        read = {name: means_of_sums(x, layout) for name, x in zip(_MEANS, sums, strict=True)}
         return self._measured(layout, read, self.check(hyperparameters))
 
     def select(self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
