@@ -60,6 +60,14 @@ def test_demo(tmp_path):
     assert (tmp_path / "out" / "block_mask.png").stat().st_size > 5_000
 
 
+def test_compare_says_what_it_cannot_run(tmp_path):
+    """Its methods share the tiles of the grid; nothing is loaded before that is said."""
+    file = write(tmp_path / "patterns.json", [1, 3, 5])
+    result = CliRunner().invoke(app, ["compare", "--schedule", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "'clustered' has the pattern svg2, which permutes tokens" in result.stderr
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_train(tmp_path, monkeypatch):
     """The warm-up is dense; from its last stage on every pattern is scored; the schedule is saved beside the weights as it was."""
     pytest.importorskip("accelerate")

@@ -146,11 +146,12 @@ def _load(config: CompareConfig) -> _Loaded:
     from ..demo.pipeline import load_pipeline, resolve_device
     from .methods import choose
 
+    schedule = _schedule(config)
+    chosen = choose(list(config.methods), schedule, config.sta_density)
     demo = config.demo(0, config.seeds[0])
     device = resolve_device(config.device)
     pipe, _ = load_pipeline(replace(demo, seed=0), device)
-    schedule = _schedule(config)
-    return _Loaded(pipe, device, schedule, choose(list(config.methods), schedule, config.sta_density))
+    return _Loaded(pipe, device, schedule, chosen)
 
 
 def _schedule(config: CompareConfig) -> Schedule:
