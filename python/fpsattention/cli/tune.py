@@ -66,8 +66,9 @@ def command(
         patterns=tuple(pattern or ()), hadamard=hadamard,
         tile=None if model else ((2, 3, 5) if small else (3, 4, 5)), seed=seed,
     )  # fmt: skip
+    if model is None and (prompt or held_out):
+        raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
     make_folder(out)
-    lines: list[str] = []
     with progress_bars(quiet=as_json) as progress:
         from ..demo.pipeline import load_pipeline, resolve_device
         from ..tuning.pictures import draw
@@ -76,8 +77,6 @@ def command(
         pipe, _ = load_pipeline(demo, resolve_device(device))
         prompts: list[Any] = list(prompt or PROMPTS)
         if model is None:
-            if prompt or held_out:
-                raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
             prompts = [_tiny_call(demo, seed + 101 * i) for i in range(2 if small else 3)]
         call: dict[str, Any] = {**sizes, "guidance_scale": guidance_scale}
         if model is not None:
@@ -85,7 +84,6 @@ def command(
         items = make_items(prompts, held_out, call, seed)
 
         def say(text: str) -> None:
-            lines.append(text)
             if not as_json:
                 typer.echo(text, err=True)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .config import LORA_TARGETS, TrainConfig
 from .data import LatentFolder, shuffled
-from .ema import ExponentialMovingAverage
+from .ema import ExponentialMovingAverage, local
 from .learning_rate import AdaptiveLearningRate
 from .model import load_transformer, tiny_transformer, token_grid
 from .objective import flow_matching_loss, noisy, predict, rollout, sample_sigma, velocity_loss
@@ -67,15 +67,10 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _local(tensor: Any) -> Tensor:
-    """This process's shard of a sharded (FSDP2) tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def check_gradients(model: torch.nn.Module) -> None:
     """Raise FloatingPointError naming the first parameters whose gradient is not finite."""
     bad = [
-        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(_local(p.grad)).all()
+        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(local(p.grad)).all()
     ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..analysis.metrics import jsonable
 
-_HASHED = (
-    65_536  # elements of a tensor that enter a model's hash: all of a small one, evenly spaced ones of a large one
-)
+# Elements of a tensor that enter a model's hash: all of a small one, evenly spaced ones of a large one
+_HASHED = 65_536
 
 
 class State:
