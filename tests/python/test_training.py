@@ -23,20 +23,7 @@ from fpsattention.training.warmup import SparsityWarmup, relaxed, relaxed_window
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (4, 3, 10, 14)  # token grid 3 x 5 x 7: primes
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; a training process has one, a test process many."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("latents"), num_samples=5, latent_shape=SHAPE, text_shape=(3, 16))
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def config(latents, output, **changes):
