@@ -319,19 +319,9 @@ def _analyze(
             record["granularity"] = level.granularity
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
-            record.update(
-                split_error(
-                    q,
-                    k,
-                    v,
-                    mask,
-                    level.granularity,
-                    max_rows=max_rows,
-                    seed=seed,
-                    precision=level.precision,
-                    hadamard=level.hadamard,
-                )  # fmt: skip
-            )
+            record.update(split_error(
+                q, k, v, mask, level.granularity, max_rows=max_rows, seed=seed, precision=level.precision, hadamard=level.hadamard,
+            ))  # fmt: skip
         if on_step is not None:
             on_step(capture)
         yield record
