@@ -15,7 +15,9 @@ def command(
         str, typer.Option(help="psnr=DECIBELS of the video, rel_l1=SHARE of the latents, or density=SHARE.")
     ] = "psnr=30",
     budget: Annotated[str, typer.Option(help="Time: 20m, 1.5h, 90s.")] = "20m",
-    out: Annotated[Path, typer.Option(help="Folder; a run found there goes on.")] = Path("fpsattn_tune"),
+    out: Annotated[
+        Path, typer.Option(help="Folder; a run found there goes on, or is replaced where settings differ.")
+    ] = Path("fpsattn_tune"),
     small: Annotated[bool, typer.Option("--small", help="The smallest useful size of the tiny model.")] = False,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of Wan weights. Default: a tiny model, offline.")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .config import LORA_TARGETS, TrainConfig
+from .config import LORA_TARGETS, TrainConfig, checkpoints
 from .data import LatentFolder, shuffled
 from .ema import ExponentialMovingAverage, local
 from .learning_rate import AdaptiveLearningRate
@@ -208,7 +208,7 @@ def train(
 
     import fpsattention as fps
 
-    output = Path(config.output)
+    output, checkpoint = Path(config.output), config.resume_from()
     output.mkdir(parents=True, exist_ok=True)
     data = LatentFolder(config.data, config.latent_shape)
     num_training_samples(data, config)
@@ -254,8 +254,8 @@ def train(
     if config.ema_decay:
         average = ExponentialMovingAverage((p for p in model.parameters() if p.requires_grad), config.ema_decay)
     accelerator.register_for_checkpointing(learning_rate, progress, *([average] if average else []))
-    if config.resume:
-        accelerator.load_state(str(_latest_checkpoint(output)))
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
         config.save(output / "config.json")
     accelerator.init_trackers("fpsattention")
@@ -363,12 +363,6 @@ def _trackers() -> list[str]:
     return ["tensorboard"]
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = {path.name.partition("-")[2]: path for path in output.glob("checkpoint-*")}
-    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
-
-
 def _save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> None:
     """A checkpoint has its name once it is whole, so an interrupted run leaves none that cannot be resumed; older ones go."""
     unfinished = output / "unfinished-checkpoint"
@@ -378,20 +372,9 @@ def _save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> No
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finished = output / f"checkpoint-{step:06d}"
-        shutil.rmtree(finished, ignore_errors=True)  # of an earlier run in this folder
-        unfinished.rename(finished)
-        for old in _checkpoints(output)[:-keep] if keep else []:
+        unfinished.rename(output / f"checkpoint-{step:06d}")
+        for old in checkpoints(output)[:-keep] if keep else []:
             shutil.rmtree(old)
-
-
-def _latest_checkpoint(output: Path) -> Path:
-    checkpoints = _checkpoints(output)
-    if not checkpoints:
-        raise ConfigError(
-            f"fpsattention.train: resume: no checkpoint-* folder in '{output}': train with checkpoint_every first"
-        )
-    return checkpoints[-1]
 
 
 class _LossLog:
