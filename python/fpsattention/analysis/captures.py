@@ -1,8 +1,8 @@
 """Where the error of FPSAttention comes from, on recorded q, k, v: quantization and sparsity apart.
 
 `Handle.record()` writes one safetensors file per capture: tensors q, k, v [B, S, H, D], `sigma` [B], `grid` [3], and metadata
-strings `layer`, `model`, `tile`. Files of other tools may give `grid` ("T,H,W"), `sigma`, `text_len` and `text_position` as
-metadata strings. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
+strings `layer`, `model`, `tile`, `text_len`, `text_position`; files of other tools may give `grid` ("T,H,W") and `sigma` as such
+strings, too. The padding of a text counts as text. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
 
     quantization   FP8 with every block attended      (nothing skipped, everything rounded)
     sparsity       full precision under the mask      (nothing rounded, blocks skipped)
