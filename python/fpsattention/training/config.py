@@ -88,7 +88,9 @@ class TrainConfig:
     validate_every: int = _setting(
         0, "Steps between validations on fixed samples, sigmas and noise; 0: never.", minimum=0
     )
-    validation_samples: int = _setting(8, "Samples held out for validation.", minimum=1)
+    validation_samples: int = _setting(
+        8, "With validate_every: the last so many samples are held out for validation.", minimum=1
+    )
     checkpoint_every: int = _setting(0, "Steps between checkpoints; 0: never.", minimum=0)
     keep_checkpoints: int = _setting(2, "The newest so many checkpoints stay; 0: all.", minimum=0)
     resume: bool = _setting(False, "Continue from the last checkpoint in the output folder.")
