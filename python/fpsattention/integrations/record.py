@@ -48,9 +48,10 @@ class Recorder:
         self._pending_of: dict[str, list[float]] = {}
         self._lowest = float("inf")
         self._lock = threading.Lock()
-        self._now = threading.local()  # sigma, grid and text position of the forward that this thread is in, or None: not recorded
+        # Sigma, grid and text position of the forward that this thread is in, or None: not recorded.
+        self._now = threading.local()
 
-    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int], text_position: str) -> None:
+    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int], text_position: str = "suffix") -> None:
         """A forward of ``model`` starts; decides whether it is recorded."""
         top = max(sigma)
         with self._lock:
