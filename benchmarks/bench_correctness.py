@@ -83,6 +83,4 @@ def test_sanitizer(tool: str, program: Path, bench, record) -> None:
     if path is None:
         pytest.skip("no compute-sanitizer on PATH (it comes with the CUDA toolkit)")
     prefix = (path, "--tool", tool, "--error-exitcode=86", "--print-limit=20")
-    run_tests(
-        program, record, prefix=prefix, test_filter=os.environ.get("FPSATTN_SANITIZER_FILTER", SMALL), timeout=120
-    )
+    run_tests(program, record, prefix=prefix, test_filter=SMALL, timeout=120)

@@ -1,9 +1,9 @@
 """End to end: one denoising step of the real Wan2.1 transformers with random weights, dense against ``fps.apply``.
 
 Weights are made on the device, nothing is downloaded. The dense step takes the best SDPA backend and is measured before and
-after the sparse ones (their difference is the drift of the run). Each density runs with the model's own linears, with FP8 linears, and with norms and RoPE in the quantizer too. Amdahl's
-law says what the attention's own speed-up should have made of the whole step; ``benchmarks.tables`` prints the parts in the table of
-``fpsattn estimate``.
+after the sparse ones (their difference is the drift of the run). Each density runs with the model's own linears, with FP8 linears, and
+with norms and RoPE in the quantizer too. Amdahl's law says what the attention's own speed-up should have made of the whole step;
+``benchmarks.tables`` prints the parts in the table of ``fpsattn estimate``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ class Model:
         config = {**self.config, "num_layers": layers}
         return replace(self, config=config, all_layers=self.config["num_layers"])
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.latent[0], self.latent[1] // 2, self.latent[2] // 2
+
     def describe(self) -> dict[str, Any]:
-        grid = [self.latent[0], self.latent[1] // 2, self.latent[2] // 2]
         layers = self.config["num_layers"]
-        return {"name": self.name, "grid": grid, "layers": layers, "layers_of_real_model": self.all_layers or layers,
+        return {"name": self.name, "grid": self.grid, "layers": layers, "layers_of_real_model": self.all_layers or layers,
                 "heads": self.config["num_attention_heads"], "head_dim": self.config["attention_head_dim"]}  # fmt: skip
 
 
@@ -109,12 +112,8 @@ def sdpa_backend(name: str | None) -> Iterator[None]:
 def schedule_of(density: float, linears: str) -> dict[str, Any]:
     """One level at all sigmas, in all layers."""
     level = {"precision": "fp8", "granularity": "block", "window": {"density": density}, "linears": linears}
-    return {
-        "format": "fpsattn-schedule/2",
-        "own_linears": [],
-        "levels": {"it": level},
-        "phases": [{"sigma": [1.0, 0.0], "level": "it"}],
-    }
+    phases = [{"sigma": [1.0, 0.0], "level": "it"}]
+    return {"format": "fpsattn-schedule/2", "own_linears": [], "levels": {"it": level}, "phases": phases}
 
 
 def floors(
@@ -125,9 +124,8 @@ def floors(
     gpu = next((name for name in ("h200", "h100", "h20") if name.upper() in title), None)
     if gpu is None or not model.known:
         return {}
-    grid = (model.latent[0], model.latent[1] // 2, model.latent[2] // 2)
     sizes = replace(estimate.MODELS[model.known], layers=(model.config["num_layers"], 0))
-    found = estimate.estimate(sizes, grid, gpu, density=density, own_linears=False, prepare=prepare)
+    found = estimate.estimate(sizes, model.grid, gpu, density=density, own_linears=False, prepare=prepare)
     return {part: time.floor for part, time in found.columns[configuration].items()}
 
 
@@ -157,13 +155,10 @@ def test_step(model: Model, bench, record) -> None:
     device, dry = bench["device"], bench["mode"] == "dry"
     transformer = build(model, device)
     step = make_step(transformer, model, device)
-    about = {
-        "model": model.describe(),
-        "weights_bytes": sum(p.numel() * p.element_size() for p in transformer.parameters()),
-    }
-    backends = (
-        {"dense": None} if device == "cpu" else {"dense-cudnn": "CUDNN_ATTENTION", "dense-flash": "FLASH_ATTENTION"}
-    )
+    about = {"model": model.describe(), "weights_bytes": sum(p.nbytes for p in transformer.parameters())}
+    backends: dict[str, str | None] = {"dense-cudnn": "CUDNN_ATTENTION", "dense-flash": "FLASH_ATTENTION"}
+    if device == "cpu":
+        backends = {"dense": None}
     failed: dict[str, str] = {}
 
     def dense(name: str) -> Any:
@@ -173,8 +168,7 @@ def test_step(model: Model, bench, record) -> None:
     def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
         return timing.interleaved(
             {name: lambda _, call=call: call() for name, call in calls.items()}, device, seconds,
-            min_repeats=2 if dry else 3, max_repeats=2 if dry else 12,
-            on_error=lambda name, error: failed.update({name: f"{type(error).__name__}: {error}"}),
+            min_repeats=2 if dry else 3, max_repeats=2 if dry else 12, failed=failed,
         )  # fmt: skip
 
     def split(call: Callable[[], Any]) -> dict[str, float]:
@@ -191,8 +185,8 @@ def test_step(model: Model, bench, record) -> None:
     for linears, prepare in (("bf16", False), ("fp8", False), ("fp8", True)):
         for density in DENSITIES:
             name = f"fps-{density:g}" + ("-fp8-prepare" if prepare else "-fp8-linears" if linears == "fp8" else "")
+            # cross-attention runs as it did before
             with fps.apply(transformer, schedule_of(density, linears), prepare=prepare), sdpa_backend(backends[best]):
-                # cross-attention runs as it did before
                 found = measure({name: lambda: step(0.5)}, budget / 6)
                 if name in found:
                     times[name], splits[name] = found[name], split(lambda: step(0.5))
@@ -202,14 +196,11 @@ def test_step(model: Model, bench, record) -> None:
                     about_run[name] = {"density": density, "linears": linears, "prepare": prepare, "floor_ms": floor}
     after = measure({best: lambda: dense(best)}, budget / 2)
     for name, ms in before.items():
-        baseline = {
-            "split_ms": coarse(dense_split),
-            "parts_ms": dense_split,
-            "floor_ms": floors(model, device, 1.0, "baseline"),
-            "peak_bytes": dense_peak,
-            "drift": after[best]["median"] / ms["median"] - 1.0,
-        }
-        record("step", **about, name=name, ms=ms, **(baseline if name == best else {}))
+        baseline = {}
+        if name == best:
+            baseline = {"split_ms": coarse(dense_split), "parts_ms": dense_split, "floor_ms": floors(model, device, 1.0, "baseline"),
+                        "peak_bytes": dense_peak, "drift": after[best]["median"] / ms["median"] - 1.0}  # fmt: skip
+        record("step", **about, name=name, ms=ms, **baseline)
     for name, ms in times.items():
         record(
             "step", **about, **about_run[name], name=name, ms=ms, split_ms=coarse(splits[name]), parts_ms=splits[name],

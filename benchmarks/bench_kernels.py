@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
 from fpsattention.layout.tiles import BLOCK
-from fpsattention.ops.checks import GRANULARITIES
 
 from . import timing
 from . import workloads as w
 
-BACKWARD_FLOPS = (
-    2.5  # of a forward: five products against two (S again, dP, dV, dQ, dK), whatever a mode really executes
-)
+# Of a forward: five products against two (S again, dP, dV, dQ, dK), whatever a mode really executes
+BACKWARD_FLOPS = 2.5
 SHAPES = {
     "quick": (w.WAN_14B_720P, w.D64_480P), "full": (w.WAN_14B_720P, w.WAN_1B_480P, w.D64_480P), "dry": (w.TINY, w.TINY_ODD)
 }  # fmt: skip
@@ -25,10 +20,6 @@ SHAPES = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", SHAPES[metafunc.config.bench["mode"]], ids=lambda shape: shape.name)
-
-
-def budget_s(bench: dict[str, Any]) -> float:
-    return {"quick": 1.5, "full": 4.0, "dry": 0.02}[bench["mode"]]
 
 
 def test_ceilings(bench, record) -> None:
@@ -46,30 +37,23 @@ def test_ceilings(bench, record) -> None:
             a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
     }
-    for name, ms in timing.interleaved(calls, device, budget_s(bench), max_repeats=20).items():
+    for name, ms in timing.interleaved(calls, device, timing.BUDGET_S[bench["mode"]], max_repeats=20).items():
         amount, unit = (2 * source[0].nbytes / 1e9, "GB/s") if name == "copy" else (2 * n**3 / 1e12, "TFLOP/s")
         record("ceiling", name=name, ms=ms, rate=amount / ms["median"] * 1e3, unit=unit)
 
 
-def ideal_bytes(workload: w.Workload, k_mean_stride: int) -> float:
+def ideal_bytes(workload: w.Workload) -> float:
     """Q, K, V read once, their e4m3 outputs written once, one more read of V (absmax) and of the K subsample (mean)."""
-    return workload.shape.tokens * workload.shape.heads * workload.shape.head_dim * (3 * 3 + 2 + 2.0 / k_mean_stride)
+    return workload.shape.set_bytes / 6 * (3 * 3 + 2 + 2.0 / workload.k_mean_stride)
 
 
 @pytest.mark.parametrize("granularity", ["tile", "token"])
 def test_quantize(shape: w.Shape, granularity: str, bench, record) -> None:
     workload = w.build(shape, 1.0, bench["device"])
-    layout, inputs, stride = workload.layout, w.random_inputs(shape, bench["device"]), 8
-
-    def quantize(turn: int) -> Any:
-        x = inputs[turn % len(inputs)]
-        return torch.ops.fpsattn.quantize(
-            x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity],
-            smooth_k=True, pow2_scales=False, k_mean_stride=stride,
-        )  # fmt: skip
-
-    ms = timing.interleaved({"quantize": quantize}, bench["device"], budget_s(bench))["quantize"]
-    moved = ideal_bytes(workload, stride)
+    inputs = w.random_inputs(shape, bench["device"])
+    calls = {"quantize": lambda turn: workload.quantize(inputs[turn % len(inputs)], granularity)}
+    ms = timing.interleaved(calls, bench["device"], timing.BUDGET_S[bench["mode"]])["quantize"]
+    moved = ideal_bytes(workload)
     record("kernel", name="quantize", granularity=granularity, workload=workload.describe(), ms=ms, ideal_bytes=moved,
            gb_per_s=moved / ms["median"] / 1e6)  # fmt: skip
 
@@ -84,10 +68,8 @@ def first_blocks(workload: w.Workload, length: int, clusters: bool = True) -> tu
     order = layout.tile_block_offsets[:-1, None] + torch.arange(layout.num_blocks, device=device)
     tile_of_block = layout.tile_of_block
     if not clusters:
-        order, tile_of_block = (
-            order[tile_of_block.long()],
-            torch.arange(len(tile_of_block), dtype=torch.int32, device=device),
-        )
+        order = order[tile_of_block.long()]
+        tile_of_block = torch.arange(len(tile_of_block), dtype=torch.int32, device=device)
     counts = torch.full((1, 1, len(order)), length, dtype=torch.int32, device=device)
     return tile_of_block, counts, (order % layout.num_blocks).to(torch.int32)[None, None].contiguous()
 
@@ -100,21 +82,15 @@ def test_forward(shape: w.Shape, granularity: str, bench, record) -> None:
         pytest.skip("only D = 128 runs in clusters")
     workload = w.build(shape, 1.0, bench["device"])
     layout, (x, *_) = workload.layout, w.random_inputs(shape, bench["device"])
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
-        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity.split(",")[0]],
-        smooth_k=True, pow2_scales=False,
-    )  # fmt: skip
+    quantized = workload.quantize(x, granularity.split(",")[0])
     lengths = {density: max(1, round(density * layout.num_blocks)) for density in w.DENSITIES}
 
     def forward(length: int) -> timing.Call:
         lists = first_blocks(workload, length, clusters)
-        return lambda turn: torch.ops.fpsattn.forward(
-            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, *lists,
-            num_tokens=shape.tokens, softmax_scale=workload.softmax_scale, out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
-        )  # fmt: skip
+        return lambda turn: workload.forward(quantized, lists)
 
     calls = {str(density): forward(length) for density, length in lengths.items()}
-    times = timing.interleaved(calls, bench["device"], 3 * budget_s(bench), max_repeats=20)
+    times = timing.interleaved(calls, bench["device"], 3 * timing.BUDGET_S[bench["mode"]], max_repeats=20)
     for density, length in lengths.items():
         ms = times[str(density)]
         flops = 4 * BLOCK * BLOCK * shape.head_dim * shape.heads * layout.num_blocks * length
@@ -129,24 +105,19 @@ def test_backward(shape: w.Shape, density: float, bench, record) -> None:
     """Both modes, on what a forward left behind."""
     workload = w.build(shape, density, bench["device"])
     layout, mask, (x, *_) = workload.layout, workload.mask, w.random_inputs(shape, bench["device"])
-    q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
-        x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES["tile"], smooth_k=True,
-        pow2_scales=True,
-    )  # fmt: skip
-    out, _, row_max, row_sum = torch.ops.fpsattn.forward(
-        q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks,
-        mask.kv_indices, num_tokens=shape.tokens, softmax_scale=workload.softmax_scale, out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
-    )  # fmt: skip
+    quantized = workload.quantize(x, pow2_scales=True)
+    out, _, row_max, row_sum = workload.forward(quantized)
     grad_out = torch.randn_like(out)
 
     def backward(deterministic: bool) -> timing.Call:
         return lambda turn: torch.ops.fpsattn.backward(
-            grad_out, out, q8, k8, v8t, q_scale, k_scale, v_scale, row_max, row_sum, layout.token_of_slot, layout.tile_of_block,
+            grad_out, out, *quantized[:6], row_max, row_sum, layout.token_of_slot, layout.tile_of_block,
             mask.kv_num_blocks, mask.kv_indices, mask.q_num_blocks, mask.q_indices, softmax_scale=workload.softmax_scale,
             deterministic=deterministic,
         )  # fmt: skip
 
     calls = {"fast": backward(False), "deterministic": backward(True)}
-    for mode, ms in timing.interleaved(calls, bench["device"], 2 * budget_s(bench), max_repeats=20).items():
+    budget = 2 * timing.BUDGET_S[bench["mode"]]
+    for mode, ms in timing.interleaved(calls, bench["device"], budget, max_repeats=20).items():
         record("kernel", name="backward", mode=mode, granularity="tile", workload=workload.describe(), density=density, ms=ms,
                tflops=BACKWARD_FLOPS * workload.computed_flops / ms["median"] / 1e9)  # fmt: skip

@@ -39,12 +39,8 @@ def torchao_linear(layer: torch.nn.Linear) -> torch.nn.Module | None:
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 
     rows = float8_tensor.QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow())
-    weight = float8_tensor.Float8Tensor.from_hp(
-        layer.weight.detach(),
-        granularity=PerRow(),
-        mm_config=Float8MMConfig(use_fast_accum=False),
-        act_quant_kwargs=rows,
-    )
+    config, weight = Float8MMConfig(use_fast_accum=False), layer.weight.detach()
+    weight = float8_tensor.Float8Tensor.from_hp(weight, granularity=PerRow(), mm_config=config, act_quant_kwargs=rows)
     theirs = torch.nn.Linear(1, 1, bias=False, device=layer.weight.device)
     theirs.weight = torch.nn.Parameter(weight, requires_grad=False)
     theirs.bias = layer.bias
@@ -57,21 +53,15 @@ def test_linear(size: tuple[int, int, int], bench, record) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(k, n, device=device, dtype=torch.bfloat16).requires_grad_(False)
     inputs = [torch.randn(m, k, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    calls: dict[str, Callable[[torch.Tensor], Any]] = {
-        "bf16": layer,
-        "fps-fp8": lambda x: fp8_linear(x, layer.weight, layer.bias),
-    }
-    if device == "cuda":
-        calls["fps-fp8-compiled"] = torch.compile(calls["fps-fp8"])
+    fp8: dict[str, Callable[[torch.Tensor], Any]] = {"fps-fp8": lambda x: fp8_linear(x, layer.weight, layer.bias)}
     if (theirs := torchao_linear(layer)) is not None:
-        calls["torchao-fp8"] = theirs
-        if device == "cuda":
-            calls["torchao-fp8-compiled"] = torch.compile(theirs)
+        fp8["torchao-fp8"] = theirs
+    compiled = {f"{name}-compiled": torch.compile(call) for name, call in fp8.items()} if device == "cuda" else {}
+    calls = {"bf16": layer, **fp8, **compiled}
     failed: dict[str, str] = {}
     times = timing.interleaved(
         {name: lambda turn, call=call: call(inputs[turn % 2]) for name, call in calls.items()},
-        device, {"quick": 1.5, "full": 4.0, "dry": 0.02}[bench["mode"]],
-        on_error=lambda name, error: failed.update({name: f"{type(error).__name__}: {error}"}),
+        device, timing.BUDGET_S[bench["mode"]], failed=failed,
     )  # fmt: skip
     rows = inputs[0][:64]
     exact = torch.nn.functional.linear(rows.float(), layer.weight.float(), layer.bias.float())

@@ -94,10 +94,8 @@ class Bench:
         def timed(call: Any) -> timing.Call:
             return torch.no_grad()(lambda turn: call(self.inputs[turn % len(self.inputs)]))
 
-        return {
-            name: timed(prepared.run),
-            **{f"{name}/{stage}": timed(call) for stage, call in prepared.stages.items()},
-        }
+        stages = {f"{name}/{stage}": timed(call) for stage, call in prepared.stages.items()}
+        return {name: timed(prepared.run), **stages}
 
     def _training_calls(self, name: str, prepared: own_peers.Prepared) -> dict[str, timing.Call]:
         grad_out = torch.randn_like(self.inputs[0].q)
@@ -203,11 +201,10 @@ def test_interleaved(comparison: Comparison, bench, record, results, request) ->
             tensors.prepared[name] = peer.prepare(tensors.workload, bench["device"])
     calls = {key: call for name in peers for key, call in tensors.calls(name).items()}
     failed: dict[str, str] = {}
-    budget = {"quick": 6.0, "full": 12.0, "dry": 0.1}[bench["mode"]]
+    repeats = 3 if bench["mode"] == "dry" else 5
     times = timing.interleaved(
-        calls, bench["device"], budget, min_repeats=3 if bench["mode"] == "dry" else 5,
-        on_error=lambda name, error: failed.update({name: f"{type(error).__name__}: {error}"}),
-    )  # fmt: skip
+        calls, bench["device"], 4 * timing.BUDGET_S[bench["mode"]], min_repeats=repeats, failed=failed
+    )
     for name, peer in peers.items():
         if name not in times:
             continue

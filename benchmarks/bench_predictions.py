@@ -21,7 +21,7 @@ KERNELS = {
     "fpsattn_forward_d64": (64, "tile"),
     "fpsattn_forward_d128_k_per_token": (128, "token"), "fpsattn_forward_d64_k_per_token": (64, "token"),
     "fpsattn_backward_fast_d128": (128, "backward, fast"), "fpsattn_backward_fast_d64": (64, "backward, fast"),
-    # The two kernels of deterministic mode, one after the other (tables.Report.predicted_backward)
+    # The two kernels of deterministic mode, one after the other (tables.Report.predicted_kernel)
     "fpsattn_backward_dkdv_d128": (128, "backward, dK and dV"), "fpsattn_backward_dkdv_d64": (64, "backward, dK and dV"),
     "fpsattn_backward_dq_d128": (128, "backward, dQ"), "fpsattn_backward_dq_d64": (64, "backward, dQ"),
 }  # fmt: skip

@@ -1,7 +1,9 @@
-"""The CPU path: forward against torch's dense SDPA in FP32, peak memory, and planning. ``python -m benchmarks.cpu``.
+"""What needs no GPU to be timed: the CPU path against torch's dense SDPA in FP32, planning, and the host's part of ``fpsattention.apply``.
 
-Prints a line of JSON. Peak memory is the growth of the resident set over what was resident before the call, each grid in a fresh process: it
-should be linear in the tokens, so the KiB per token should stay level. Planning is cold; its goal on 21 x 45 x 80 is 50 ms.
+    python -m benchmarks.cpu [--only speed | planning | host]      # prints a JSON object
+
+``host`` replaces the kernels by a function that returns at once, so that only this library's Python is left: from the core call of the
+model's processor to the call of the op, and the hooks of the transformer.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+import os
+import time
+from collections.abc import Callable
+from datetime import date
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,38 +24,34 @@ import fpsattention as fps
 from fpsattention.analysis.environment import environment
 from fpsattention.layout.tiles import clear_plan_cache
 
+from .plugin import commit
 from .timing import interleaved
 
 HEADS, DIM = 4, 128
 GRID, WINDOW = (21, 15, 26), (1, 2, 2)  # 8190 tokens
-MEMORY_GRIDS = ((21, 15, 13), GRID, (21, 30, 26), (21, 30, 52))  # 4095 tokens, doubling to 32760
-MEMORY_TILE, MEMORY_WINDOW = (7, 9, 6), (1, 1, 2)
-PLANNED = {  # grid: window in tiles of the planned layout
+PLANNED = {  # grid: window in tiles of the planned layout. Cold; the goal on 21 x 45 x 80 is 50 ms
     (21, 45, 80): (3, 3, 6), (21, 30, 52): (3, 2, 4), (33, 45, 80): (3, 3, 3), (33, 34, 60): (3, 3, 3), (31, 22, 40): (2, 3, 3)
 }  # fmt: skip
+LAYERS = 40
+REPEATS = 5
 
 
-def inputs(grid: tuple[int, int, int]) -> list[torch.Tensor]:
-    """FP32 q, k, v (1, L, H, D), seeded."""
+def speed() -> dict[str, Any]:
+    """fps.attention, quantization included, and dense SDPA, in turns; FP32."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, math.prod(grid), HEADS, DIM, generator=generator) for _ in range(3)]
-
-
-def speed(repeats: int) -> dict[str, Any]:
-    """fps.attention, quantization included, and dense SDPA, in turns."""
-    q, k, v = inputs(GRID)
+    q, k, v = (torch.randn(1, math.prod(GRID), HEADS, DIM, generator=generator) for _ in range(3))
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     calls = {
         "fps": lambda _: fps.attention(q, k, v, GRID, window=WINDOW),
         "dense_fp32": lambda _: torch.nn.functional.scaled_dot_product_attention(*heads_first),
     }
-    times = interleaved(calls, "cpu", 0.0, min_repeats=repeats)
+    times = interleaved(calls, "cpu", 0.0, min_repeats=REPEATS)
     density = fps.sliding_tile_mask(fps.plan(GRID), WINDOW).density
     return {"grid": GRID, "tokens": q.shape[1], "heads": HEADS, "dim": DIM, "window": WINDOW, "density": density, "ms": times,
             "speedup": times["dense_fp32"]["median"] / times["fps"]["median"]}  # fmt: skip
 
 
-def planning(repeats: int) -> list[dict[str, Any]]:
+def planning() -> list[dict[str, Any]]:
     """Plan, mask and its transpose, nothing cached."""
 
     def cold(grid: tuple[int, int, int], window: tuple[int, int, int]) -> fps.BlockMask:
@@ -62,50 +62,74 @@ def planning(repeats: int) -> list[dict[str, Any]]:
     for grid, window in PLANNED.items():
         calls[f"{grid} plan and mask"] = lambda _, grid=grid, window=window: cold(grid, window)
         calls[f"{grid} with transpose"] = lambda _, grid=grid, window=window: cold(grid, window).transpose()
-    times = interleaved(calls, "cpu", 0.0, min_repeats=repeats)
-    return [{"case": name, "ms": ms} for name, ms in times.items()]
+    return [{"case": name, "ms": ms} for name, ms in interleaved(calls, "cpu", 0.0, min_repeats=REPEATS).items()]
 
 
-def status_kib(field: str) -> int:
-    """A field of /proc/self/status in KiB: VmRSS is the resident set, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+def best(function: Callable[[], Any], calls: int, repeats: int = 15) -> float:
+    """Microseconds of CPU time per call: the best of some repeats, since everything else only adds."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        for _ in range(calls):
+            function()
+        times.append((time.process_time() - begin) / calls * 1e6)
+    return min(times)
 
 
-def peak_mib(grid: tuple[int, int, int]) -> float:
-    """Growth of this process's peak resident set in one forward; call it in a fresh process."""
-    tiny = (2, 4, 4)
-    fps.attention(*inputs(tiny), tiny)  # loads and allocates what does not depend on the size
-    q, k, v = inputs(grid)
-    fps.plan(grid, MEMORY_TILE)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-    before = status_kib("VmRSS")
-    with torch.no_grad():
-        fps.attention(q, k, v, grid, tile=MEMORY_TILE, window=MEMORY_WINDOW)
-    return (status_kib("VmHWM") - before) / 1024
+def host_cost(schedule: str, batch: int) -> dict[str, float]:
+    """Per attention layer and per transformer forward on the cached path, for ``batch`` samples of one sigma; 40 tiny layers."""
+    from diffusers import WanTransformer3DModel
+
+    from fpsattention.integrations.core_calls import CoreCall
+    from fpsattention.integrations.state import CURRENT
+    from fpsattention.ops import autograd
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=64, num_layers=LAYERS, ffn_dim=64, text_dim=32,
+        in_channels=16, out_channels=16, freq_dim=64, rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+    arguments = {"hidden_states": torch.randn(batch, 16, 3, 16, 24), "timestep": torch.tensor([300.0]).expand(batch)}
+    arguments["encoder_hidden_states"] = torch.randn(batch, 8, 32)
+    q = torch.randn(batch, 288, 2, 64)
+
+    def kernel(_op: str, q: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return q, None
+
+    with torch.no_grad(), fps.apply(model, schedule) as handle, mock.patch.object(autograd, "call", kernel):
+        installation = handle.installations[0]
+
+        def hooks() -> None:
+            installation._before_forward(model, (), arguments)
+            installation._after_forward(model, (), None)
+
+        hooks()
+        installation._before_forward(model, (), arguments)
+        site, core = installation.sites[0], CoreCall(q, q, q, dense=lambda q, k, v: q)
+        layer = best(lambda: site.attend(core), calls=1000)
+        CURRENT.forward = None
+        per_forward = best(hooks, calls=100)
+        return {"layer_us": layer, "hooks_us": per_forward, "hooks_us_per_layer": per_forward / LAYERS}
 
 
-def memory() -> list[dict[str, Any]]:
-    rows = []
-    for grid in MEMORY_GRIDS:
-        command = [sys.executable, "-m", "benchmarks.cpu", "--peak", *map(str, grid)]
-        mib = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        rows.append({"grid": grid, "peak_mib": mib, "kib_per_token": 1024 * mib / math.prod(grid)})
-    return rows
+def host() -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    schedules = ("paper", "training_free")
+    return {f"{schedule}, batch {batch}": host_cost(schedule, batch) for schedule in schedules for batch in (1, 2)}
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "speed": speed,
+    "planning": planning,
+    "host": host,
+}  # host last: it leaves one thread
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--peak", type=int, nargs=3, metavar=("T", "H", "W"), help="only the peak memory of one grid, MiB"
-    )
-    options = parser.parse_args()
-    if options.peak:
-        print(peak_mib(tuple(options.peak)))
-        return
-    result = {"speed": speed(options.repeats), "memory": memory(), "planning": planning(options.repeats)}
-    print(json.dumps({"environment": environment("cpu"), **result}))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS)
+    only = parser.parse_args().only
+    about = {"date": str(date.today()), **commit(), "load": os.getloadavg()[0], "environment": environment("cpu")}
+    print(json.dumps({**about, **{name: part() for name, part in PARTS.items() if only in (None, name)}}, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-BLOCK = 128
+import fpsattention as fps
+from fpsattention.layout.tiles import BLOCK
 
 
 def memory(tokens: int, heads: int, dim: int, density: float, itemsize: int = 2, tile: int = 252) -> dict[str, int]:
@@ -39,17 +42,13 @@ def kept(tokens: int, heads: int, dim: int, density: float, itemsize: int = 2, t
     blocks = slots // BLOCK
     ours = slots * heads * (3 * dim + 8) + 4 * heads * (2 * blocks + dim) + elements + 2 * slots * heads * 4
     ours += int(tiles * blocks * density) * 4
-    return {
-        "SDPA, flash": 4 * elements + tokens * heads * 4,
-        "SDPA, math": 3 * elements + itemsize * tokens * tokens * heads,
-        "fpsattention": ours,
-    }
+    scores = itemsize * tokens * tokens * heads
+    return {"SDPA, flash": 4 * elements + tokens * heads * 4, "SDPA, math": 3 * elements + scores, "fpsattention": ours}
 
 
 def peak(call: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator held at once within ``call``, beyond what it held before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -62,44 +61,42 @@ def peak(call: Callable[[], object]) -> int:
     return most
 
 
+@torch.no_grad()
 def measured(side: int, heads: int, dim: int, window: tuple[int, int, int]) -> dict[str, int]:
     """Peaks on the CPU in FP32, beside q, k, v: grid (side, 16, 16) in tiles of (4, 4, 8), 128 tokens."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    import fpsattention as fps
-
-    grid, tile = (side, 16, 16), (4, 4, 8)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, side * 256, heads, dim, generator=generator) for _ in range(3))
-    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     found = {}
-    with torch.no_grad():
-        for name, backend in (("SDPA, flash", SDPBackend.FLASH_ATTENTION), ("SDPA, math", SDPBackend.MATH)):
-            with sdpa_kernel([backend]):
-                found[name] = peak(lambda: torch.nn.functional.scaled_dot_product_attention(q_, k_, v_))
-        fps.attention(q, k, v, grid, tile=tile, window=window)  # makes its lists
-        found["fpsattention"] = peak(lambda: fps.attention(q, k, v, grid, tile=tile, window=window))
-    return found
+    for name, backend in (("SDPA, flash", SDPBackend.FLASH_ATTENTION), ("SDPA, math", SDPBackend.MATH)):
+        with sdpa_kernel([backend]):
+            found[name] = peak(lambda: sdpa(*heads_first))
+
+    def ours() -> torch.Tensor:
+        return fps.attention(q, k, v, (side, 16, 16), tile=(4, 4, 8), window=window)
+
+    ours()  # makes its lists
+    return {**found, "fpsattention": peak(ours)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=75600)
-    parser.add_argument("--heads", type=int, default=40)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--density", type=float, default=0.2)
+    for name, kind, default in (("tokens", int, 75600), ("heads", int, 40), ("dim", int, 128), ("density", float, 0.2)):
+        parser.add_argument(f"--{name}", type=kind, default=default)
     args = parser.parse_args()
+
+    def show(what: str, found: dict[str, int]) -> None:
+        print(f"{what:>26}: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()))
+
     inputs = 3 * args.tokens * args.heads * args.dim * 2
     print(
         f"computed, {args.tokens} tokens, {args.heads} heads of {args.dim}, BF16, MB; q, k, v take {inputs / 1e6:.0f}"
     )
     for what, of in (("forward, beside q, k, v", memory), ("kept for a backward", kept)):
-        found = of(args.tokens, args.heads, args.dim, args.density)
-        print(f"{what:>26}: " + ", ".join(f"{name} {size / 1e6:.0f}" for name, size in found.items()))
+        show(what, of(args.tokens, args.heads, args.dim, args.density))
     print(f"measured {date.today()}, CPU, {platform.machine()}, torch {torch.__version__}, FP32, 2 heads of 64, MB")
     for side in (8, 16):
-        found = measured(side, 2, 64, (1, 2, 2))
-        print(f"{side * 256:>20} tokens: " + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()))
+        show(f"{side * 256} tokens", measured(side, 2, 64, (1, 2, 2)))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 
 import fpsattention as fps
 from fpsattention.layout.tiles import BLOCK
-from fpsattention.ops.checks import GRANULARITIES
 from fpsattention.ops.reference import E4M3_MAX
 
 from .workloads import Inputs, Workload
+
+Casts = list[tuple[torch.Tensor, torch.Tensor]]  # of q, k and v: e4m3, scale
+CAST = "cast by eager torch, one scale per head"
 
 
 class Absent(Exception):
@@ -59,8 +61,9 @@ class Peer:
     quick: bool = True
 
 
-def need(module: str, hint: str) -> Any:
-    """Imports a peer's module, or says that it is absent."""
+def need(module: str, hint: str, device: str) -> Any:
+    """Imports a peer's module, or says that it, or the GPU that it needs, is absent."""
+    need_cuda(device)
     if importlib.util.find_spec(module.split(".")[0]) is None:
         raise Absent(f"no module {module} ({hint})")
     try:
@@ -79,10 +82,10 @@ def need_dense(workload: Workload) -> None:
         raise Absent("attends everything: measured at density 1 and as the baseline only")
 
 
-def per_head_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3, scale [B, H]) of a (B, H, S, D) tensor: one scale per head, as FP8 peers leave it to their callers."""
-    scale = x.abs().amax(dim=(2, 3)).float().clamp_min(1e-12) / E4M3_MAX
-    return (x / scale[:, :, None, None].to(x.dtype)).to(torch.float8_e4m3fn), scale
+def to_fp8(x: torch.Tensor, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3, scale) of a (B, H, S, D) tensor, as FP8 peers leave it to their callers. absmax: of four dimensions."""
+    scale = absmax.float().clamp_min(1e-12) / E4M3_MAX
+    return (x / scale.to(x.dtype)).to(torch.float8_e4m3fn), scale
 
 
 class PerSet:
@@ -116,13 +119,14 @@ def in_tiles(workload: Workload, attention: Callable[..., torch.Tensor], **more:
 def casting(cast: Callable[[Inputs], Any], attention: Callable[[Any], torch.Tensor], **more: Any) -> Prepared:
     """A dense kernel that leaves the cast to FP8 to its caller."""
     ready = PerSet(cast)
-    return Prepared(
-        lambda x: attention(cast(x)), stages={"quantize": cast, "attention": lambda x: attention(ready(x))}, **more
-    )
+    stages = {"quantize": cast, "attention": lambda x: attention(ready(x))}
+    return Prepared(lambda x: attention(cast(x)), stages=stages, **more)
 
 
-def per_head_casts(x: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [per_head_fp8(t) for t in (x.q, x.k, x.v)]
+def per_head_casts(x: Inputs) -> Casts:
+    """Scales [B, H]: one per head."""
+    casts = (to_fp8(t, t.abs().amax((2, 3), keepdim=True)) for t in (x.q, x.k, x.v))
+    return [(t, scale[:, :, 0, 0]) for t, scale in casts]
 
 
 def valid_slots(workload: Workload, size: int) -> torch.Tensor:
@@ -134,33 +138,19 @@ def valid_slots(workload: Workload, size: int) -> torch.Tensor:
 
 
 def fpsattn(workload: Workload, device: str, granularity: str = "tile") -> Prepared:
-    layout, mask = workload.layout, workload.mask
-
     def attention(x: Inputs, pow2_scales: bool = False) -> torch.Tensor:
         return fps.attention(
-            x.q, x.k, x.v, grid=workload.shape.grid, block_mask=mask, granularity=granularity, tensor_layout="HND",
+            x.q, x.k, x.v, grid=workload.shape.grid, block_mask=workload.mask, granularity=granularity, tensor_layout="HND",
             pow2_scales=pow2_scales,
         )  # fmt: skip
 
-    def quantize(x: Inputs) -> Any:
-        return torch.ops.fpsattn.quantize(
-            x.q, x.k, x.v, layout.token_of_slot, layout.tile_block_offsets, granularity=GRANULARITIES[granularity],
-            smooth_k=True, pow2_scales=False,
-        )  # fmt: skip
-
+    quantize = lambda x: workload.quantize(x, granularity)  # noqa: E731
     quantized = PerSet(quantize)
+    stages = {"quantize": quantize, "attention": lambda x: workload.forward(quantized(x))}
+    return Prepared(attention, sparse=True, stages=stages, train=lambda x: attention(x, True))
 
-    def forward(x: Inputs) -> Any:
-        q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = quantized(x)
-        return torch.ops.fpsattn.forward(
-            q8, k8, v8t, q_scale, k_scale, v_scale, layout.token_of_slot, layout.tile_of_block, mask.kv_num_blocks,
-            mask.kv_indices, num_tokens=workload.shape.tokens, softmax_scale=workload.softmax_scale,
-            out_dtype=torch.bfloat16, q_k_mean=q_k_mean,
-        )[0]  # fmt: skip
 
-    return Prepared(
-        attention, sparse=True, stages={"quantize": quantize, "attention": forward}, train=lambda x: attention(x, True)
-    )
+fpsattn_token = partial(fpsattn, granularity="token")
 
 
 # torch -----------------------------------------------------------------------------------------------------------------
@@ -201,35 +191,34 @@ def _first(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def flash3_bf16(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
+def flash3(workload: Workload, device: str) -> Callable[..., torch.Tensor]:
     need_dense(workload)
-    call = need("flash_attn_interface", "FlashAttention-3: build its hopper/ folder").flash_attn_func
-    run = lambda x: _first(call(*x.nhd(), softmax_scale=workload.softmax_scale)).transpose(1, 2)  # noqa: E731
+    call = need("flash_attn_interface", "FlashAttention-3: build its hopper/ folder", device).flash_attn_func
+    return lambda *qkv, **more: _first(call(*qkv, softmax_scale=workload.softmax_scale, **more)).transpose(1, 2)
+
+
+def flash3_bf16(workload: Workload, device: str) -> Prepared:
+    call = flash3(workload, device)
+    run = lambda x: call(*x.nhd())  # noqa: E731
     return Prepared(run, train=run)
 
 
 def flash3_fp8(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
-    need_dense(workload)
-    call = need("flash_attn_interface", "FlashAttention-3: build its hopper/ folder").flash_attn_func
+    call = flash3(workload, device)
 
-    def attention(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def attention(casts: Casts) -> torch.Tensor:
         (q, sq), (k, sk), (v, sv) = casts
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = call(q, k, v, softmax_scale=workload.softmax_scale, q_descale=sq, k_descale=sk, v_descale=sv)
-        return _first(out).transpose(1, 2)
+        return call(*(t.transpose(1, 2) for t in (q, k, v)), q_descale=sq, k_descale=sk, v_descale=sv)
 
-    return casting(per_head_casts, attention, note="cast by eager torch, one scale per head")
+    return casting(per_head_casts, attention, note=CAST)
 
 
 # cuDNN FP8 -------------------------------------------------------------------------------------------------------------
 
 
 def cudnn_fp8(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
     need_dense(workload)
-    cudnn = need("cudnn", "pip install nvidia-cudnn-frontend")
+    cudnn = need("cudnn", "pip install nvidia-cudnn-frontend", device)
     s = workload.shape
     dim = [1, s.heads, s.tokens, s.head_dim]
     stride = [s.tokens * s.heads * s.head_dim, s.head_dim, s.heads * s.head_dim, 1]
@@ -257,14 +246,10 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
     descale_s, scale_s, state = scalar(1 / 256), scalar(256.0), {"scale_o": scalar(1.0)}
     seen_s, seen_o = scalar(0.0), scalar(0.0)
 
-    def cast(x: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        result = []
-        for t in (x.q, x.k, x.v):
-            scale = t.abs().amax().float() / E4M3_MAX
-            result.append(((t / scale.to(t.dtype)).to(torch.float8_e4m3fn), scale.view(1, 1, 1, 1)))
-        return result
+    def cast(x: Inputs) -> Casts:
+        return [to_fp8(t, t.abs().amax().view(1, 1, 1, 1)) for t in (x.q, x.k, x.v)]
 
-    def raw(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def raw(casts: Casts) -> torch.Tensor:
         result = torch.empty_strided(dim, stride, dtype=torch.float8_e4m3fn, device=device)
         values = [*(scale for _, scale in casts), descale_s, scale_s, state["scale_o"]]
         pack = {tensor: data for tensor, (data, _) in zip((q, k, v), casts, strict=True)}
@@ -273,13 +258,11 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
         graph.execute(pack, workspace, handle=handle)
         return result
 
-    def attention(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def attention(casts: Casts) -> torch.Tensor:
         if "descale_o" not in state:
             raw(casts)
-            state["scale_o"], state["descale_o"] = (
-                E4M3_MAX / seen_o.clamp_min(1e-12),
-                seen_o.clamp_min(1e-12) / E4M3_MAX,
-            )
+            state["descale_o"] = seen_o.clamp_min(1e-12) / E4M3_MAX
+            state["scale_o"] = 1 / state["descale_o"]
         return raw(casts)
 
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
@@ -291,17 +274,15 @@ def cudnn_fp8(workload: Workload, device: str) -> Prepared:
 
 
 def sage(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
     need_dense(workload)
-    call = need("sageattention", "SageAttention >= 2.2 from source").sageattn_qk_int8_pv_fp8_cuda_sm90
+    call = need("sageattention", "SageAttention >= 2.2 from source", device).sageattn_qk_int8_pv_fp8_cuda_sm90
     scale = workload.softmax_scale
     run = lambda x: call(*x.nhd(), tensor_layout="NHD", is_causal=False, sm_scale=scale).transpose(1, 2)  # noqa: E731
     return Prepared(run)
 
 
 def sparge(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
-    call = need("spas_sage_attn", "SpargeAttn from source").block_sparse_sage2_attn_cuda
+    call = need("spas_sage_attn", "SpargeAttn from source", device).block_sparse_sage2_attn_cuda
     # On sm90 its blocks are 64 queries x 128 keys. It has no notion of padding inside a block: padding keys are attended.
     mask = workload.query_blocks().repeat_interleave(2, dim=0).to(torch.int8)
     mask = mask.expand(1, workload.shape.heads, -1, -1).contiguous()
@@ -316,11 +297,10 @@ def sparge(workload: Workload, device: str) -> Prepared:
 
 
 def flashinfer_fp8(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
     need_dense(workload)
-    call = need("flashinfer", "pip install flashinfer-python").single_prefill_with_kv_cache
+    call = need("flashinfer", "pip install flashinfer-python", device).single_prefill_with_kv_cache
 
-    def attention(casts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def attention(casts: Casts) -> torch.Tensor:
         (q, sq), (k, sk), (v, sv) = casts
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
         out = call(
@@ -329,17 +309,15 @@ def flashinfer_fp8(workload: Workload, device: str) -> Prepared:
         )  # fmt: skip
         return out.transpose(0, 1)[None]
 
-    return casting(per_head_casts, attention, note="cast by eager torch, one scale per head")
+    return casting(per_head_casts, attention, note=CAST)
 
 
 def flashinfer_sparse(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
-    flashinfer = need("flashinfer", "pip install flashinfer-python")
+    flashinfer = need("flashinfer", "pip install flashinfer-python", device)
     heads = workload.shape.heads
     sizes = valid_slots(workload, BLOCK).expand(heads, -1).contiguous()
-    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(
-        torch.empty(512 << 20, dtype=torch.uint8, device=device), backend="fa3"
-    )
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(workspace, backend="fa3")
     wrapper.plan(
         block_mask_map=workload.query_blocks().expand(heads, -1, -1).contiguous(), block_row_sz=sizes, block_col_sz=sizes,
         num_qo_heads=heads, num_kv_heads=heads, head_dim=workload.shape.head_dim, q_data_type=torch.bfloat16,
@@ -360,10 +338,7 @@ def flashinfer_sparse(workload: Workload, device: str) -> Prepared:
 
 
 def vsa(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
-    call = need(
-        "fastvideo_kernel.block_sparse_attn", "a fastvideo-kernel with block_sparse_attn"
-    ).block_sparse_attn_from_indices
+    kernels = need("fastvideo_kernel.block_sparse_attn", "a fastvideo-kernel with block_sparse_attn", device)
     s = workload.shape
     mask = workload.query_blocks().repeat_interleave(2, 0).repeat_interleave(2, 1)  # its blocks have 64 tokens
     sizes = valid_slots(workload, 64)
@@ -372,14 +347,13 @@ def vsa(workload: Workload, device: str) -> Prepared:
     indices = mask.int().argsort(dim=-1, descending=True, stable=True).int().expand(1, s.heads, -1, -1)
     indices = indices[..., : int(counts.max())].contiguous()
     return in_tiles(
-        workload, lambda q, k, v: _first(call(q, k, v, indices, counts, sizes)),
+        workload, lambda q, k, v: _first(kernels.block_sparse_attn_from_indices(q, k, v, indices, counts, sizes)),
         flops=4 * 64 * 64 * s.head_dim * int(counts.long().sum()), note="BF16; the kernel under VSA, given the same mask",
     )  # fmt: skip
 
 
 def sta(workload: Workload, device: str) -> Prepared:
-    need_cuda(device)
-    call = need("fastvideo_kernel", "fastvideo-kernel from source").sliding_tile_attention
+    call = need("fastvideo_kernel", "fastvideo-kernel from source", device).sliding_tile_attention
     grid = "x".join(map(str, workload.shape.grid))
     if grid not in ("30x48x80", "36x48x48", "18x48x80") or tuple(workload.layout.tile) != (6, 8, 8) or workload.dense:
         raise Absent("takes grids 30x48x80, 36x48x48, 18x48x80 with tile 6x8x8 and a window only")
@@ -392,14 +366,7 @@ BASELINES = ("sdpa-cudnn", "sdpa-flash", "fa3-bf16", "sdpa-math")
 
 PEERS = (
     Peer("fpsattn", "fpsattention, scales per tile", "fp8", fpsattn, own=True),
-    Peer(
-        "fpsattn-token",
-        "fpsattention, scales per token",
-        "fp8",
-        partial(fpsattn, granularity="token"),
-        own=True,
-        quick=False,
-    ),
+    Peer("fpsattn-token", "fpsattention, scales per token", "fp8", fpsattn_token, own=True, quick=False),
     Peer("sdpa-cudnn", "torch SDPA, cuDNN", "bf16", sdpa("CUDNN_ATTENTION")),
     Peer("sdpa-flash", "torch SDPA, FlashAttention-2", "bf16", sdpa("FLASH_ATTENTION")),
     Peer("sdpa-math", "torch SDPA, plain", "bf16", sdpa("MATH")),

@@ -15,18 +15,8 @@ def _axes(report: Report) -> tuple[Any, Any]:
     axes = figure.add_subplot(xscale="log", yscale="log")
     axes.grid(True, which="both", alpha=0.3)
     if report.dry:
-        axes.text(
-            0.5,
-            0.5,
-            DRY,
-            transform=axes.transAxes,
-            ha="center",
-            va="center",
-            fontsize=20,
-            color="red",
-            alpha=0.35,
-            rotation=20,
-        )
+        loud = {"fontsize": 20, "color": "red", "alpha": 0.35, "rotation": 20}
+        axes.text(0.5, 0.5, DRY, transform=axes.transAxes, ha="center", va="center", **loud)
     return figure, axes
 
 
@@ -45,9 +35,7 @@ def roofline(report: Report, path: Path) -> Path | None:
 
     def intensity(row: dict[str, Any]) -> float:
         w = row["workload"]
-        return (w["computed_flops"] if row["sparse"] else w["dense_flops"]) / (
-            8 * w["heads"] * w["tokens"] * w["head_dim"]
-        )
+        return w["computed_flops" if row["sparse"] else "dense_flops"] / (8 * w["heads"] * w["tokens"] * w["head_dim"])
 
     for i, title in enumerate(dict.fromkeys(row["title"] for row in rows)):
         mine = [row for row in rows if row["title"] == title]
@@ -80,9 +68,8 @@ def speedup_against_density(report: Report, path: Path) -> Path | None:
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     densities = sorted({density for points in lines.values() for density, _ in points})
-    axes.plot(
-        densities, [1 / d for d in densities], ":", color="black", label="1 / density: skipped work alone, same rate"
-    )
+    inverse, label = [1 / d for d in densities], "1 / density: skipped work alone, same rate"
+    axes.plot(densities, inverse, ":", color="black", label=label)
     axes.set(
         xlabel="density (attended pairs / all pairs)", ylabel="speed-up over the fastest dense BF16 of the same run"
     )
@@ -91,13 +78,11 @@ def speedup_against_density(report: Report, path: Path) -> Path | None:
 
 def time_split(report: Report, path: Path) -> Path | None:
     """Quantize, self-attention and the rest of one denoising step."""
-    steps = [row for row in report.measured("step") if row.get("split_ms")]
-    runs = {
-        f"{row['model']['name']}\n{row['name']}, {row['model']['layers']}/{row['model']['layers_of_real_model']} layers": {
-            part: ms / 1e3 for part, ms in row["split_ms"].items()
-        }
-        for row in steps
-    }
+    runs = {}
+    for row in (row for row in report.measured("step") if row.get("split_ms")):
+        model = row["model"]
+        label = f"{model['name']}\n{row['name']}, {model['layers']}/{model['layers_of_real_model']} layers"
+        runs[label] = {part: ms / 1e3 for part, ms in row["split_ms"].items()}
     title = f"Where a denoising step's time goes, random weights\nwe measured: {report.label()}"
     return plot_time_split(runs, path, title) if runs else None
 
@@ -105,8 +90,5 @@ def time_split(report: Report, path: Path) -> Path | None:
 def draw_all(report: Report, folder: Path) -> list[Path]:
     """Every plot that the files have data for."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = [
-        roofline(report, folder / "roofline.png"), speedup_against_density(report, folder / "speedup_density.png"),
-        time_split(report, folder / "time_split.png"),
-    ]  # fmt: skip
-    return [path for path in made if path]
+    plots = {"roofline": roofline, "speedup_density": speedup_against_density, "time_split": time_split}
+    return [path for name, draw in plots.items() if (path := draw(report, folder / f"{name}.png"))]

@@ -1,12 +1,7 @@
 """The suite's pytest plugin: what is appended to the results file, resuming, the time limit, whose fault a failure is.
 
-The results file is JSON, an object a line, each appended by one write: whatever dies, what was measured before is there.
-
-{"type": "run"}          one per start: mode, date, command, commit, environment, GPU
-{"type": "measurement"}  by ``record`` inside a test: "id", "kind", and what was measured
-{"type": "outcome"}      one per test: "id", "outcome" (passed, failed, crashed, skipped, not run), "own", "reason", "seconds", "telemetry"
-
-Tests run in a worker process of pytest-xdist. This plugin is loaded there and in the supervising process, which stays off the GPU.
+The results file is JSON, an object a line (README.md, "The results file"), each appended by one write: whatever dies, what was measured
+before is there. Tests run in a worker process of pytest-xdist. This plugin is loaded there and in the supervising process, which stays off the GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("full", "about 25 minutes"),
         ("dry-run", "tiny sizes on the CPU: checks the suite itself, its times mean nothing"),
     ):
-        group.addoption(f"--{mode}", dest="bench_mode", action="store_const", const=mode.split("-")[0], help=text)
+        group.addoption(
+            f"--{mode}", dest="bench_mode", action="store_const", const=mode.split("-")[0], default="quick", help=text
+        )
     group.addoption("--out", type=Path, help="results file, .jsonl (default: build-bench/<time>.jsonl)")
     group.addoption("--resume", action="store_true", help="go on with the file given by --out: same mode, same commit")
     group.addoption("--time-limit", type=float, help="seconds after which no further test is begun")
@@ -59,15 +56,14 @@ def commit() -> dict[str, Any]:
     """The commit and whether tracked files differ from it; FPSATTN_COMMIT, where git or the .git folder is absent, wins."""
     if given := os.environ.get("FPSATTN_COMMIT"):
         return {"commit": given, "dirty": None}
-    git = ["git", "-C", str(REPOSITORY)]
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", "-C", REPOSITORY, *arguments], stderr=subprocess.PIPE, text=True).strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError) as error:
         raise pytest.UsageError(f"git cannot name the commit ({error}): set FPSATTN_COMMIT") from error
-    return {"commit": head, "dirty": bool(changes.strip())}
 
 
 class Results:
@@ -107,13 +103,13 @@ def is_foreign(nodeid: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    mode = config.option.bench_mode = config.option.bench_mode or "quick"
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         config.bench = {**worker["bench"], "results": Results(Path(worker["bench"]["out"]))}
         return
+    mode = config.option.bench_mode
+    config.bench = {"mode": mode, "device": "cpu" if mode == "dry" else "cuda", "done": [], "deadline": None}
     if config.option.collectonly:
-        config.bench = {"mode": mode, "device": "cpu" if mode == "dry" else "cuda", "done": [], "deadline": None}
         return
     now = datetime.now(timezone.utc)
     out = (config.option.out or REPOSITORY / "build-bench" / f"{now:%Y%m%d-%H%M%S}.jsonl").resolve()
@@ -123,10 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     results = Results(out)
     limit = config.option.time_limit
-    config.bench = {
-        "mode": mode, "device": "cpu" if mode == "dry" else "cuda", "out": str(out), "done": done,
-        "deadline": time.time() + limit if limit else None,
-    }  # fmt: skip
+    config.bench.update(out=str(out), done=done, deadline=time.time() + limit if limit else None)
     results.append(
         "run", schema=SCHEMA, mode=mode, timings_meaningless=mode == "dry", date=now.isoformat(timespec="seconds"),
         command="python -m pytest " + shlex.join(config.invocation_params.args), **about, gpu=telemetry.static(),
@@ -146,12 +139,10 @@ def resumable(out: Path, resume: bool, mode: str, commit: str) -> list[str]:
         lines = read_lines(out)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-    if (lines[0]["mode"], lines[0]["commit"]) != (mode, commit):
-        raise pytest.UsageError(
-            f"{out} is of mode {lines[0]['mode']}, commit {lines[0]['commit']}, not {mode}, {commit}"
-        )
-    text = out.read_bytes()
-    os.truncate(out, text.rindex(b"\n") + 1)
+    first = lines[0]
+    if (first["mode"], first["commit"]) != (mode, commit):
+        raise pytest.UsageError(f"{out} is of mode {first['mode']}, commit {first['commit']}, not {mode}, {commit}")
+    os.truncate(out, out.read_bytes().rindex(b"\n") + 1)
     return sorted({line["id"] for line in lines if line["type"] == "outcome" and line["outcome"] in DONE})
 
 
@@ -222,9 +213,8 @@ def end_if_device_is_lost(item: pytest.Item, report: pytest.TestReport) -> None:
     try:
         torch.cuda.synchronize()
     except Exception as error:
-        item.config.bench["results"].append(
-            "measurement", id=item.nodeid, kind="device lost", error=str(error), text=report.longreprtext
-        )
+        lost = {"id": item.nodeid, "kind": "device lost", "error": str(error), "text": report.longreprtext}
+        item.config.bench["results"].append("measurement", **lost)
         os._exit(70)
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fpsattention.analysis.markdown import significant as number
-from fpsattention.analysis.markdown import table
+from fpsattention.analysis.markdown import table as markdown_table
 from fpsattention.estimate import Time, render
 
 from .peers import BASELINES
-from .plugin import read_lines
+from .plugin import DONE, read_lines
 
 DRY = "DRY RUN: TIMINGS ARE MEANINGLESS"
-# arXiv 2506.04648: H20, Wan2.1-14B, 720p. Another GPU, another baseline, not our measurement.
 PAPER = (("BF16", 1.00, 1.00), ("FP8", 1.84, 1.26), ("sliding tile, BF16", 5.15, 3.60), ("FPSAttention", 7.09, 4.96))
+PAPER_NOTE = "arXiv 2506.04648; H20, Wan2.1-14B, 720p. Not measured here, not the same GPU, another baseline."
 
 
 class Report:
@@ -58,10 +59,8 @@ class Report:
 
     def predicted(self, head_dim: int, granularity: str) -> float | None:
         """TFLOP/s that the timing model predicts for a main loop."""
-        wanted = [
-            p for p in self.measured("prediction") if (p["head_dim"], p["granularity"]) == (head_dim, granularity)
-        ]
-        return wanted[-1]["tflops"] if wanted else None
+        found = {(p["head_dim"], p["granularity"]): p["tflops"] for p in self.measured("prediction")}
+        return found.get((head_dim, granularity))
 
     def predicted_kernel(self, row: dict[str, Any]) -> float | None:
         """The same for a row of bench_kernels, over the FLOPs that it counts."""
@@ -88,6 +87,11 @@ class Report:
         return judged[-1]["accuracy"] if judged else {}
 
 
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Nothing without rows: the section then says so."""
+    return markdown_table(head, rows) if rows else ""
+
+
 def spread(ms: dict[str, Any] | None) -> str:
     """'12.3 (12.1-13.0)': median, minimum and maximum."""
     return f"{number(ms['median'])} ({number(ms['min'])}-{number(ms['max'])})" if ms else "-"
@@ -100,11 +104,9 @@ def baseline_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def shape_of(workload: dict[str, Any]) -> str:
-    grid, tile = ("x".join(map(str, workload[key])) for key in ("grid", "tile"))
-    return (
-        f"{workload['name']}: grid {grid} ({workload['tokens']} tokens), {workload['heads']} heads, D = {workload['head_dim']}, "
-        f"density {workload['density']:.3f}, tile {tile}"
-    )
+    w, (grid, tile) = workload, ("x".join(map(str, workload[key])) for key in ("grid", "tile"))
+    return (f"{w['name']}: grid {grid} ({w['tokens']} tokens), {w['heads']} heads, D = {w['head_dim']}, "
+            f"density {w['density']:.3f}, tile {tile}")  # fmt: skip
 
 
 def comparison_tables(report: Report, training: bool) -> str:
@@ -117,10 +119,8 @@ def comparison_tables(report: Report, training: bool) -> str:
         body = []
         for row in rows:
             stages, accuracy = row["stages_ms"], report.accuracy(row)
-            granularity = {"fpsattn": "tile", "fpsattn-token": "token"}.get(row["implementation"])
-            predicted = (
-                report.predicted(row["workload"]["head_dim"], granularity) if granularity and not training else None
-            )
+            granularity = {} if training else {"fpsattn": "tile", "fpsattn-token": "token"}
+            predicted = report.predicted(row["workload"]["head_dim"], granularity.get(row["implementation"], ""))
             body.append([
                 row["title"], row["precision"], spread(row["ms"]), number((stages.get("quantize") or stages.get("permute") or {}).get("median")),
                 number((stages.get("backward" if training else "attention") or {}).get("median")),
@@ -162,7 +162,7 @@ def kernel_table(report: Report) -> str:
         rate = f"{number(p['tflops'])} TFLOP/s"
         predictions.append([f"predicted main loop: {p['kernel']}", "-", p["head_dim"], "-", "-", "-", rate, "-"])
     head = ["kernel", "shape", "D", "density", "ms: median (min-max)", "measured", "predicted, or copy", "ratio"]
-    return table(head, rows + predictions) if rows or predictions else ""
+    return table(head, rows + predictions)
 
 
 def linears_table(report: Report) -> str:
@@ -171,7 +171,7 @@ def linears_table(report: Report) -> str:
         for row in report.measured("linear")
     ]
     head = ["rows x inputs x outputs", "layer", "ms: median (min-max)", "TFLOP/s", "relative error of 64 rows"]
-    return table(head, rows) if rows else ""
+    return table(head, rows)
 
 
 def steps_table(report: Report) -> str:
@@ -188,7 +188,7 @@ def steps_table(report: Report) -> str:
         "model (random weights)", "layers", "attention", "one step, ms: median (min-max)", "quantize, ms", "self-attention, ms", "rest, ms",
         "peak memory, GiB", "speed-up of the step", "predicted by Amdahl", "limit (attention free)",
     ]  # fmt: skip
-    return table(head, rows) if rows else ""
+    return table(head, rows)
 
 
 def parts_tables(report: Report) -> str:
@@ -214,39 +214,27 @@ def _times(row: dict[str, Any]) -> dict[str, Time]:
 
 
 def facts_table(report: Report) -> str:
-    facts = report.measured("facts")
-    return (
-        table(["fact", "value", "unit"], [[k, number(v, 4), u] for k, (v, u) in facts[-1]["rows"].items()])
-        if facts
-        else ""
-    )
+    facts = {k: row for line in report.measured("facts") for k, row in line["rows"].items()}
+    return table(["fact", "value", "unit"], [[name, number(value, 4), unit] for name, (value, unit) in facts.items()])
 
 
 def outcome_table(report: Report) -> str:
     """Per file of tests, how many of ours were right; then everybody who was not measured, and why."""
-    rows: dict[str, dict[str, int]] = {}
+    kinds = [*DONE, "not run"]
+    parts: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in report.outcomes():
-        counts = rows.setdefault(
-            outcome["id"].split("::")[0], dict.fromkeys(("passed", "failed", "crashed", "skipped", "not run"), 0)
-        )
-        counts[outcome["outcome"]] += 1
-    return table(
-        ["part", "passed", "failed", "crashed", "skipped", "not run"], [[name, *c.values()] for name, c in rows.items()]
-    )
+        parts[outcome["id"].split("::")[0]][outcome["outcome"]] += 1
+    return table(["part", *kinds], [[name, *(counts[kind] for kind in kinds)] for name, counts in parts.items()])
 
 
 def unmeasured_table(report: Report) -> str:
-    reasons: dict[tuple[str, str], int] = {}
+    reasons: Counter[tuple[str, str]] = Counter()
     for outcome in report.outcomes():
-        if outcome["outcome"] != "passed":
-            what = outcome["id"].split("::")[-1]
-            what = re.sub(
-                r"^test_(own|peer)\[(.+)-(forward|training)-.*", r"\2", what
-            )  # the peer: its comparisons fail alike
+        if outcome["outcome"] != "passed":  # of a peer its name alone: its comparisons fail alike
+            what = re.sub(r"^test_(own|peer)\[(.+)-(forward|training)-.*", r"\2", outcome["id"].split("::")[-1])
             lines = [line for line in (outcome["reason"] or "").splitlines() if line.strip()] or ["no reason"]
-            key = (what, f"{outcome['outcome']}: {lines[-1].strip()[:200]}")
-            reasons[key] = reasons.get(key, 0) + 1
-    return table(["what", "why", "times"], [[what, why, n] for (what, why), n in reasons.items()]) if reasons else ""
+            reasons[what, f"{outcome['outcome']}: {lines[-1].strip()[:200]}"] += 1
+    return table(["what", "why", "times"], [[what, why, n] for (what, why), n in reasons.items()])
 
 
 def markdown(paths: Sequence[Path]) -> str:
@@ -267,12 +255,9 @@ def markdown(paths: Sequence[Path]) -> str:
     lines = ["# We measured\n", f"{report.label()}\n"]
     for title, body in sections.items():
         lines.append(f"## {title}\n\n{banner}{body or 'No data.'}\n")
-    paper = table(
-        ["attention", "kernel speed-up", "end-to-end speed-up"], [[a, f"{b:.2f}", f"{c:.2f}"] for a, b, c in PAPER]
-    )
-    lines.append(
-        f"# The paper reports\n\n{paper}\n\narXiv 2506.04648; H20, Wan2.1-14B, 720p. Not measured here, not the same GPU.\n"
-    )
+    head = ["attention", "kernel speed-up", "end-to-end speed-up"]
+    paper = table(head, [[name, f"{kernel:.2f}", f"{whole:.2f}"] for name, kernel, whole in PAPER])
+    lines.append(f"# The paper reports\n\n{paper}\n\n{PAPER_NOTE}\n")
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ import torch
 HEAD_START_CYCLES = 200_000
 MIN_SAMPLE_MS = 0.5  # shorter calls are repeated inside one pair of events, whose resolution is about 0.5 us
 
+BUDGET_S = {"quick": 1.5, "full": 3.0, "dry": 0.02}  # of one comparison, by the suite's mode; some take a multiple
+
 Call = Callable[[int], Any]  # given the number of the call, by which it picks an input set
 
 
@@ -40,12 +42,12 @@ def sample_ms(call: Call, device: str, first: int, count: int) -> float:
 
 def interleaved(
     calls: Mapping[str, Call], device: str, budget_s: float, *, min_repeats: int = 5, max_repeats: int = 50,
-    on_error: Callable[[str, Exception], None] | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Times every ``calls[name](number)`` for about ``budget_s`` seconds in all.
 
-    Returns {"min", "median", "max" (ms per call), "repeats", "calls" (per repeat)} per name. One that raises is handed to
-    ``on_error``, where that is given, and left out.
+    Returns {"min", "median", "max" (ms per call), "repeats", "calls" (per repeat)} per name. Where ``failed`` is given, one that
+    raises is left out, and what it said stands there.
     """
     alive, rough = dict(calls), {}
 
@@ -53,20 +55,17 @@ def interleaved(
         try:
             return sample_ms(alive[name], device, first, count)
         except Exception as error:
-            if on_error is None:
+            if failed is None:
                 raise
             del alive[name]
-            on_error(name, error)
+            failed[name] = f"{type(error).__name__}: {error}"
             return None
 
     for name in calls:
         if guarded(name, 0, 1) is not None:  # warm-up
             rough[name] = guarded(name, 1, 1)
-    inner = {
-        name: max(1, round(MIN_SAMPLE_MS / max(ms, 1e-3))) if device == "cuda" else 1
-        for name, ms in rough.items()
-        if ms
-    }
+    shortest = MIN_SAMPLE_MS if device == "cuda" else 0.0
+    inner = {name: max(1, round(shortest / max(ms, 1e-3))) for name, ms in rough.items() if ms}
     round_s = sum(rough[name] * inner[name] for name in inner) / 1e3
     repeats = int(max(min_repeats, min(max_repeats, budget_s / max(1e-6, round_s))))
     samples: dict[str, list[float]] = {name: [] for name in alive}
@@ -79,15 +78,7 @@ def interleaved(
             turn += inner[name]
             if ms is not None:
                 samples[name].append(ms)
-    return {name: summary(samples[name], inner[name]) for name in alive}
-
-
-def summary(samples: list[float], calls: int) -> dict[str, Any]:
-    """min, median, max in milliseconds per call of samples of ``calls`` calls each."""
     return {
-        "min": min(samples),
-        "median": statistics.median(samples),
-        "max": max(samples),
-        "repeats": len(samples),
-        "calls": calls,
-    }
+        name: {"min": min(ms), "median": statistics.median(ms), "max": max(ms), "repeats": repeats, "calls": inner[name]}
+        for name, ms in samples.items() if name in alive
+    }  # fmt: skip

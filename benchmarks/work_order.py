@@ -13,9 +13,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 
+from fpsattention.analysis.markdown import table
 from fpsattention.layout.masks import BlockMask
 from fpsattention.layout.tiles import BLOCK
 
@@ -33,7 +35,7 @@ class Item:
 
 
 def clusters_pay(num_blocks: int, num_tiles: int, head_dim: int = 128, k_scale_per_token: bool = False) -> bool:
-    """The rule of csrc/forward/sm90/launch.h."""
+    """The rule of csrc/forward/sm90/forward_launch.cu."""
     return head_dim == 128 and not k_scale_per_token and 3 * num_blocks >= 5 * num_tiles
 
 
@@ -127,23 +129,19 @@ def main() -> None:
     parser.add_argument("--l2-mib", type=int, default=L2_MIB)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    print(
-        "| shape | density | order | L2 to SMs, GB | from DRAM, GB | unique in a wave, MB |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    orders: dict[str, dict[str, Any]] = {
+        "index order, no clusters": {"clusters": False, "bits": 0}, "exact lengths, no clusters": {"clusters": False, "bits": 31},
+        "exact lengths": {"bits": 31}, "as launched": {},
+    }  # fmt: skip
+    rows = []
     for shape in (workloads.WAN_14B_720P, workloads.STA_GRID):
         for density in (1.0, workloads.PAPER_DENSITY, 0.1):
             mask = workloads.build(shape, density, "cpu").mask
-            for name, options in (
-                ("index order, no clusters", {"clusters": False, "bits": 0}),
-                ("exact lengths, no clusters", {"clusters": False, "bits": 31}),
-                ("exact lengths", {"bits": 31}),
-                ("as launched", {}),
-            ):
+            for name, options in orders.items():
                 found = traffic(work_order(mask, **options), shape.head_dim, args.sms, args.l2_mib << 20)
-                print(
-                    f"| {shape.name} | {mask.density:.3f} | {name} | {found.from_l2 * shape.heads / 1e9:.1f} "
-                    f"| {found.from_dram * shape.heads / 1e9:.2f} | {found.unique_per_wave / 1e6:.1f} |"
-                )
+                gigabytes = [f"{found.from_l2 * shape.heads / 1e9:.1f}", f"{found.from_dram * shape.heads / 1e9:.2f}"]
+                rows.append([shape.name, f"{mask.density:.3f}", name, *gigabytes, f"{found.unique_per_wave / 1e6:.1f}"])
+    print(table(["shape", "density", "order", "L2 to SMs, GB", "from DRAM, GB", "unique in a wave, MB"], rows))
 
 
 if __name__ == "__main__":

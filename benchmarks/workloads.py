@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import fpsattention as fps
 from fpsattention.integrations.tokens import resolve_window
 from fpsattention.layout.masks import BlockMask
 from fpsattention.layout.tiles import BLOCK, TileLayout
+from fpsattention.ops.attend import k_mean_stride
+from fpsattention.ops.checks import GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,28 @@ class Workload:
     @property
     def softmax_scale(self) -> float:
         return self.shape.head_dim**-0.5
+
+    @property
+    def k_mean_stride(self) -> int:
+        """As ``fps.attention`` has it."""
+        return k_mean_stride(self.shape.tokens)
+
+    def quantize(self, x: Inputs, granularity: str = "tile", *, pow2_scales: bool = False) -> tuple[torch.Tensor, ...]:
+        """The op, as ``fps.attention`` calls it."""
+        return torch.ops.fpsattn.quantize(
+            x.q, x.k, x.v, self.layout.token_of_slot, self.layout.tile_block_offsets, granularity=GRANULARITIES[granularity],
+            smooth_k=True, pow2_scales=pow2_scales, k_mean_stride=self.k_mean_stride,
+        )  # fmt: skip
+
+    def forward(
+        self, quantized: Sequence[torch.Tensor], lists: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """The op on what ``quantize`` returned. lists: tile_of_block, kv_num_blocks and kv_indices where they are not the mask's."""
+        lists = lists or (self.layout.tile_of_block, self.mask.kv_num_blocks, self.mask.kv_indices)
+        return torch.ops.fpsattn.forward(
+            *quantized[:6], self.layout.token_of_slot, *lists, num_tokens=self.shape.tokens, softmax_scale=self.softmax_scale,
+            out_dtype=torch.bfloat16, q_k_mean=quantized[7],
+        )  # fmt: skip
 
     def query_blocks(self) -> torch.Tensor:
         """bool [num_blocks, num_blocks]: which KV blocks each query block multiplies."""

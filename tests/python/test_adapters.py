@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fpsattention as fps
+from fpsattention.analysis.captures import analyze_captures, find_captures
 from fpsattention.cli.main import app
 from fpsattention.errors import UnsupportedError
 from fpsattention.integrations import adapters
@@ -94,6 +95,23 @@ def test_a_latent_cell_is_the_predicted_token(family):
         tokens = next(iter(handle.installations[0].counts()))[0]
         assert tokens.grid == family.grid
         assert tokens.text_position == ("prefix" if family.before else "suffix") or not tokens.text_len
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "mochi"])
+def test_recorded_calls_are_analyzed(name, tmp_path):
+    """Texts before and after the video, and Mochi, which attends sample by sample: what is recorded is the first's."""
+    family = FAMILIES[name]
+    model, arguments = build(family, 2, 0.9)
+    with fps.apply(model, SPARSE) as handle, handle.record(dir=tmp_path, layers=[0]):
+        seen = observe(handle)
+        run(model, arguments)
+    captures = find_captures(tmp_path)
+    q, k, v = captures[0].load()
+    wanted = [x for x in seen if x[0] == seen[0][0]][0][1:4]
+    assert len(captures) == 1 and all(torch.equal(x, y) for x, y in zip((q, k, v), wanted, strict=True))
+    assert captures[0].text_position == ("prefix" if family.before else "suffix")
+    (record,) = analyze_captures(captures, fps.Schedule.from_dict(SPARSE))
+    assert 0.0 < record["density"] < 1.0 and 0.0 < record["quantization"]["rel_l1"] < 0.1 < record["sparsity"]["rel_l1"]
 
 
 def _reference(family: Family, sample: int, q: Tensor, k: Tensor, v: Tensor, window: Any) -> tuple[Tensor, Tensor]:

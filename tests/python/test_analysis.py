@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import fpsattention as fps
 from fpsattention.analysis import compare, compare_videos, jsonable, plots
 from fpsattention.analysis.captures import (
     analyze_captures,
@@ -107,6 +108,20 @@ def test_split_separates_causes():
     want = compare(attention_fp64(*heads, mask.to_token_mask()), attention_fp64(*heads))
     assert windowed["sparsity"]["rel_l1"] == pytest.approx(want["rel_l1"], rel=1e-5)
     assert windowed["sparsity"]["rel_l1"] > 5 * windowed["quantization"]["rel_l1"]
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_what_is_measured_is_what_runs(hadamard):
+    """Rotation, and the stride of the K mean, which 2048 tokens have, included: the error is that of ``fps.attention``."""
+    mask = dense_mask(plan((8, 16, 16), (4, 4, 8)))
+    q, k, v = qkv(2048, heads=1)
+    q[:, ::97, :, 3] *= 20.0
+    out = fps.attention(q, k, v, (8, 16, 16), block_mask=mask, granularity="block", hadamard=hadamard)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    want = compare(out, torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2))["rel_l1"]
+    measured = [split_error(q, k, v, mask, "block", hadamard=h)["total"]["rel_l1"] for h in (hadamard, not hadamard)]
+    assert measured[0] == pytest.approx(want, rel=1e-5)
+    assert measured[1] != pytest.approx(want, rel=1e-2)
 
 
 def test_split_subsample_is_exact_on_its_rows():

@@ -127,7 +127,7 @@ def test_a_dry_run_is_loud_on_every_section(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
-    assert markdown([write(tmp_path / "r.jsonl", empty=True)]).count("No data.") == 8
+    assert markdown([write(tmp_path / "r.jsonl", empty=True)]).count("No data.") == 9
 
 
 def test_the_baseline_is_the_fastest_dense_bf16(tmp_path: Path) -> None:

@@ -277,9 +277,9 @@ def test_interleaved_times_everybody_and_leaves_failures_out() -> None:
 
         return body
 
-    failed: dict[str, Exception] = {}
-    times = timing.interleaved({n: call(n) for n in "abc"}, "cpu", 0.0, min_repeats=4, on_error=failed.setdefault)
-    assert set(times) == {"a", "b"} and set(failed) == {"c"}
+    failed: dict[str, str] = {}
+    times = timing.interleaved({n: call(n) for n in "abc"}, "cpu", 0.0, min_repeats=4, failed=failed)
+    assert set(times) == {"a", "b"} and failed == {"c": "RuntimeError: planted"}
     assert all(t["repeats"] == 4 and t["min"] <= t["median"] <= t["max"] for t in times.values())
     assert order[6:9] == ["a", "b", "c"] and order[9:12] == ["b", "c", "a"]  # the order rotates
     with pytest.raises(RuntimeError, match="planted"):

@@ -30,6 +30,7 @@ def test_help_and_version():
     for flag in ("-h", "--help"):
         text = run(flag).stdout
         assert all(command in text for command in COMMANDS)
+        assert "..." not in text.partition("Commands:")[2]  # no line is cut
         for command in COMMANDS:
             result = run(command, flag)
             assert result.exit_code == 0 and "\u2026" not in result.stdout and "--help" in result.stdout

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks are no part of the package
 
 import fpsattention as fps
-from benchmarks.length_error import PROMOTE, add_truncated, errors, weighted_sum
+from benchmarks.errors import PROMOTE, add_truncated, length_errors, weighted_sum
 from benchmarks.memory import kept as kept_bytes
 from benchmarks.memory import memory, peak
 
@@ -35,8 +35,8 @@ def test_promotion_is_what_prevents_the_cliff():
 
 
 def test_error_does_not_grow_with_length():
-    """Eight times the keys, the same result: what the accumulator adds stays. benchmarks/length_error.py goes up to half a million."""
-    found = {keys: errors(keys, rows=3, base=2048, cliff=True) for keys in (2048, 16384)}
+    """Eight times the keys, the same result: what the accumulator adds stays. `benchmarks.errors length` goes up to half a million."""
+    found = {keys: length_errors(keys, rows=3, base=2048, one_accumulator=True) for keys in (2048, 16384)}
     for error in found.values():
         assert error["truncated"] < 1.05 * error["exact"]
     assert found[16384]["exact"] == pytest.approx(found[2048]["exact"], rel=1e-3)

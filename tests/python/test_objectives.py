@@ -18,32 +18,17 @@ from fpsattention.training import (
     step_distillation_loss,
     train,
     velocity_loss,
-    write_synthetic,
 )  # fmt: skip
 from fpsattention.training.model import tiny_transformer
 from fpsattention.training.objective import predict
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 SHAPE = (4, 3, 10, 14)  # token grid 3 x 5 x 7: primes
 SPARSE = {
     "format": "fpsattn-schedule/2", "tile": [3, 3, 3], "levels": {"sparse": {"precision": "fp8", "window": [1, 1, 2]}},
     "phases": [{"sigma": [1.0, 0.0], "level": "sparse"}],
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; a training process has one, a test process many."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("latents"), num_samples=5, latent_shape=SHAPE, text_shape=(3, 16))
 
 
 @pytest.fixture(scope="module")

@@ -310,3 +310,35 @@ def test_save_makes_its_folder_or_says_why_not(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not JSON"):
         Schedule.load(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("phases", "text"),
+    [
+        ([[0.0, 0.2], [0.3, 1.0]], r"phases\[1\]\.steps is \[0\.3, 1\.0\] and leaves a gap, wanted first = 0\.2, because phases\[0\]"),
+        ([[0.0, 0.2], [0.1, 1.0]], r"phases\[1\]\.steps is \[0\.1, 1\.0\] and overlaps"),
+        ([[0.1, 1.0]], r"phases\[0\]\.steps is \[0\.1, 1\.0\] and leaves a gap, wanted first = 0\.0, because steps start at 0\.0"),
+        ([[0.0, 0.9]], r"phases\[0\]\.steps ends at 0\.9, wanted last = 1\.0 in the last phase"),
+        ([[0.5, 0.2]], r"phases\[0\]\.steps is \[0\.5, 0\.2\], wanted \[first, last\] with 0 <= first < last <= 1"),
+    ],
+)  # fmt: skip
+def test_errors_about_steps_are_in_steps(phases, text):
+    levels = {"a": {"precision": "fp8"}}
+    data = {"format": "fpsattn-schedule/3", "axis": "steps", "levels": levels}
+    with pytest.raises(ConfigError, match=text):
+        Schedule.from_dict({**data, "phases": [{"steps": span, "level": "a"} for span in phases]})
+
+
+@pytest.mark.parametrize(
+    ("precision", "linears", "text"),
+    [
+        ("fp8", "int8", "linears 'int8', wanted one of fp8, bf16"),
+        ("int8", "fp8", "for levels of precision 'int8' only"),
+    ],
+)
+def test_linears_that_no_level_can_have(precision, linears, text):
+    level = {"precision": precision, "granularity": "block"}
+    phases = [{"sigma": [1.0, 0.0], "level": "a"}]
+    schedule = Schedule.from_dict({"format": "fpsattn-schedule/3", "levels": {"a": level}, "phases": phases})
+    with pytest.raises(ConfigError, match=text):
+        schedule.with_linears(linears)

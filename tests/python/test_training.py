@@ -23,20 +23,7 @@ from fpsattention.training.warmup import SparsityWarmup, relaxed, relaxed_window
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (4, 3, 10, 14)  # token grid 3 x 5 x 7: primes
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its precision in process-wide state; a training process has one, a test process many."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("latents"), num_samples=5, latent_shape=SHAPE, text_shape=(3, 16))
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def config(latents, output, **changes):
@@ -298,3 +285,11 @@ def test_the_newest_checkpoints_stay(latents, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
     train(config(latents, tmp_path, steps=6, checkpoint_every=1, keep_checkpoints=0, resume=True))
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+
+
+def test_a_new_run_leaves_an_earlier_ones_checkpoints_alone(latents, tmp_path):
+    """Its own, of fewer steps, would be the older ones: deleted at once, and resumed from the other's."""
+    (tmp_path / "checkpoint-000100").mkdir()
+    with pytest.raises(ConfigError, match="output .*, expected resume, or a folder without checkpoint-000100"):
+        train(config(latents, tmp_path, steps=2, checkpoint_every=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000100"]

@@ -12,26 +12,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fpsattention.errors import ConfigError
-from fpsattention.training import LatentFolder, TrainConfig, train, write_synthetic
+from fpsattention.training import LatentFolder, TrainConfig, train
 from fpsattention.training.config import load_recipe
 from fpsattention.training.data import EMPTY_PROMPT
 from fpsattention.training.model import tiny_transformer
 
-SHAPE = (4, 3, 10, 14)  # token grid 3 x 5 x 7: primes
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("latents"), num_samples=5, latent_shape=SHAPE, text_shape=(3, 16))
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def config(latents, output, **changes):

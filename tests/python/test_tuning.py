@@ -25,6 +25,7 @@ from fpsattention.tuning.candidates import RATIOS, windows
 from fpsattention.tuning.measure import Inputs, Rows, cell_errors, phase_starts, sensitivities
 from fpsattention.tuning.runs import Item, dense
 from fpsattention.tuning.settings import COST, cost_of, seconds
+from fpsattention.tuning.state import State
 from fpsattention.tuning.tuner import Tuner, run_tune
 
 DENSITIES = [0.1, 0.25, 0.5, 1.0]
@@ -233,6 +234,24 @@ def test_the_bound_holds_on_the_held_out_run(tuned):
     out, density = run(saved)
     assert float((out - exact).abs().sum() / exact.abs().sum()) == pytest.approx(result.report["held_out"], rel=1e-4)
     assert density == pytest.approx(result.density, rel=1e-6)
+
+
+def test_only_what_tuning_wrote_is_replaced(tmp_path):
+    """Another key empties a folder of tuning; files of these names beside no state.json are somebody else's."""
+    (tmp_path / "runs" / "wan").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds runs and no state.json, expected an empty folder or one of tuning"):
+        State(tmp_path, "one")
+    assert (tmp_path / "runs" / "wan").is_dir()
+
+    own = tmp_path / "own"
+    assert not State(own, "one").resumed and State(own, "one").resumed
+    (own / "runs").mkdir()
+    (own / "schedule.json").write_text("{}")
+    assert not State(own, "two").resumed and [path.name for path in own.iterdir()] == ["state.json"]
+    for text, error in (("{", "is not JSON"), ('{"loss": 1}', "is not of tuning")):
+        (own / "state.json").write_text(text)
+        with pytest.raises(ConfigError, match=error):
+            State(own, "two")
 
 
 def test_a_finished_run_is_not_repeated(tuned):

@@ -1,4 +1,4 @@
-// All the PTX that this project writes by hand, each piece with the reason why CUTLASS's or CUDA's own will not do.
+// PTX written by hand, each piece with the reason why CUTLASS's or CUDA's own will not do; more only in probability.h.
 #pragma once
 
 #include <cstdint>

@@ -31,28 +31,15 @@ __device__ __forceinline__ float norm_factor(float squares, float count, float e
 __device__ __forceinline__ float sum_of_squares(const float (&x)[kPatchChannels]) {
   float sum = __fmul_rn(x[0], x[0]);
 #pragma unroll
-  for (int c = 1; c < kPatchChannels; ++c) {
-    sum = __fadd_rn(sum, __fmul_rn(x[c], x[c]));
-  }
+  for (int c = 1; c < kPatchChannels; ++c) sum = __fadd_rn(sum, __fmul_rn(x[c], x[c]));
   return sum;
 }
 
 __device__ __forceinline__ float sum_of(const float (&x)[kPatchChannels]) {
   float sum = x[0];
 #pragma unroll
-  for (int c = 1; c < kPatchChannels; ++c) {
-    sum = __fadd_rn(sum, x[c]);
-  }
+  for (int c = 1; c < kPatchChannels; ++c) sum = __fadd_rn(sum, x[c]);
   return sum;
-}
-
-template <int kCount>
-__device__ __forceinline__ void load_floats(float (&x)[kPatchChannels], const float* from) {
-#pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
-    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-  }
 }
 
 // The chunk of one lane of one row of one head.
@@ -77,25 +64,19 @@ class RowPreparer {
     const bool first_row = rotated || how_.num_rotated == 0;
     if (how_.norm != Norm::kNone) {
 #pragma unroll
-      for (int c = 0; c < kPatchChannels; ++c) {
-        x[c] = __fmul_rn(x[c], factor);
-      }
+      for (int c = 0; c < kPatchChannels; ++c) x[c] = __fmul_rn(x[c], factor);
     }
     if (how_.weight.data != nullptr && there) {
       float w[kPatchChannels];
-      load_floats<kPatchChannels>(w, how_.weight.data + (first_row ? 0 : how_.weight.others) + channel_);
+      load_floats(w, how_.weight.data + (first_row ? 0 : how_.weight.others) + channel_);
 #pragma unroll
-      for (int c = 0; c < kPatchChannels; ++c) {
-        x[c] = __fmul_rn(x[c], w[c]);
-      }
+      for (int c = 0; c < kPatchChannels; ++c) x[c] = __fmul_rn(x[c], w[c]);
     }
     if (how_.bias.data != nullptr && there) {
       float b[kPatchChannels];
-      load_floats<kPatchChannels>(b, how_.bias.data + (first_row ? 0 : how_.bias.others) + channel_);
+      load_floats(b, how_.bias.data + (first_row ? 0 : how_.bias.others) + channel_);
 #pragma unroll
-      for (int c = 0; c < kPatchChannels; ++c) {
-        x[c] = __fadd_rn(x[c], b[c]);
-      }
+      for (int c = 0; c < kPatchChannels; ++c) x[c] = __fadd_rn(x[c], b[c]);
     }
     if (how_.num_rotated > 0) {
       const int64_t offset = static_cast<int64_t>(row) * (Config::kHeadDim / 2);
@@ -103,17 +84,13 @@ class RowPreparer {
     }
     if (!there) {
 #pragma unroll
-      for (int c = 0; c < kPatchChannels; ++c) {
-        x[c] = 0.0f;
-      }
+      for (int c = 0; c < kPatchChannels; ++c) x[c] = 0.0f;
     }
   }
 
  private:
   __device__ __forceinline__ void rotate_pairs(float (&x)[kPatchChannels], int64_t offset, bool rotated) const {
-    if (!rotated) {
-      return;
-    }
+    if (!rotated) return;
     float cos[kPatchChannels], sin[kPatchChannels];
     load_floats<kPatchChannels / 2>(cos, cos_ + offset);
     load_floats<kPatchChannels / 2>(sin, sin_ + offset);
@@ -133,12 +110,10 @@ class RowPreparer {
     for (int c = 0; c < kPatchChannels; ++c) {
       partner[c] = __shfl_sync(0xffffffffu, x[c], upper ? chunk_ - kHalf : chunk_ + kHalf, Config::kChunks);
     }
-    if (!rotated) {
-      return;
-    }
+    if (!rotated) return;
     float cos[kPatchChannels], sin[kPatchChannels];
-    load_floats<kPatchChannels>(cos, cos_ + offset);
-    load_floats<kPatchChannels>(sin, sin_ + offset);
+    load_floats(cos, cos_ + offset);
+    load_floats(sin, sin_ + offset);
 #pragma unroll
     for (int c = 0; c < kPatchChannels; ++c) {
       const float turned = __fmul_rn(partner[c], sin[c]);
@@ -190,9 +165,7 @@ class PreparedRows {
     for (int i = 0; i < kPatchSlots; ++i) {
       float x[kPatchChannels];
       values(patch, i, x);
-      if (how_.norm == Norm::kLayer) {
-        subtract(x, of_row(mean, i));
-      }
+      if (how_.norm == Norm::kLayer) subtract(x, of_row(mean, i));
       row_.prepare(x,
                    __shfl_sync(0xffffffffu, token[i % Config::kRowsPerLane], i / Config::kRowsPerLane, Config::kChunks),
                    of_row(factor, i));
@@ -210,17 +183,13 @@ class PreparedRows {
  private:
   __device__ __forceinline__ static void values(const Patch& patch, int row, float (&x)[kPatchChannels]) {
 #pragma unroll
-    for (int c = 0; c < kPatchChannels; ++c) {
-      x[c] = patch.template value<typename Config::Element>(row, c);
-    }
+    for (int c = 0; c < kPatchChannels; ++c) x[c] = patch.template value<typename Config::Element>(row, c);
   }
 
   // What is not there stays 0.
   __device__ __forceinline__ void subtract(float (&x)[kPatchChannels], float mean) const {
 #pragma unroll
-    for (int c = 0; c < kPatchChannels; ++c) {
-      x[c] = Config::has_chunk(lane_) ? __fsub_rn(x[c], mean) : 0.0f;
-    }
+    for (int c = 0; c < kPatchChannels; ++c) x[c] = Config::has_chunk(lane_) ? __fsub_rn(x[c], mean) : 0.0f;
   }
 
   __device__ __forceinline__ static float of_row(const float (&facts)[kPatchSlots], int row) {
@@ -236,9 +205,7 @@ class PreparedRows {
         return;
       case Norm::kRmsAcrossHeads:
 #pragma unroll
-        for (int j = 0; j < Config::kRowsPerLane; ++j) {
-          factor[j] = __ldg(factors_ + token[j]);
-        }
+        for (int j = 0; j < Config::kRowsPerLane; ++j) factor[j] = __ldg(factors_ + token[j]);
         return;
       case Norm::kLayer:
 #pragma unroll
@@ -249,9 +216,7 @@ class PreparedRows {
         }
         transpose_reduce<Config::kChunks>(mean, lane_, add);
 #pragma unroll
-        for (int j = 0; j < Config::kRowsPerLane; ++j) {
-          mean[j] = __fdiv_rn(mean[j], kCount);
-        }
+        for (int j = 0; j < Config::kRowsPerLane; ++j) mean[j] = __fdiv_rn(mean[j], kCount);
         break;
       case Norm::kRms:
         break;
@@ -260,16 +225,12 @@ class PreparedRows {
     for (int i = 0; i < kPatchSlots; ++i) {
       float x[kPatchChannels];
       values(patch, i, x);
-      if (how_.norm == Norm::kLayer) {
-        subtract(x, of_row(mean, i));
-      }
+      if (how_.norm == Norm::kLayer) subtract(x, of_row(mean, i));
       factor[i] = sum_of_squares(x);
     }
     transpose_reduce<Config::kChunks>(factor, lane_, add);
 #pragma unroll
-    for (int j = 0; j < Config::kRowsPerLane; ++j) {
-      factor[j] = norm_factor(factor[j], kCount, how_.eps);
-    }
+    for (int j = 0; j < Config::kRowsPerLane; ++j) factor[j] = norm_factor(factor[j], kCount, how_.eps);
   }
 
   const QuantizeParams& params_;

@@ -46,15 +46,30 @@ __device__ __forceinline__ TokenRows token_rows(const TokenTensor& tensor, int b
   return {reinterpret_cast<const char*>(data), static_cast<int32_t>(2 * tensor.stride_token)};
 }
 
+// The first kCount of 8 FP32 values, 16-byte aligned.
+template <int kCount = kPatchChannels>
+__device__ __forceinline__ void load_floats(float (&x)[kPatchChannels], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+  }
+}
+
+// 8 packed channels as FP32.
+template <class Config>
+__device__ __forceinline__ void unpack(float (&x)[kPatchChannels], const uint4& packed) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int c = 0; c < kPatchChannels; ++c) x[c] = Config::Element::to_float(words[c / 2], c % 2);
+}
+
 // The tokens of 16 consecutive slots, -1 in padding.
 __device__ __forceinline__ void load_tokens(int (&tokens)[kPatchSlots], const int32_t* token_of_slot) {
 #pragma unroll
   for (int i = 0; i < kPatchSlots; i += 4) {
     const int4 four = __ldg(reinterpret_cast<const int4*>(token_of_slot + i));
-    tokens[i] = four.x;
-    tokens[i + 1] = four.y;
-    tokens[i + 2] = four.z;
-    tokens[i + 3] = four.w;
+    tokens[i] = four.x, tokens[i + 1] = four.y, tokens[i + 2] = four.z, tokens[i + 3] = four.w;
   }
 }
 
@@ -65,19 +80,13 @@ __device__ __forceinline__ void load_patch(Patch& patch, const TokenRows& rows, 
                                            const int (&tokens)[kPatchSlots], int first_token_of_block, int num_tokens) {
   int largest = tokens[0];
 #pragma unroll
-  for (int i = 1; i < kPatchSlots; ++i) {
-    largest = max(largest, tokens[i]);
-  }
+  for (int i = 1; i < kPatchSlots; ++i) largest = max(largest, tokens[i]);
   if (Config::has_chunk(chunk)) {
 #pragma unroll
-    for (int i = 0; i < kPatchSlots; ++i) {
-      patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
-    }
+    for (int i = 0; i < kPatchSlots; ++i) patch.row[i] = rows.load(tokens[i] < 0 ? first_token_of_block : tokens[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPatchSlots; ++i) {
-      patch.row[i] = make_uint4(0, 0, 0, 0);
-    }
+    for (int i = 0; i < kPatchSlots; ++i) patch.row[i] = make_uint4(0, 0, 0, 0);
   }
   trap_if(largest >= num_tokens);  // behind the loads, in front of every use
   __syncwarp();                    // after a trap ptxas takes no warp for converged, and doubles every shuffle

@@ -15,6 +15,7 @@
 
 #include "quantize/sm90/kernel.h"
 #include "quantize/sm90/norm_rope.h"
+#include "quantize/sm90/statistics.h"
 
 namespace fpsattn::sm90::quantize {
 
@@ -24,19 +25,8 @@ inline constexpr int kFactorWarps = 8;
 template <int kLanes>
 __device__ __forceinline__ float row_sum(float x) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  }
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
-}
-
-template <class Config>
-__device__ __forceinline__ void unpack(float (&x)[kPatchChannels], const uint4& packed) {
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int c = 0; c < kPatchChannels; ++c) {
-    x[c] = Config::Element::to_float(words[c / 2], c % 2);
-  }
 }
 
 template <class Config>
@@ -46,9 +36,7 @@ __global__ void __launch_bounds__(32 * kFactorWarps)
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x % 32, chunk = lane % Config::kChunks, lane_head = lane / Config::kChunks;
   const int token = blockIdx.x * kFactorWarps + threadIdx.x / 32, batch = blockIdx.z;
-  if (token >= params.size.num_tokens) {
-    return;
-  }
+  if (token >= params.size.num_tokens) return;
   const TokenTensor& tensor = blockIdx.y == 0 ? params.k : params.q;
   const char* row = static_cast<const char*>(tensor.data) +
                     2 * (token_offset(tensor, batch, lane_head, token) + chunk * kPatchChannels);
@@ -68,14 +56,10 @@ __global__ void __launch_bounds__(32 * kFactorWarps)
     uint4 loaded[kUnroll] = {};
     if (Config::has_chunk(chunk)) {
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        loaded[i] = load_uncached(row + 2 * (head + i * kHeads) * tensor.stride_head);
-      }
+      for (int i = 0; i < kUnroll; ++i) loaded[i] = load_uncached(row + 2 * (head + i * kHeads) * tensor.stride_head);
     }
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      add(loaded[i]);
-    }
+    for (int i = 0; i < kUnroll; ++i) add(loaded[i]);
   }
 #pragma unroll 1
   for (; head < params.size.heads; head += kHeads) {
@@ -113,49 +97,29 @@ __global__ void __launch_bounds__(kStatisticsThreads, 3)
       if (how.norm == Norm::kLayer) {
         const float mean = __fdiv_rn(row_sum<Config::kChunks>(sum_of(x)), Config::kHeadDim);
 #pragma unroll
-        for (int c = 0; c < kPatchChannels; ++c) {
-          x[c] = Config::has_chunk(chunk) ? __fsub_rn(x[c], mean) : 0.0f;
-        }
+        for (int c = 0; c < kPatchChannels; ++c) x[c] = Config::has_chunk(chunk) ? __fsub_rn(x[c], mean) : 0.0f;
       }
       factor = norm_factor(row_sum<Config::kChunks>(sum_of_squares(x)), Config::kHeadDim, how.eps);
     }
     preparer.prepare(x, token, factor);
 #pragma unroll
-    for (int c = 0; c < kPatchChannels; ++c) {
-      total[c] += there ? x[c] : 0.0f;
-    }
+    for (int c = 0; c < kPatchChannels; ++c) total[c] += there ? x[c] : 0.0f;
   };
 #pragma unroll 1
   for (int64_t step = first; step < last; step += kRowsAtATime * kUnroll) {
     uint4 loaded[kUnroll] = {};
-    const auto row_of = [&](int i) {
-      return step + i * kRowsAtATime + row_lane;
-    };  // beyond the last: the last, dropped
+    // Beyond the last: the last, dropped
+    const auto row_of = [&](int i) { return step + i * kRowsAtATime + row_lane; };
     const auto token_of = [&](int i) { return static_cast<int>(min(row_of(i), last - 1) * params.k_mean_stride); };
     if (Config::has_chunk(chunk)) {
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        loaded[i] = rows.load(token_of(i));
-      }
+      for (int i = 0; i < kUnroll; ++i) loaded[i] = rows.load(token_of(i));
     }
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      add(loaded[i], token_of(i), row_of(i) < last);
-    }
+    for (int i = 0; i < kUnroll; ++i) add(loaded[i], token_of(i), row_of(i) < last);
   }
-#pragma unroll
-  for (int c = 0; c < kPatchChannels; ++c) {
-    scratch[row_lane * Config::kCodeDim + chunk * kPatchChannels + c] = total[c];
-  }
-  __syncthreads();
-  if (threadIdx.x < Config::kHeadDim) {
-    float value = scratch[threadIdx.x];
-    for (int r = 1; r < kRowsAtATime; ++r) {
-      value += scratch[r * Config::kCodeDim + threadIdx.x];
-    }
-    const int64_t batch_head = static_cast<int64_t>(batch) * params.size.heads + head;
-    plan.k_partial[(batch_head * plan.k_parts + part) * Config::kHeadDim + threadIdx.x] = value;
-  }
+  const int64_t batch_head = static_cast<int64_t>(batch) * params.size.heads + head;
+  reduce_cta<Config>(total, plan.k_partial + (batch_head * plan.k_parts + part) * Config::kHeadDim, scratch, SumOp{});
 }
 
 // Q and K share their code, which is long: norm and RoPE of 16 rows, unrolled.
@@ -165,9 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, 384 / Config::kThreads)
                    const __grid_constant__ NormRope q, const __grid_constant__ NormRope k) {
   extern __shared__ float4 memory[];
   const WorkItem work = work_item(params, plan);
-  if (work.first_block >= work.end_block) {
-    return;
-  }
+  if (work.first_block >= work.end_block) return;
   const Role role = static_cast<Role>(blockIdx.y);
   if (role == Role::kV) {
     quantize_columns_of<Config>(params, work);

@@ -33,17 +33,11 @@ __device__ __forceinline__ void transpose_reduce(float (&values)[kPatchSlots], i
 template <int kThreads>
 __device__ __forceinline__ float cta_absmax(float value, float* scratch) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = absmax_nan(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  if (threadIdx.x % 32 == 0) {
-    scratch[threadIdx.x / 32] = value;
-  }
+  for (int offset = 16; offset > 0; offset /= 2) value = absmax_nan(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
 #pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) {
-    value = absmax_nan(value, scratch[warp]);
-  }
+  for (int warp = 0; warp < kThreads / 32; ++warp) value = absmax_nan(value, scratch[warp]);
   return value;
 }
 

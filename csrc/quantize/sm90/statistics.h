@@ -24,28 +24,41 @@ struct AbsMaxOp {
   __device__ __forceinline__ float operator()(float a, float x) const { return absmax_nan(a, x); }
 };
 
+// Of a thread's totals of 8 channels those of the CTA: D floats.
+template <class Config, class Op>
+__device__ __forceinline__ void reduce_cta(const float (&total)[kPatchChannels], float* partial, float* scratch,
+                                           Op op) {
+  const int chunk = threadIdx.x % Config::kChunks, row_lane = threadIdx.x / Config::kChunks;
+#pragma unroll
+  for (int c = 0; c < kPatchChannels; ++c) scratch[row_lane * Config::kCodeDim + chunk * kPatchChannels + c] = total[c];
+  __syncthreads();
+  if (threadIdx.x < Config::kHeadDim) {
+    float value = scratch[threadIdx.x];
+    for (int r = 1; r < kStatisticsThreads / Config::kChunks; ++r) {
+      value = op(value, scratch[r * Config::kCodeDim + threadIdx.x]);
+    }
+    partial[threadIdx.x] = value;
+  }
+}
+
 // Reduces rows first..last-1 (tokens row * step) of 8 channels and then over the CTA; writes D floats.
 template <class Config, class Op>
 __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first, int64_t last, int step,
                                             float* partial, float* scratch, Op op) {
   constexpr int kRowsAtATime = kStatisticsThreads / Config::kChunks;
   constexpr int kUnroll = 8;
-  const int chunk = threadIdx.x % Config::kChunks;
-  const int row_lane = threadIdx.x / Config::kChunks;
+  const int chunk = threadIdx.x % Config::kChunks, row_lane = threadIdx.x / Config::kChunks;
   float total[kPatchChannels] = {};
   const auto reduce_unrolled = [&](int64_t row, auto load) {
     uint4 loaded[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      loaded[i] = load(row + i * kRowsAtATime);
-    }
+    for (int i = 0; i < kUnroll; ++i) loaded[i] = load(row + i * kRowsAtATime);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const uint32_t words[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+      float x[kPatchChannels];
+      unpack<Config>(x, loaded[i]);
 #pragma unroll
-      for (int c = 0; c < kPatchChannels; ++c) {
-        total[c] = op(total[c], Config::Element::to_float(words[c / 2], c % 2));
-      }
+      for (int c = 0; c < kPatchChannels; ++c) total[c] = op(total[c], x[c]);
     }
   };
   constexpr int kStep = kUnroll * kRowsAtATime;
@@ -59,18 +72,7 @@ __device__ __forceinline__ void reduce_rows(const TokenRows& rows, int64_t first
       return r < last ? x : make_uint4(0, 0, 0, 0);
     });
   }
-#pragma unroll
-  for (int c = 0; c < kPatchChannels; ++c) {
-    scratch[row_lane * Config::kCodeDim + chunk * kPatchChannels + c] = total[c];
-  }
-  __syncthreads();
-  if (threadIdx.x < Config::kHeadDim) {
-    float value = scratch[threadIdx.x];
-    for (int r = 1; r < kRowsAtATime; ++r) {
-      value = op(value, scratch[r * Config::kCodeDim + threadIdx.x]);
-    }
-    partial[threadIdx.x] = value;
-  }
+  reduce_cta<Config>(total, partial, scratch, op);
 }
 
 template <class Config>
@@ -106,9 +108,7 @@ __device__ __forceinline__ float reduce_partials(const float* partial, int parts
   __syncthreads();
   scratch[threadIdx.x] = value;
   __syncthreads();
-  for (int g = 1; g < kFinishGroups && group == 0; ++g) {
-    value = op(value, scratch[g * Config::kHeadDim + channel]);
-  }
+  for (int g = 1; g < kFinishGroups && group == 0; ++g) value = op(value, scratch[g * Config::kHeadDim + channel]);
   return value;
 }
 

@@ -1,8 +1,8 @@
 """Where the error of FPSAttention comes from, on recorded q, k, v: quantization and sparsity apart.
 
 `Handle.record()` writes one safetensors file per capture: tensors q, k, v [B, S, H, D], `sigma` [B], `grid` [3], and metadata
-strings `layer`, `model`, `tile`. Files of other tools may give `grid` ("T,H,W"), `sigma`, `text_len` and `text_position` as
-metadata strings. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
+strings `layer`, `model`, `tile`, `text_len`, `text_position`; files of other tools may give `grid` ("T,H,W") and `sigma` as such
+strings, too. The padding of a text counts as text. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
 
     quantization   FP8 with every block attended      (nothing skipped, everything rounded)
     sparsity       full precision under the mask      (nothing rounded, blocks skipped)
@@ -150,6 +150,7 @@ def split_error(
     seed: int = 0,
     smooth_k: bool = True,
     precision: str = "fp8",
+    hadamard: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Error of FPSAttention split by cause: `PARTS` to the metrics of `compare`.
 
@@ -157,7 +158,7 @@ def split_error(
         q, k, v: [B, S, H, D], tokens as `mask.layout` describes them.
         mask: `BlockMask` of the level.
         granularity: "tile", "block" or "token".
-        precision: of the level, "fp8", "int8" or "paper"; what is said of FP8 below holds for all.
+        precision, hadamard: of the level, "fp8", "int8" or "paper"; what is said of FP8 below holds for all.
         max_rows: look at about this many query tokens per head (None: all).
     """
     layout = mask.layout
@@ -175,7 +176,9 @@ def split_error(
         for h in range(heads):
             head = [x[b : b + 1, :, h : h + 1].transpose(1, 2) for x in (q, k, v)]  # [1, 1, S, D]
             counts, indices = _lists_of(mask, b, h)
-            fp8_dense, fp8_masked = _fp8(head, layout, counts, indices, chosen, granularity, smooth_k, precision)
+            fp8_dense, fp8_masked = _fp8(
+                head, layout, counts, indices, chosen, granularity, smooth_k, precision, hadamard
+            )
             dense, masked = _exact(head, layout, counts, indices, chosen, tokens)
             sums["quantization"].add(fp8_dense[rows], dense)
             sums["sparsity"].add(masked, dense)
@@ -200,11 +203,16 @@ def _fp8(
     granularity: str,
     smooth_k: bool,
     precision: str,
+    hadamard: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 outputs [S, D] (FP32) with every block attended and under the mask; rows of other tiles are zero."""
     from ..ops import published  # also registers torch.ops.fpsattn
+    from ..ops.attend import k_mean_stride
+    from ..ops.rotation import rotate
 
     q, k, v = head
+    if hadamard:
+        q, k = rotate(q), rotate(k)
     device = q.device
     token_of_slot, tile_of_block, offsets = (
         table.to(device) for table in (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
@@ -218,6 +226,7 @@ def _fp8(
         granularity=INT8 if precision == "int8" else GRANULARITIES[granularity],
         smooth_k=smooth_k and precision != "paper",
         pow2_scales=False,
+        k_mean_stride=k_mean_stride(layout.num_tokens),
     )
     visible = torch.zeros_like(counts)
     visible[..., list(chosen)] = 1
@@ -310,9 +319,9 @@ def _analyze(
             record["granularity"] = level.granularity
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
-            record.update(
-                split_error(q, k, v, mask, level.granularity, max_rows=max_rows, seed=seed, precision=level.precision)
-            )
+            record.update(split_error(
+                q, k, v, mask, level.granularity, max_rows=max_rows, seed=seed, precision=level.precision, hadamard=level.hadamard,
+            ))  # fmt: skip
         if on_step is not None:
             on_step(capture)
         yield record

@@ -77,7 +77,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
         ]
         rows.append([row["label"], *cells])
     console = stdout()
-    print_table(console, "against the dense run of the same prompt and seed", ("method", *columns), rows)
+    title = "against the dense run of the same prompt and seed"
+    print_table(console, title, ("method", *columns), rows, fold="method")
     console.print(
         "predicted x: attention alone over dense BF16, computed from density and assumed rates, not measured",
         markup=False,

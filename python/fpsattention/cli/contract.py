@@ -60,9 +60,7 @@ def _message(error: Exception) -> str | None:
         text = f"the package {error.name!r} is not installed: fpsattn doctor says how to install it"
     elif isinstance(error, OSError):
         text = f"{error.strerror or type(error).__name__}: {error.filename}" if error.filename else str(error)
-    elif (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # the second is torch's, of a device
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the second is torch's
         text = f"out of memory: {error}" if str(error) else "out of memory"
     elif hasattr(error, "format_message"):  # click's own, wherever this version of typer keeps it
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -117,9 +117,8 @@ def _guarded(name: str, examination: Callable[[], Iterator[Check]], fix: str) ->
             found.append(check)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        status: Status = (
-            "warn" if name in ("GPU", "attention on cuda") else "fail"
-        )  # without a GPU the package is usable
+        # Without a GPU the package is usable.
+        status: Status = "warn" if name in ("GPU", "attention on cuda") else "fail"
         found.append(Check(name, status, f"{type(error).__name__}: {lines[0] if lines else 'no message'}", fix))
     return found
 

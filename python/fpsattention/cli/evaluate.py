@@ -18,7 +18,7 @@ def command(
     schedule: Annotated[str, typer.Option(help="Preset or schedule file.")] = "paper",
     adapter: Annotated[str | None, typer.Option(help="LoRA folder of fpsattn train: also with it, and merged.")] = None,
     other: Annotated[str | None, typer.Option(help="Another LoRA, on top.")] = None,
-    samples: Annotated[int, typer.Option(help="Held-out samples.")] = 8,
+    samples: Annotated[int, typer.Option(help="How many.")] = 8,
     flow_shift: Annotated[float, typer.Option("--flow-shift", help="Where a preset's phases lie.")] = 3.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,4 +48,4 @@ def command(
         return
     rows = [[g.name, f"{g.loss:.4f}", f"{g.dense:.4f}", f"{g.base:.4f}", f"{g.percent:.2f}"] for g in gaps]
     columns = ("weights", "under the schedule", "dense", "dense before", "gap (%)")
-    print_table(stdout(), "loss (flow matching, held-out samples)", columns, rows)
+    print_table(stdout(), f"loss (flow matching, the last {samples} samples)", columns, rows)

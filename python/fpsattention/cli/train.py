@@ -39,10 +39,7 @@ def command(context: typer.Context, synthetic: bool, recipe: str | None, as_json
         raise ConfigError(f"fpsattention.train: data '{config.data}', expected a folder of *.safetensors files")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"fpsattention.train: output '{output}' is a file, expected a folder or a new name")
-    if config.resume and not list(output.glob("checkpoint-*")):
-        raise ConfigError(
-            f"fpsattention.train: resume: no checkpoint-* folder in '{output}': train with --checkpoint-every first"
-        )
+    config.resume_from()
     for package in ("diffusers", "safetensors", *(["peft"] if config.lora_rank else [])):
         require(package, "train", "train")
     processes = require("accelerate", "train", "train").PartialState()

@@ -15,7 +15,9 @@ def command(
         str, typer.Option(help="psnr=DECIBELS of the video, rel_l1=SHARE of the latents, or density=SHARE.")
     ] = "psnr=30",
     budget: Annotated[str, typer.Option(help="Time: 20m, 1.5h, 90s.")] = "20m",
-    out: Annotated[Path, typer.Option(help="Folder; a run found there goes on.")] = Path("fpsattn_tune"),
+    out: Annotated[
+        Path, typer.Option(help="Folder; a run found there goes on, or is replaced where settings differ.")
+    ] = Path("fpsattn_tune"),
     small: Annotated[bool, typer.Option("--small", help="The smallest useful size of the tiny model.")] = False,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of Wan weights. Default: a tiny model, offline.")
@@ -66,8 +68,9 @@ def command(
         patterns=tuple(pattern or ()), hadamard=hadamard,
         tile=None if model else ((2, 3, 5) if small else (3, 4, 5)), seed=seed,
     )  # fmt: skip
+    if model is None and (prompt or held_out):
+        raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
     make_folder(out)
-    lines: list[str] = []
     with progress_bars(quiet=as_json) as progress:
         from ..demo.pipeline import load_pipeline, resolve_device
         from ..tuning.pictures import draw
@@ -76,8 +79,6 @@ def command(
         pipe, _ = load_pipeline(demo, resolve_device(device))
         prompts: list[Any] = list(prompt or PROMPTS)
         if model is None:
-            if prompt or held_out:
-                raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
             prompts = [_tiny_call(demo, seed + 101 * i) for i in range(2 if small else 3)]
         call: dict[str, Any] = {**sizes, "guidance_scale": guidance_scale}
         if model is not None:
@@ -85,7 +86,6 @@ def command(
         items = make_items(prompts, held_out, call, seed)
 
         def say(text: str) -> None:
-            lines.append(text)
             if not as_json:
                 typer.echo(text, err=True)
 

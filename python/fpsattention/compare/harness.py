@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -323,22 +324,20 @@ def _split_errors(config: CompareConfig, loaded: _Loaded, progress: Progress) ->
     keys = {method.name: config.key(method, 0, config.seeds[0]) for method in loaded.methods}
     todo = [m for m in loaded.methods if kept["methods"].get(m.name, {}).get("key") != keys[m.name]]
     if todo:
-        folder = Path(config.out) / "captures"
-        shutil.rmtree(folder, ignore_errors=True)
         demo = config.demo(0, config.seeds[0])
         num_layers = len(loaded.pipe.transformer.blocks)
         layers = sorted({0, num_layers - 1})
         dense_only = fps.apply(loaded.pipe, dense_schedule(loaded.schedule.tile))
-        with dense_only as handle, handle.record(dir=folder, layers=layers), torch.no_grad():
-            _generate(loaded, demo, 0)
-        captures = find_captures(folder)
-        for done, method in enumerate(todo):
-            progress("error split", done, len(todo))
-            rows = [_error(method, capture, loaded, config) for capture in captures]
-            kept["methods"][method.name] = {"key": keys[method.name], "rows": rows}
-            save_json(path, kept)
+        with TemporaryDirectory(prefix="captures", dir=config.out) as folder:
+            with dense_only as handle, handle.record(dir=folder, layers=layers), torch.no_grad():
+                _generate(loaded, demo, 0)
+            captures = find_captures(folder)
+            for done, method in enumerate(todo):
+                progress("error split", done, len(todo))
+                rows = [_error(method, capture, loaded, config) for capture in captures]
+                kept["methods"][method.name] = {"key": keys[method.name], "rows": rows}
+                save_json(path, kept)
         progress("error split", len(todo), len(todo))
-        shutil.rmtree(folder, ignore_errors=True)
     return {method.name: kept["methods"][method.name]["rows"] for method in loaded.methods}
 
 

@@ -50,9 +50,8 @@ def run_demo(config: DemoConfig, progress: Progress = lambda what, done, total: 
     folder = Path(tempfile.mkdtemp(prefix="fpsattn_demo_"))
     try:
         with warnings.catch_warnings():
-            if (
-                config.model is None
-            ):  # nobody trained these weights: that they were not trained with the preset says nothing
+            # Nobody trained these weights: that they were not trained with the preset says nothing.
+            if config.model is None:
                 warnings.filterwarnings("ignore", r"fpsattention\.apply: the preset 'paper'")
             handle = fps.apply(pipe, schedule)
         with handle:

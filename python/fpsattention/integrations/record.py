@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,8 +17,9 @@ RECORD_FORMAT = "fpsattn-record/1"
 class Recorder:
     """Writes one safetensors file per (layer, recorded forward) until ``stop()``; also a context manager.
 
-    Tensors of a file: ``q, k, v (B, S, H, D)`` after norms and RoPE, in the model's dtype; ``sigma`` f64 ``[B]``; ``grid``
-    int64 ``[3]``; metadata: ``format``, ``layer``, ``model``, ``tile`` (``"auto"`` or ``"6,8,8"``).
+    Tensors of a file: ``q, k, v (B, S, H, D)`` after norms and RoPE, in the model's dtype, B = 1 where a model attends sample by
+    sample: the first; ``sigma`` f64 ``[B]``; ``grid`` int64 ``[3]``; metadata: ``format``, ``layer``, ``model``, ``tile`` (``"auto"``
+    or ``"6,8,8"``), ``text_len`` (tokens of S that are not of the grid), ``text_position``.
 
     Args:
         folder: created if need be.
@@ -46,9 +48,10 @@ class Recorder:
         self._pending_of: dict[str, list[float]] = {}
         self._lowest = float("inf")
         self._lock = threading.Lock()
-        self._now = threading.local()  # sigma and grid of the forward that this thread is in, or None: not recorded
+        # Sigma, grid and text position of the forward that this thread is in, or None: not recorded.
+        self._now = threading.local()
 
-    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int]) -> None:
+    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int], text_position: str = "suffix") -> None:
         """A forward of ``model`` starts; decides whether it is recorded."""
         top = max(sigma)
         with self._lock:
@@ -61,21 +64,26 @@ class Recorder:
                 met = [target for target in pending if top <= target + 1e-6]
                 wanted = bool(met)
                 self._pending_of[model] = [target for target in pending if target not in met]
-        self._now.forward = (sigma, grid) if wanted else None
+        self._now.forward = (sigma, grid, text_position) if wanted else None
 
     def save(self, model: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one layer of the current forward, if it is recorded."""
         forward = getattr(self._now, "forward", None)
         if forward is None or (self.layers is not None and layer not in self.layers):
             return
-        sigma, grid = forward
+        sigma, grid, text_position = forward
+        path = self.folder / f"{model}.layer{layer:03d}.sigma{max(sigma):.6f}.safetensors"
+        if path in self.files:
+            return
         from safetensors.torch import save_file
 
         tensors = {name: x.detach().cpu().contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
-        tensors["sigma"] = torch.tensor(sigma, dtype=torch.float64)
+        tensors["sigma"] = torch.tensor(sigma[: q.shape[0]], dtype=torch.float64)
         tensors["grid"] = torch.tensor(grid)
-        path = self.folder / f"{model}.layer{layer:03d}.sigma{max(sigma):.6f}.safetensors"
-        metadata = {"format": RECORD_FORMAT, "layer": str(layer), "model": model, "tile": self.tile}
+        metadata = {
+            "format": RECORD_FORMAT, "layer": str(layer), "model": model, "tile": self.tile,
+            "text_len": str(q.shape[1] - math.prod(grid)), "text_position": text_position,
+        }  # fmt: skip
         save_file(tensors, path, metadata=metadata)
         self.files.append(path)
 

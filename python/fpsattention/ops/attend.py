@@ -145,7 +145,7 @@ def _attend(
         "softmax_scale": dim**-0.5 if scale is None else scale,
         "smooth_k": smooth_k,
         "pow2_scales": pow2_scales,
-        "k_mean_stride": _k_mean_stride(k.shape[2]),
+        "k_mean_stride": k_mean_stride(k.shape[2]),
     }
     if keys is not None and (prepared or hidden is not None or isinstance(lists, Selection)):
         raise UnsupportedError(
@@ -212,7 +212,7 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _k_mean_stride(tokens: int) -> int:
+def k_mean_stride(tokens: int) -> int:
     """By branches: torch.export gets ``max(1, min(8, n))`` of a symbolic size inside ``torch.cond`` wrong."""
     if tokens < 2 * K_MEAN_TOKENS:
         return 1

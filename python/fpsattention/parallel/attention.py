@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from ..ops.attend import attend
 from ..ops.checks import GRANULARITIES, HEAD_DIMS, kernel_dim
 from ..ops.rotation import rotate
 from .collectives import agree
-from .heads import Heads, cut_lists, deal_heads, head_costs
+from .heads import Heads, cut_lists, deal_heads
+from .heads import head_costs as costs_of_heads
 from .options import cut_dim, kernel_inputs, resolved
 from .ring import RingAttention, problems_of
 from .sharding import Sharding
@@ -115,11 +117,8 @@ def attention(
 def deal(num_heads: int, sharding: Sharding, lists: Lists | None, costs: Sequence[float] | None = None) -> Heads:
     """Heads of the ranks of ``sharding``, by the cost of their lists where these differ."""
     if costs is None and lists is not None:
-        costs = head_costs_of(lists)
+        costs = costs_of_heads(lists)
     return deal_heads(num_heads, sharding.size, costs)
-
-
-head_costs_of = head_costs
 
 
 def quantized(
@@ -143,7 +142,7 @@ def quantized(
     inputs = kernel_inputs(q, k, v)
     if hadamard:
         inputs = [rotate(inputs[0]), rotate(inputs[1]), inputs[2]]
-    prepared = type(prepared)(**{**vars(prepared), "out_dtype": inputs[0].dtype})
+    prepared = replace(prepared, out_dtype=inputs[0].dtype)
     zeros = inputs[0].shape[3] - dim
     k_mean, v_absmax = (
         x if x is None or not zeros else torch.nn.functional.pad(x, (0, zeros)) for x in (k_mean, v_absmax)
@@ -164,9 +163,8 @@ def _plain(
     q, k, v = to_heads(q, k, v, sharding, heads)
     of_rank = None if lists is None else cut_lists(lists, heads, sharding.rank)
     k_mean, v_absmax = (None if x is None else heads.cut(x, 1, sharding.rank) for x in (k_mean, v_absmax))
-    if not q.shape[
-        2
-    ]:  # more ranks than heads: the output hangs on the inputs all the same, so that gradients travel back
+    # More ranks than heads: the output hangs on the inputs all the same, so that gradients travel back.
+    if not q.shape[2]:
         out, lse = q + k + v, q.new_empty(q.shape[0], 0, q.shape[1], dtype=torch.float32)
     else:
         if of_rank is None:

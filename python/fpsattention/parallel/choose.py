@@ -236,9 +236,8 @@ class _Work:
 
     def ring(self, fetched: Sequence[int], problem: str) -> Estimate:
         """``fetched`` in each step; step 0 is the rank's own shard."""
-        each = [
-            self._fetching(n) * (2 if self.backward else 1) for n in fetched
-        ]  # K and V are fetched anew for the backward
+        # K and V are fetched anew for the backward.
+        each = [self._fetching(n) * (2 if self.backward else 1) for n in fetched]
         if self.backward:
             each = [e + self.batch * n * self.heads * 4.0 * self.dim for e, n in zip(each, fetched, strict=True)]
         visits = [1.0] + [n / max(1, self.layout.num_tokens / self.ranks) for n in fetched[1:]]

@@ -124,9 +124,8 @@ class ShardedModel:
         if forward.tokens is None and forward.video is not None:
             forward.tokens = forward.video._replace(text_len=0 if text is None else text.shape[1])
         sharding, changed = state.of(forward), {}
-        if (
-            text is not None and not sharding.whole_tiles
-        ):  # a text is a tile or two: whole ones would leave ranks without any
+        # A text is a tile or two: whole ones would leave ranks without any.
+        if text is not None and not sharding.whole_tiles:
             changed["encoder_hidden_states"] = sharding.take(text, 1, "text")
         elif text is not None:
             state.replicated = text.shape[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.attend import _k_mean_stride, autocast
+from ..ops.attend import autocast, k_mean_stride
 from ..ops.backends import resolve_backend
 from ..ops.checks import GRANULARITIES, kernel_dim
 from ..ops.reference import V_EXTRA_ROWS, Operands, Quantized
@@ -58,7 +58,7 @@ def resolved(
         scale,
         smooth_k,
         pow2_scales,
-        _k_mean_stride(num_tokens),
+        k_mean_stride(num_tokens),
         deterministic,
         q.dtype,
         fp8_output,

@@ -209,9 +209,8 @@ class Sharding:
             place = torch.arange(self.layout.num_tokens)
             if tile_order:
                 slots = self.layout.cpu().token_of_slot.long()
-                video = slots[slots >= 0][
-                    : self.layout.num_video_tokens
-                ]  # tiles of the video come before those of the text
+                # Tiles of the video come before those of the text.
+                video = slots[slots >= 0][: self.layout.num_video_tokens]
                 place[video] = torch.arange(video.numel()) + video.min()
             return torch.nonzero(place[self.tokens(self.rank)] % stride == 0).squeeze(1)
 

@@ -179,9 +179,9 @@ class Schedule:
             raise _error("axis", f"is {self.axis!r}", "'sigma' or 'steps'")
         if not self.levels:
             raise _error("levels", "is empty", "at least one level")
-        _check_phases(self.phases, self.levels, "phases")
+        _check_phases(self.phases, self.levels, "phases", self.axis)
         for layer, phases in self.layers.items():
-            _check_phases(phases, self.levels, f'layers["{layer}"]')
+            _check_phases(phases, self.levels, f'layers["{layer}"]', self.axis)
         for (of_layer, head), windows in self.heads.items():
             path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
             for name in windows if isinstance(windows, Mapping) else ():
@@ -266,12 +266,13 @@ class Schedule:
 
     def with_linears(self, precision: str) -> Schedule:
         """The schedule with the linear layers of all its levels of precision "fp8" in ``precision``, "fp8" or "bf16"."""
-        if precision not in PRECISIONS:
-            raise ConfigError(f"fpsattention.Schedule: linears {precision!r}, wanted one of {PRECISIONS}")
-        if all(level.precision == "bf16" for level in self.levels.values()):
+        if precision not in LINEARS:
+            raise ConfigError(f"fpsattention.Schedule: linears {precision!r}, wanted one of {', '.join(LINEARS)}")
+        if not any(level.precision == "fp8" for level in self.levels.values()):
+            came = " and ".join(sorted({repr(level.precision) for level in self.levels.values()}))
             raise ConfigError(
-                f"fpsattention.Schedule: linears {precision!r} for levels of precision 'bf16' only, wanted an 'fp8' level: write "
-                '"linears" into a level to have it with dense attention'
+                f"fpsattention.Schedule: linears {precision!r} for levels of precision {came} only, wanted an 'fp8' level: write "
+                '"linears" into a level to have it with other attention'
             )
         levels = {
             name: dataclasses.replace(level, linears=precision) if level.precision == "fp8" else level
@@ -471,23 +472,33 @@ def _check_level_name(name: Any, levels: Mapping[str, Level], path: str) -> None
         raise _error(path, f"is the unknown level {name!r}", f"one of {', '.join(sorted(levels))}")
 
 
-def _check_phases(phases: Sequence[Phase], levels: Mapping[str, Level], path: str) -> None:
-    """Phases must run from 1.0 down to 0.0, each starting where the one before ended."""
+def _check_phases(phases: Sequence[Phase], levels: Mapping[str, Level], path: str, axis: str) -> None:
+    """Phases must run from 1.0 down to 0.0, each starting where the one before ended. Errors speak as the file does."""
+    steps = axis == "steps"
+    first, last, order = (
+        ("first", "last", "0 <= first < last <= 1") if steps else ("high", "low", "1 >= high > low >= 0")
+    )
+
+    def shown(position: float) -> float:
+        return round(1.0 - position, 12) if steps else position
+
     if not phases:
-        raise _error(path, "is empty", "phases that cover sigma from 1.0 down to 0.0")
-    expected, before = 1.0, "sigma starts at 1.0"
+        raise _error(path, "is empty", f"phases that cover {axis} from {shown(1.0)} to {shown(0.0)}")
+    expected, before = 1.0, f"{axis} start{'' if steps else 's'} at {shown(1.0)}"
     for i, phase in enumerate(phases):
         here = f"{path}[{i}]"
         _check_level_name(phase.level, levels, f"{here}.level")
+        came = f"is [{shown(phase.high)}, {shown(phase.low)}]"
         if not (math.isfinite(phase.high) and math.isfinite(phase.low) and phase.high > phase.low >= 0.0):
-            raise _error(f"{here}.sigma", f"is [{phase.high}, {phase.low}]", "[high, low] with 1 >= high > low >= 0")
+            raise _error(f"{here}.{axis}", came, f"[{first}, {last}] with {order}")
         if phase.high != expected:
             fault = "leaves a gap" if phase.high < expected else "overlaps"
-            raise _error(
-                f"{here}.sigma", f"is [{phase.high}, {phase.low}] and {fault}", f"high = {expected}, because {before}"
-            )
+            raise _error(f"{here}.{axis}", f"{came} and {fault}", f"{first} = {shown(expected)}, because {before}")
         expected, before = phase.low, f"{here} ended there"
     if expected != 0.0:
+        here, ends = f"{path}[{len(phases) - 1}].{axis}", shown(0.0)
         raise _error(
-            f"{path}[{len(phases) - 1}].sigma", f"ends at {expected}", "low = 0.0 in the last phase: sigma ends at 0.0"
+            here,
+            f"ends at {shown(expected)}",
+            f"{last} = {ends} in the last phase: {axis} end{'' if steps else 's'} at {ends}",
         )

@@ -88,7 +88,9 @@ class TrainConfig:
     validate_every: int = _setting(
         0, "Steps between validations on fixed samples, sigmas and noise; 0: never.", minimum=0
     )
-    validation_samples: int = _setting(8, "Samples held out for validation.", minimum=1)
+    validation_samples: int = _setting(
+        8, "With validate_every: the last so many samples are held out for validation.", minimum=1
+    )
     checkpoint_every: int = _setting(0, "Steps between checkpoints; 0: never.", minimum=0)
     keep_checkpoints: int = _setting(2, "The newest so many checkpoints stay; 0: all.", minimum=0)
     resume: bool = _setting(False, "Continue from the last checkpoint in the output folder.")
@@ -147,6 +149,22 @@ class TrainConfig:
         c, t, h, w = map(int, parts)
         return c, t, h, w
 
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from; None for a new run.
+
+        Raises:
+            ConfigError: there is none, or a new run was asked for where an earlier one left some: it would delete its own as the older
+                ones, and be resumed from the other's.
+        """
+        found = checkpoints(Path(self.output))
+        if self.resume and not found:
+            raise ConfigError(
+                f"fpsattention.train: resume: no checkpoint-* folder in '{self.output}': train with checkpoint_every first"
+            )
+        if found and not self.resume:
+            raise _wrong("output", self.output, f"resume, or a folder without {found[-1].name} of an earlier run")
+        return found[-1] if found else None
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -156,6 +174,12 @@ class TrainConfig:
 
 def _wrong(name: str, value: Any, wanted: str) -> ConfigError:
     return ConfigError(f"fpsattention.train: {name} {value!r}, expected {wanted}")
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = {path.name.partition("-")[2]: path for path in output.glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
 RECIPES = Path(__file__).with_name("recipes")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _local(tensor: Any) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's shard of a sharded (FSDP2) tensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -24,18 +24,18 @@ class ExponentialMovingAverage:
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
         self.parameters = list(parameters)
         self.decay = decay
-        self.averages = [_local(p.detach()).float().clone() for p in self.parameters]
+        self.averages = [local(p.detach()).float().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the current weights in."""
         for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(_local(parameter.detach()).float(), 1.0 - self.decay)
+            average.lerp_(local(parameter.detach()).float(), 1.0 - self.decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the model has the averaged weights."""
-        kept = [_local(p.detach()).clone() for p in self.parameters]
+        kept = [local(p.detach()).clone() for p in self.parameters]
         self._load(self.averages)
         try:
             yield
@@ -45,7 +45,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def _load(self, weights: list[Tensor]) -> None:
         for parameter, weight in zip(self.parameters, weights, strict=True):
-            _local(parameter.detach()).copy_(weight)
+            local(parameter.detach()).copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, whole: with sharded weights all processes take part, and one writes them."""
@@ -69,4 +69,4 @@ class ExponentialMovingAverage:
 
                 placed: Any = parameter
                 given = distribute_tensor(given, placed.device_mesh, placed.placements)
-            average.copy_(_local(given))
+            average.copy_(local(given))

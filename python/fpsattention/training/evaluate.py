@@ -20,7 +20,7 @@ CLOSING, OTHER = "closing", "other"
 
 @dataclass(frozen=True)
 class Gap:
-    """``loss`` (flow matching, held-out data) under the schedule, ``dense``: of the same weights without, ``base``: of the dense model that it should
+    """``loss`` (flow matching) under the schedule, ``dense``: of the same weights without, ``base``: of the dense model that it should
     equal. ``percent``: of ``loss`` above ``base``."""
 
     name: str
@@ -48,7 +48,7 @@ def evaluate(
         transformer: a Wan transformer; it is left as it is.
         adapter: LoRA folder that ``fpsattn train`` wrote: trained through the schedule, to close the gap.
         other: a LoRA of another purpose (a style, few steps) that knows nothing of the schedule.
-        samples: held-out samples (the last ones of ``data``) with fixed noise and evenly spread sigmas.
+        samples: the last ones of ``data``, with fixed noise and evenly spread sigmas; held out if training left them out (``validate_every``).
 
     Raises:
         ConfigError: an adapter cannot be loaded.

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .config import LORA_TARGETS, TrainConfig
+from .config import LORA_TARGETS, TrainConfig, checkpoints
 from .data import LatentFolder, shuffled
-from .ema import ExponentialMovingAverage
+from .ema import ExponentialMovingAverage, local
 from .learning_rate import AdaptiveLearningRate
 from .model import load_transformer, tiny_transformer, token_grid
 from .objective import flow_matching_loss, noisy, predict, rollout, sample_sigma, velocity_loss
@@ -67,15 +67,10 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _local(tensor: Any) -> Tensor:
-    """This process's shard of a sharded (FSDP2) tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def check_gradients(model: torch.nn.Module) -> None:
     """Raise FloatingPointError naming the first parameters whose gradient is not finite."""
     bad = [
-        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(_local(p.grad)).all()
+        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(local(p.grad)).all()
     ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -213,7 +208,7 @@ def train(
 
     import fpsattention as fps
 
-    output = Path(config.output)
+    output, checkpoint = Path(config.output), config.resume_from()
     output.mkdir(parents=True, exist_ok=True)
     data = LatentFolder(config.data, config.latent_shape)
     num_training_samples(data, config)
@@ -259,8 +254,8 @@ def train(
     if config.ema_decay:
         average = ExponentialMovingAverage((p for p in model.parameters() if p.requires_grad), config.ema_decay)
     accelerator.register_for_checkpointing(learning_rate, progress, *([average] if average else []))
-    if config.resume:
-        accelerator.load_state(str(_latest_checkpoint(output)))
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
     if accelerator.is_main_process:
         config.save(output / "config.json")
     accelerator.init_trackers("fpsattention")
@@ -368,12 +363,6 @@ def _trackers() -> list[str]:
     return ["tensorboard"]
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = {path.name.partition("-")[2]: path for path in output.glob("checkpoint-*")}
-    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
-
-
 def _save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> None:
     """A checkpoint has its name once it is whole, so an interrupted run leaves none that cannot be resumed; older ones go."""
     unfinished = output / "unfinished-checkpoint"
@@ -383,20 +372,9 @@ def _save_checkpoint(accelerator: Any, output: Path, step: int, keep: int) -> No
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finished = output / f"checkpoint-{step:06d}"
-        shutil.rmtree(finished, ignore_errors=True)  # of an earlier run in this folder
-        unfinished.rename(finished)
-        for old in _checkpoints(output)[:-keep] if keep else []:
+        unfinished.rename(output / f"checkpoint-{step:06d}")
+        for old in checkpoints(output)[:-keep] if keep else []:
             shutil.rmtree(old)
-
-
-def _latest_checkpoint(output: Path) -> Path:
-    checkpoints = _checkpoints(output)
-    if not checkpoints:
-        raise ConfigError(
-            f"fpsattention.train: resume: no checkpoint-* folder in '{output}': train with checkpoint_every first"
-        )
-    return checkpoints[-1]
 
 
 class _LossLog:

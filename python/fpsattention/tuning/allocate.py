@@ -19,9 +19,8 @@ from .settings import COST, cost_of
 #: Kind of launch -> the share of the pairs that each of its options attends.
 Densities = Mapping[str, Sequence[float]]
 
-STEPS = (
-    80  # of the bisection: the price is found to 1 part in 1e12 of its range, which is below any difference of errors
-)
+# Of the bisection: the price is found to 1 part in 1e12 of its range, which is below any difference of errors
+STEPS = 80
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,8 @@ class Inputs:
                 )
             phase = next(p for p in range(self.phases) if starts[p] <= step < starts[p + 1])
             if phase not in self._seen and step >= (starts[phase] + starts[phase + 1] - 1) // 2:
-                self._seen.add(
-                    phase
-                )  # with classifier-free guidance the first forward of a step is the conditional one
+                # With classifier-free guidance the first forward of a step is the conditional one.
+                self._seen.add(phase)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 kept = {name: _to(value, "cpu") for name, value in arguments.items() if name != "return_dict"}
                 saved = {"transformer": installation.name, "sigma": sigma, "arguments": kept}

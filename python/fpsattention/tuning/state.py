@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -14,10 +13,14 @@ import torch
 from torch import Tensor
 
 from ..analysis.metrics import jsonable
+from ..errors import ConfigError
 
-_HASHED = (
-    65_536  # elements of a tensor that enter a model's hash: all of a small one, evenly spaced ones of a large one
-)
+# Elements of a tensor that enter a model's hash: all of a small one, evenly spaced ones of a large one
+_HASHED = 65_536
+
+
+#: What tuning writes beside ``state.json`` and reads again.
+WRITTEN = ("schedule.json", "tune.json", "runs")
 
 
 class State:
@@ -25,21 +28,37 @@ class State:
 
     Args:
         key: of everything that decides the results; a folder of another key is emptied of what tuning wrote.
+
+    Raises:
+        ConfigError: the folder holds files of these names that are not tuning's.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.path = folder, folder / "state.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.data: dict[str, Any] = {}
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+        self.data = self._read()
         self.resumed = self.data.get("key") == key
         if not self.resumed:
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-            for name in ("schedule.json", "tune.json"):
-                (folder / name).unlink(missing_ok=True)
+            for path in (folder / name for name in WRITTEN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             self.data = {"key": key}
             self._write()
+
+    def _read(self) -> dict[str, Any]:
+        """What an earlier run left; nothing where there was none."""
+        if self.path.exists():
+            try:
+                data = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"fpsattention.tune: '{self.path}' is not JSON: {error}") from error
+            if not isinstance(data, dict) or "key" not in data:
+                raise ConfigError(f"fpsattention.tune: '{self.path}' is not of tuning, expected another folder")
+            return data
+        if foreign := [name for name in WRITTEN if (self.folder / name).exists()]:
+            raise ConfigError(
+                f"fpsattention.tune: '{self.folder}' holds {foreign[0]} and no state.json, expected an empty folder or one of tuning"
+            )
+        return {}
 
     def get(self, *path: str) -> Any:
         """What is kept there, or None."""

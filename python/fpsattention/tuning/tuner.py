@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -175,7 +175,6 @@ class Tuner:
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self.state = State(settings.out, key)
         self.runner = Runner(pipe, target, settings.out / "runs")
-        self.best: dict[str, Any] | None = None
 
     @property
     def late(self) -> bool:
@@ -209,7 +208,7 @@ class Tuner:
             else:
                 path.unlink(missing_ok=True)
                 with self._inputs(item) as inputs, inputs.recording():
-                    self.runner.reference(item, during=_nothing())
+                    self.runner.reference(item, during=nullcontext())
                 self.state.put(list(inputs.sigmas), "sigmas")
             self.state.put(self.runner.seconds, "seconds", "dense")
         self.progress("dense runs", len(self.items) + 1, len(self.items) + 1)
@@ -577,8 +576,3 @@ def _density(layout: TileLayout, window: tuple[int, int, int]) -> float:
     from ..layout.masks import sliding_tile_mask
 
     return float(sliding_tile_mask(layout, window).density)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
