@@ -85,6 +85,31 @@ def make_skyreels() -> Call:
     return pipe, {**text(), **size()}
 
 
+def make_animate() -> Call:
+    import numpy as np
+    from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    noise = np.random.default_rng(0)
+
+    def images(count: int, height: int, width: int) -> list[Image.Image]:
+        return [Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)) for _ in range(count)]
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=4, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    side = {"height": 16, "width": 16}
+    pipe = diffusers.WanAnimatePipeline(
+        **NO_TEXT, vae=wan_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=model("animate"),
+        image_processor=CLIPImageProcessor(size=side, crop_size=side), image_encoder=CLIPVisionModel(config).eval(),
+    )  # fmt: skip
+    return pipe, {
+        **text(negative=False), "image": images(1, 64, 96)[0], "pose_video": images(5, 64, 96), "face_video": images(5, 16, 16),
+        "height": 64, "width": 96, "segment_frame_length": 5,
+    }  # fmt: skip
+
+
 def make_anyflow() -> Call:
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
     pipe = diffusers.AnyFlowPipeline(**NO_TEXT, vae=wan_vae(), scheduler=scheduler, transformer=model("anyflow"))
