@@ -259,6 +259,7 @@ def cell_errors(
         weight: ``[B, rows, H, D]``, of each squared difference; None: 1.
     """
     import fpsattention.ops  # noqa: F401  registers torch.ops.fpsattn
+    from fpsattention.ops.attend import k_mean_stride
 
     dim, device, layout = q.shape[3], q.device, rows.layout
     if v.dtype == torch.float32 and device.type != "cpu":
@@ -295,8 +296,9 @@ def cell_errors(
         granularity = GRANULARITIES[kind.removesuffix(ROTATED)]
         rotated = (rotate(q), rotate(k)) if kind.endswith(ROTATED) else (q, k)
         quantized = torch.ops.fpsattn.quantize(
-            *rotated, v, token_of_slot, offsets, granularity=granularity, smooth_k=True, pow2_scales=False
-        )
+            *rotated, v, token_of_slot, offsets, granularity=granularity, smooth_k=True, pow2_scales=False,
+            k_mean_stride=k_mean_stride(layout.num_tokens),
+        )  # fmt: skip
         found[kind] = torch.stack([squares(quantized, sliding_tile_mask(layout, window)) for window in windows], 1)
     on_device = layout.to(device)
     for name in patterns:
