@@ -87,11 +87,8 @@ def ways() -> dict[str, Any]:
     "schedule, way",
     [
         *((preset, "whole") for preset in PRESETS),
-        *(
-            pytest.param(schedule, way, marks=pytest.mark.slow if schedule is MIXED else ())
-            for schedule in (SWITCHED, MIXED)
-            for way in ("in place", "forward", "inside a function")
-        ),
+        (SWITCHED, "in place"),
+        *(pytest.param(MIXED, way, marks=pytest.mark.slow) for way in ("forward", "inside a function")),
     ],
     ids=lambda value: value if isinstance(value, str) else "mixed" if value is MIXED else "switched",
 )

@@ -428,12 +428,10 @@ def compile_whole(model: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     "data, compiled, graphs",
     [
-        (KEEPING, compile_blocks, 1),
         (KEEPING, compile_whole, 1),
         (KEEPING_MIXED, compile_blocks, 2),  # a layer of its own is another code
-        (KEEPING_MIXED, compile_whole, 1),
     ],
-    ids=["one-blocks", "one-whole", "mixed-blocks", "mixed-whole"],
+    ids=["one-whole", "mixed-blocks"],
 )
 @torch.no_grad()
 def test_graphs_keep_lists_for_steps_of_a_run(data, compiled, graphs, dynamo):
