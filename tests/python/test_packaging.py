@@ -96,8 +96,8 @@ def test_wheel_from_sdist_without_torch(sdist, tmp_path):
         r"set\(FPSATTN_TORCH_HEADERS_VERSION (\S+)\)", (ROOT / "cmake/fpsattn_torch_headers.cmake").read_text()
     )
     assert used["file"].startswith(str(site)) and used["torch_version"] == pinned[1] and not used["cuda"]
-    tests = [f"tests/python/test_{name}.py" for name in ("masks", "schedule")]
-    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests, cwd=unpacked, PYTHONPATH=str(site))
+    tests = ["-m", "not slow", *(f"tests/python/test_{name}.py" for name in ("masks", "schedule"))]
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked, PYTHONPATH=str(site))
 
 
 @pytest.mark.slow
