@@ -96,7 +96,9 @@ select=()
 [ $quick = yes ] && select=(-m "not slow")
 tests=("$python" -m pytest -q "${select[@]}")
 
-suite "Python" python.xml "${tests[@]}" -n "$jobs" --ignore-glob='*/test_sm90_*.py' tests/python --junit-xml="$results/python.xml"
+# Neighbours share fixtures; whoever has nothing left takes from the end of another's.
+parallel=(-n "$jobs" --dist worksteal)
+suite "Python" python.xml "${tests[@]}" "${parallel[@]}" --ignore-glob='*/test_sm90_*.py' tests/python --junit-xml="$results/python.xml"
 
 if [ $built = 0 ] && [ $kernels = yes ]; then
   launcher=$(sed -n 's/^FPSATTN_DEVICE_LAUNCHER:INTERNAL=//p' "$build/CMakeCache.txt")
@@ -104,7 +106,7 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
   sm90() {
     local name=$1 report=$2 command=() workers=(-p no:xdist)  # one process where there is one GPU
     shift 2
-    [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --) workers=(-n "$jobs")
+    [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --) workers=("${parallel[@]}")
     PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" "${workers[@]}" tests/python/test_sm90_*.py \
       --junit-xml="$results/$report"
   }
@@ -119,7 +121,7 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
     fi
     export FPSATTN_BUILD_DIR="$build/package" FPSATTN_PTXAS_CACHE="${FPSATTN_PTXAS_CACHE:-$PWD/build/ptxas}"
     PATH="$tools:$PATH" PYTHONPATH="$build/package" suite "kernels, machine code; tools" static.xml \
-      "${tests[@]}" -n "$jobs" tests/static tools \
+      "${tests[@]}" "${parallel[@]}" tools tests/static \
       --junit-xml="$results/static.xml"
   fi
 fi
