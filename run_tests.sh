@@ -23,7 +23,7 @@ for argument in "$@"; do
   esac
 done
 python=${PYTHON:-python}
-jobs=${FPSATTN_TEST_JOBS:-$(nproc)}
+jobs=${FPSATTN_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc)}  # nproc would obey that variable
 mkdir -p build "${FPSATTN_TEST_BUILD:-build/tests}"
 build=$(cd "${FPSATTN_TEST_BUILD:-build/tests}" && pwd)
 results=$build/results
