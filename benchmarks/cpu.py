@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu [--only speed | planning | host]      # prints a JSON object
 
-``host`` replaces the kernels by a function that returns at once, so that only this library's Python is left: from the core call of the
-model's processor to the call of the op, and the hooks of the transformer.
+``host`` replaces SDPA, and our op, by functions that return at once, so that only Python is left: of the model's attention processor as it is,
+of the same with ``fpsattention.apply``, and of the hooks of the transformer.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def planning() -> list[dict[str, Any]]:
     return [{"case": name, "ms": ms} for name, ms in interleaved(calls, "cpu", 0.0, min_repeats=REPEATS).items()]
 
 
-def best(function: Callable[[], Any], calls: int, repeats: int = 15) -> float:
+def best(function: Callable[[], Any], calls: int, repeats: int = 40) -> float:
     """Microseconds of CPU time per call: the best of some repeats, since everything else only adds."""
     times = []
     for _ in range(repeats):
@@ -77,10 +77,10 @@ def best(function: Callable[[], Any], calls: int, repeats: int = 15) -> float:
 
 
 def host_cost(schedule: str, batch: int) -> dict[str, float]:
-    """Per attention layer and per transformer forward on the cached path, for ``batch`` samples of one sigma; 40 tiny layers."""
+    """On the cached path, for ``batch`` samples of one sigma and 40 tiny layers: a call of a self-attention's processor without its linear
+    layers and norms, the model's own and ours; hooks of one forward of the transformer."""
     from diffusers import WanTransformer3DModel
 
-    from fpsattention.integrations.core_calls import CoreCall
     from fpsattention.integrations.state import CURRENT
     from fpsattention.ops import autograd
 
@@ -88,14 +88,25 @@ def host_cost(schedule: str, batch: int) -> dict[str, float]:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=64, num_layers=LAYERS, ffn_dim=64, text_dim=32,
         in_channels=16, out_channels=16, freq_dim=64, rope_max_seq_len=64,
     ).eval()  # fmt: skip
-    arguments = {"hidden_states": torch.randn(batch, 16, 3, 16, 24), "timestep": torch.tensor([300.0]).expand(batch)}
+    arguments = {"hidden_states": torch.randn(batch, 16, 3, 4, 6), "timestep": torch.tensor([300.0]).expand(batch)}
     arguments["encoder_hidden_states"] = torch.randn(batch, 8, 32)
-    q = torch.randn(batch, 288, 2, 64)
+    hidden, attn = torch.randn(batch, 18, 128), model.blocks[0].attn1
+    for name in ("to_q", "to_k", "to_v", "norm_q", "norm_k"):
+        setattr(attn, name, torch.nn.Identity())
+    attn.to_out = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
 
-    def kernel(_op: str, q: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+    def layer() -> torch.Tensor:
+        return attn.processor(attn, hidden, None, None, None)
+
+    def sdpa(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return query
+
+    def op(_name: str, q: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         return q, None
 
-    with torch.no_grad(), fps.apply(model, schedule) as handle, mock.patch.object(autograd, "call", kernel):
+    with torch.no_grad(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa):
+        dense = best(layer, calls=300)
+    with torch.no_grad(), fps.apply(model, schedule) as handle, mock.patch.object(autograd, "call", op):
         installation = handle.installations[0]
 
         def hooks() -> None:
@@ -104,11 +115,11 @@ def host_cost(schedule: str, batch: int) -> dict[str, float]:
 
         hooks()
         installation._before_forward(model, (), arguments)
-        site, core = installation.sites[0], CoreCall(q, q, q, dense=lambda q, k, v: q)
-        layer = best(lambda: site.attend(core), calls=1000)
+        ours = best(layer, calls=300)
         CURRENT.forward = None
         per_forward = best(hooks, calls=100)
-        return {"layer_us": layer, "hooks_us": per_forward, "hooks_us_per_layer": per_forward / LAYERS}
+    extra = {"dense_layer_us": dense, "layer_us": ours, "extra_us": ours - dense}
+    return {**extra, "hooks_us": per_forward, "hooks_us_per_layer": per_forward / LAYERS}
 
 
 def host() -> dict[str, dict[str, float]]:

@@ -43,10 +43,8 @@ PEERS = textwrap.dedent(
         raise RuntimeError("planted: prepare raises")
 
     def raises_late(w, d):
-        calls = []
         def run(x):
-            calls.append(1)
-            if len(calls) > 10:
+            if "test_interleaved" in os.environ["PYTEST_CURRENT_TEST"]:
                 raise RuntimeError("planted: raises when interleaved")
             return F.scaled_dot_product_attention(x.q, x.k, x.v)
         return Prepared(run)
@@ -75,6 +73,11 @@ def environment() -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(("FPSATTN_", "HOPPER_EMU", "PYTEST_"))
     }
     return {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "FPSATTN_COMMIT": "tested"}
+
+
+FACTS, KERNELS, PEER_BENCH, CORRECTNESS = (
+    f"benchmarks/bench_{name}.py" for name in ("facts", "kernels", "peers", "correctness")
+)  # a run of some files imports no more than these
 
 
 def command(out: Path, *arguments: object) -> list[str]:
@@ -128,7 +131,7 @@ def test_dry_run_measures_marks_and_reports(tmp_path: Path) -> None:
 def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_file: Path) -> None:
     names = "good or raises or absent or dies or hangs or test_interleaved"
     status, lines, output = run(
-        tmp_path / "r.jsonl", "--peers-file", peers_file, "-k", f"bench_peers and forward-tiny-0.3 and not own and ({names})",
+        tmp_path / "r.jsonl", PEER_BENCH, "--peers-file", peers_file, "-k", f"forward-tiny-0.3 and not own and ({names})",
         "-o", "faulthandler_timeout=15",
     )  # fmt: skip
     assert status == 0, output
@@ -151,7 +154,12 @@ def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_fil
 @pytest.mark.slow
 def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file: Path) -> None:
     status, lines, output = run(
-        tmp_path / "r.jsonl", "--peers-file", peers_file, "-k", "forward-tiny-0.3 and (good or own-zeros or own-dies)"
+        tmp_path / "r.jsonl",
+        PEER_BENCH,
+        "--peers-file",
+        peers_file,
+        "-k",
+        "forward-tiny-0.3 and (good or own-zeros or own-dies)",
     )
     assert status == 1, output
     assert outcome_of(lines, "own-zeros") == {"failed"} and outcome_of(lines, "own-dies") == {"crashed"}
@@ -163,7 +171,7 @@ def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file
 @pytest.mark.slow
 def test_a_killed_run_keeps_what_it_had_and_is_resumed(tmp_path: Path, peers_file: Path) -> None:
     out = tmp_path / "r.jsonl"
-    options = ("--peers-file", peers_file, "-k", "test_ceilings or (forward-tiny-0.3 and hangs)")
+    options = (KERNELS, PEER_BENCH, "--peers-file", peers_file, "-k", "test_ceilings or (forward-tiny-0.3 and hangs)")
     suite = subprocess.Popen(command(out, *options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 120
@@ -191,9 +199,9 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     Results(out).append("run", schema="fpsattn-bench/2", mode="dry", commit="another")
     before = out.read_text()
-    status, _, output = run(out, "-k", "test_facts")
+    status, _, output = run(out, FACTS)
     assert status == 4 and "--resume, or another --out" in output
-    status, _, output = run(out, "-k", "test_facts", "--resume")
+    status, _, output = run(out, FACTS, "--resume")
     assert status == 4 and "commit another, not dry, tested" in output
     assert out.read_text() == before
 
@@ -201,9 +209,9 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_the_time_limit_leaves_is_left_for_resuming(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
-    status, lines, _ = run(out, "-k", "test_facts or test_ceilings", "--time-limit", "0.001")
+    status, lines, _ = run(out, FACTS, KERNELS, "-k", "test_facts or test_ceilings", "--time-limit", "0.001")
     assert status == 5 and {line["outcome"] for line in lines if line["type"] == "outcome"} == {"not run"}
-    status, lines, _ = run(out, "-k", "test_facts or test_ceilings", "--resume")
+    status, lines, _ = run(out, FACTS, KERNELS, "-k", "test_facts or test_ceilings", "--resume")
     assert status == 0 and sorted(line["outcome"] for line in lines if line["type"] == "outcome")[-1] == "skipped"
     assert any(line.get("name") == "copy" for line in lines)
 
@@ -228,7 +236,7 @@ def test_cpp_programs_pass_fail_crash_and_skip(tmp_path: Path) -> None:
     launcher.chmod(0o755)
     out = tmp_path / "r.jsonl"
     done = subprocess.run(
-        command(out, "-k", "test_cpp", "--build-dir", tmp_path / "build"), env={**environment(), "FPSATTN_EMULATOR": str(launcher)},
+        command(out, CORRECTNESS, "-k", "test_cpp", "--build-dir", tmp_path / "build"), env={**environment(), "FPSATTN_EMULATOR": str(launcher)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

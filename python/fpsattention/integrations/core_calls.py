@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Core = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that takes three times as long to make, once per layer
 class CoreCall:
     """What a core was called with. ``q, k, v (B, S, H, D)``; ``dense(q, k, v)`` is the model's own call, on all samples; on some
     samples, where there is a mask, with theirs as fourth argument. ``parallel``: diffusers' config, where tokens are spread over ranks.

@@ -77,13 +77,14 @@ def _swapped_class(original: type, core: str) -> type:
 
     @functools.wraps(function)  # diffusers filters keyword arguments by the signature
     def call(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        before, CURRENT.site = (CURRENT.site, CURRENT.raw), self.site
+        now, site = CURRENT.now, self.site
+        before, now["site"] = (now["site"], now["raw"]), site
         try:
-            if self.site.prepare is not None:
-                module, args, kwargs = self.site.bare(module, names, args, kwargs)
+            if site.prepare is not None:
+                module, args, kwargs = site.bare(module, names, args, kwargs)
             return run(self, module, *args, **kwargs)
         finally:
-            CURRENT.site, CURRENT.raw = before
+            now["site"], now["raw"] = before
 
     members = {"__slots__": ("site", "original"), "__call__": call, "__reduce__": _reduce, "__setstate__": _set_state}
     swapped = type(f"FPS{original.__name__}", (original,), members)

@@ -116,10 +116,12 @@ def _attend(
             "fpsattention.attention: precision 'paper' on the sm_90a kernels, whose P is 2^(x - m + 8) of an integer maximum: use "
             "precision='fp8' there, or CPU tensors or backend='reference' to see what the published P costs"
         )
-    q, k, v = autocast(q), autocast(k), autocast(v)
+    if _autocasts(q.device.type):
+        q, k, v = autocast(q), autocast(k), autocast(v)
     if tensor_layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     weights = () if norm is None else norm.tensors
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *weights))
     lists = mask.to(q.device).lists(backward) if isinstance(mask, BlockMask) else mask
@@ -204,10 +206,13 @@ def _attend(
     return (out.transpose(1, 2) if tensor_layout == "NHD" else out), lse, *rest
 
 
+def _autocasts(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor) -> Tensor:
     """As the inputs of ``scaled_dot_product_attention`` under autocast: floats, FP64 aside, in the dtype of autocast."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not _autocasts(device := x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 
