@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,15 @@ def read_kernels() -> list[dict[str, Any]]:
     elfs = subprocess.run([cuobjdump, "-lelf", str(binary)], capture_output=True, text=True).stdout
     if "sm_90a" not in elfs:
         raise Unavailable(f"{binary} holds no sm_90a code (FPSATTN_PTX_ONLY=ON?)")
-    result = subprocess.run([sys.executable, str(SASSBUDGET), str(binary), "--json"], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"sassbudget failed on {binary}: {result.stderr}")
-    dump = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    commands = [[sys.executable, str(SASSBUDGET), str(binary), "--json"], [cuobjdump, "-sass", str(binary)]]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(partial(subprocess.run, capture_output=True, text=True), commands))
+    for result in results:
+        if result.returncode != 0:
+            raise RuntimeError(f"{result.args} failed: {result.stderr}")
+    facts, dump = (result.stdout for result in results)
     texts = {part.split("\n", 1)[0].strip(): part for part in dump.split("Function : ")[1:]}
-    return [{**kernel, "text": texts[kernel["mangled"]]} for kernel in json.loads(result.stdout)]
+    return [{**kernel, "text": texts[kernel["mangled"]]} for kernel in json.loads(facts)]
 
 
 def violations(entry: dict[str, Any], kernels: list[dict[str, Any]]) -> list[str]:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 from .sass import parse_sass
 
@@ -147,9 +148,11 @@ def load(path, args):
             if not cubins:
                 fail(f"{path} holds no device code")
             nvdisasm = find_tool("nvdisasm")
-            for cubin in cubins:
+            pool = ThreadPoolExecutor(os.cpu_count())  # of processes that run ahead of the parsing
+            texts = pool.map(lambda cubin: output([nvdisasm, "-c", "-g", cubin]), cubins)
+            for cubin, text in zip(cubins, texts, strict=True):
                 facts = elf_facts(read_bytes(cubin))
-                part = parse_sass(output([nvdisasm, "-c", "-g", cubin]))
+                part = parse_sass(text)
                 live = parse_sass(output([nvdisasm, "-c", "-plr", "-lrm", "count", cubin])) if args.live else []
                 by_name = {f.name: f for f in live}
                 for f in part:
