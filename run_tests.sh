@@ -116,7 +116,7 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
       --junit-xml="$results/$report"
   }
   sm90 "kernels, torch ops" sm90.xml --async=lazy
-  chosen=(-k "not quantize and not prepare")  # no sums on tensor cores there
+  chosen=(-k "test_sm90_ops and not quantize and not prepare")  # sums on tensor cores, once each
   [ -n "$launcher" ] && [ $quick = no ] &&
     sm90 "kernels, torch ops, truncated sums" sm90_truncated.xml --async=random --seed=5 --fp8-acc=truncated
 
