@@ -177,7 +177,7 @@ def test_the_noisiest_step_has_the_first_phase(family):
 
 
 def test_every_class_of_the_table_is_tested():
-    tested = set()
+    tested = {"Cosmos 3"}  # of sequences without a batch: test_cosmos3.py
     for family in FAMILIES.values():
         model, _ = family.make(1)
         tested.add(adapters.find(model).name)  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..schedule import Schedule
 from .engine import Engine
-from .installation import Installation, check_not_compiled
+from .installation import Installation, check_recordable
 from .record import Recorder
 from .report import Report
 
@@ -142,7 +142,7 @@ class Handle:
         layers = None if layers is None else sorted(set(layers))
         targets = None if sigmas is None else sorted({float(sigma) for sigma in sigmas})
         for installation in self.installations:
-            check_not_compiled(installation)
+            check_recordable(installation)
             if installation.recorder is not None:
                 raise ConfigError(
                     "fpsattention.record: a recording is on already, wanted none: call stop() on it first"
@@ -191,6 +191,8 @@ def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Repor
         result.fallbacks.update(installation.refused_linears)
         if installation.own_norms:
             result.fallbacks[f"{installation.name}: {installation.own_norms}"] = 0
+        if installation.causal_text:
+            result.fallbacks[f"{installation.name}: the causal attention of its text, of every layer"] = 0
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
         for tokens, _, _ in installation.counts():

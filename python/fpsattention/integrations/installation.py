@@ -64,8 +64,9 @@ class Installation(Engine):
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
         cores = [core_of(module, adapter.core) for module in attentions.values()]
         super().__init__(
-            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
-        )
+            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask,
+            adapter.causal_text,
+        )  # fmt: skip
         self.transformer = transformer
         self.adapter = adapter
         self.copied = False
@@ -181,7 +182,8 @@ class Installation(Engine):
             return
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         t, h, w = geometry.grid
-        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position, self._exact(geometry))
+        grid, exact = (int(t), int(h), int(w)), self._exact(geometry)
+        tokens = Tokens(grid, geometry.text_len or 0, geometry.text_position, exact, alone=geometry.alone)
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
@@ -281,7 +283,8 @@ class Installation(Engine):
                 "arguments: compile the blocks (compile_repeated_blocks), not the whole model"
             )
         t, h, w = (_constant(size) for size in geometry.grid)
-        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
+        text_len, alone = _constant(geometry.text_len), _constant(geometry.alone)
+        tokens = Tokens((t, h, w), text_len, geometry.text_position, self._exact(geometry), alone=alone)
         if (reason := self.tables.eager_only()) is not None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
@@ -388,7 +391,10 @@ class Installation(Engine):
 
 def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
-    heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
+    names = ("heads", "num_heads", "num_attention_heads")
+    heads = {
+        next((n for name in names if (n := getattr(x, name, None)) is not None), None) for x in attentions.values()
+    }
     return heads.pop() if len(heads) == 1 else None
 
 
@@ -493,8 +499,12 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     return None
 
 
-def check_not_compiled(installation: Installation) -> None:
-    """Recording reads tensors in Python, which compiled blocks do not run."""
+def check_recordable(installation: Installation) -> None:
+    """Recording reads tensors in Python, which compiled blocks do not run, and its files hold as many queries as keys."""
+    if installation.causal_text:
+        raise UnsupportedError(
+            f"fpsattention.record: {installation.adapter.name} has keys without queries, wanted as many queries as keys"
+        )
     if installation.compiled_modules():
         raise UnsupportedError(
             "fpsattention.record: the transformer is compiled, wanted an eager one: record before compiling"

@@ -118,7 +118,7 @@ class Site:
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
-        if self.owner.paused:
+        if self.owner.paused or (core.causal and self.owner.causal_text):
             return core.dense(core.q, core.k, core.v)
         forward = CURRENT.forward
         if (
@@ -157,11 +157,11 @@ class Site:
         elif self.owner.per_sample:
             call = self._call_of_sample(core, own)
         else:
-            call = own.call(self.group, core.q.shape[1], core.q.device)
+            call = own.call(self.group, core.k.shape[1], core.q.device)
             own.executed[self.layer] += 1
-        if core.q.shape[1] != call.slot_of_token.shape[0]:
+        if core.k.shape[1] != call.slot_of_token.shape[0]:
             raise ConfigError(
-                f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
+                f"fpsattention.apply: {self.name} got {core.k.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
         out = self.parts(core, call)
@@ -256,6 +256,10 @@ class Site:
         if part.dense:
             q, k = (q, k) if raw is None else raw.finish(q, k)
             return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
+        if self.owner.causal_text and q.shape[1] != k.shape[1]:
+            first, count = (k.shape[1] - q.shape[1] if call.text_first else 0), q.shape[1]
+            out, lists = self.launch(call, core, part, *_square(q, k, v, call.text_first), masked, known)
+            return out[:, first : first + count], lists
         hidden = None
         if masked is not None:
             k, v, hidden, _ = masked
@@ -352,6 +356,8 @@ class Site:
             return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
         (batch, count, heads, dim), of_keys = core.q.shape, core.k.shape
         fewer = of_keys[2] and heads % of_keys[2] == 0  # grouped queries
+        if self.owner.causal_text:  # the tables say how many
+            count = max(count, of_keys[1])
         if of_keys != (batch, count, of_keys[2], dim) or core.v.shape != of_keys or not fewer:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
             return f"got q, k, v of shapes {shapes}, wanted equal ones, heads of k and v aside (only self-attention is replaced)"
@@ -382,6 +388,15 @@ class Site:
             "transformer(...), not transformer.forward(...); checkpoint blocks through "
             "transformer.enable_gradient_checkpointing(your_function) or torch's checkpoint_wrapper, not by hand"
         )
+
+
+def _square(q: Tensor, k: Tensor, v: Tensor, text_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``(B, S, H, D)`` in the order of the tables, where the first keys have no queries: empty ones, whose rows visit nothing."""
+    alone = k.shape[1] - q.shape[1]
+    empty = q.new_zeros(q.shape[0], alone, q.shape[2], q.shape[3])
+    if text_first:
+        return torch.cat([empty, q], 1), k, v
+    return torch.cat([q, empty], 1), k.roll(-alone, 1), v.roll(-alone, 1)
 
 
 def _dense(core: CoreCall, forward: Forward | None) -> Tensor:

@@ -30,6 +30,7 @@ class Tokens(NamedTuple):
     text_position: str = "suffix"
     exact: tuple[int, ...] = ()  # frames that are dense in both directions
     order: str = "raster"
+    alone: int = 0  # text tokens that are keys only: the first of a text before the video, the last of one after it
 
     @property
     def video_tokens(self) -> int:
@@ -75,6 +76,7 @@ class TokenTables:
         self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
         self._raster = layout
         self._exact = tokens.exact
+        self._alone = tokens.alone
         self._rules = rules
         self._num_heads = num_heads
         self.made = Cache()  # by what was asked
@@ -108,7 +110,16 @@ class TokenTables:
         return tuple(r if isinstance(r, BoundPattern) else resolve_window(r, self.layout) for r in rules)
 
     def mask(self, group: int, segment: int) -> BlockMask:
-        """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H."""
+        """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H. Tiles that have no queries visit nothing."""
+        rules, mask = self._concrete(group, segment), self._square(group, segment)
+        if not self._alone:
+            return mask
+        first = self._alone if self.layout.text_position == "prefix" else 0
+        asked = (first, first + self.layout.num_tokens - self._alone)
+        return self.made.get(("rows", rules), lambda: with_rows(mask, asked))
+
+    def _square(self, group: int, segment: int) -> BlockMask:
+        """:meth:`mask` if every token had a query."""
         rules = self._concrete(group, segment)
 
         def make() -> BlockMask:
@@ -151,7 +162,16 @@ class TokenTables:
         """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
         if self._rules[group][segment] is None:
             return 1.0
-        return self.made.get(("density", self._concrete(group, segment)), lambda: self.mask(group, segment).density)
+        return self.made.get(("density", self._concrete(group, segment)), lambda: self._square(group, segment).density)
+
+
+def with_rows(mask: BlockMask, asked: tuple[int, int]) -> BlockMask:
+    """``mask``, on the CPU, whose tiles without a token from ``asked[0]`` to ``asked[1]`` visit nothing."""
+    layout = mask.layout
+    with plain_tensors():
+        tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)
+        tiles[layout.tile_of_block[held_blocks(layout, [asked])].long()] = True
+        return BlockMask(layout, mask.kv_num_blocks * tiles, mask.kv_indices)
 
 
 def head_masks(layout: TileLayout, rules: Sequence[Grid | BoundPattern]) -> BlockMask:

@@ -38,7 +38,6 @@ PRECISIONS = ("fp8", "int8", "paper")
 E4M3 = torch.float8_e4m3fn
 
 
-
 def kernel_dim(dim: int) -> int | None:
     """The head dimension that runs ``dim``: the next of ``HEAD_DIMS``, None beyond the last."""
     for wide in HEAD_DIMS:  # ascending; a loop, as Dynamo does not take min with a default

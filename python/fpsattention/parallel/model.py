@@ -248,7 +248,7 @@ def sharded(transformer: Any) -> ShardedModel | None:
 def attend(site: Site, core: CoreCall, forward: Forward) -> Tensor:
     """The output of a core that sees the tokens of this rank, ``(B, S_local, H, D)``."""
     state = forward.parallel or _of_diffusers(core, forward)
-    if state is None or forward.owner is not site.owner:
+    if state is None or forward.owner is not site.owner or site.owner.causal_text:
         return site.attend_whole(core)  # which refuses
     if forward.owner.recorder is not None:
         raise UnsupportedError("fpsattention.parallel: a recording is on, wanted none: record on one process")

@@ -42,7 +42,6 @@ REFUSED: dict[str, str] = {
     "LatteTransformer3DModel": "it attends within frames and along time apart: sequences are short, and no 3D grid",
     "HunyuanVideoFramepackTransformer3DModel": "the video is between history and text, wanted other tokens on one side",
     "WanAnimate2Transformer3DModel": "its samples are lists of videos of different grids, padded to one length",
-    "Cosmos3OmniTransformer": "its queries are fewer than its keys, and its key heads fewer than its query heads",
     "MiniMaxH3Transformer3DModel": "video, audio and text are packed in an order that only position ids on the device tell",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse already (NABLA), by FlexAttention over tokens in fractal order",
     "ZImageTransformer2DModel": "its samples are lists of images of different sizes, each padded to a multiple of 32 tokens before its caption",
