@@ -96,12 +96,9 @@ def test_a_latent_cell_is_the_predicted_token(sound):
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, sound: int, sparse: bool) -> Tensor:
     """SDPA of the queries there are over all keys, those of the text first."""
-    layout = tiles.plan(GRID, tile=TILE, text_len=TEXT + sound, text_position="suffix" if sound else "prefix")
+    layout = tiles.plan(GRID, tile=TILE, text_len=sound + TEXT)
     mask = masks.sliding_tile_mask(layout, (1, 1, 1) if sparse else layout.tile_grid).to_token_mask()[0, 0]
-    if sound:  # video, sound, text
-        mask = mask[: VIDEO + sound].roll(TEXT, 1)
-    else:
-        mask = mask[TEXT:]
+    mask = mask[: VIDEO + sound].roll(TEXT, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 

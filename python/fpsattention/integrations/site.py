@@ -257,9 +257,8 @@ class Site:
             q, k = (q, k) if raw is None else raw.finish(q, k)
             return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
         if self.owner.causal_text and q.shape[1] != k.shape[1]:
-            first, count = (k.shape[1] - q.shape[1] if call.text_first else 0), q.shape[1]
-            out, lists = self.launch(call, core, part, *_square(q, k, v, call.text_first), masked, known)
-            return out[:, first : first + count], lists
+            out, lists = self.launch(call, core, part, *_square(q, k, v), masked, known)
+            return out[:, : q.shape[1]], lists
         hidden = None
         if masked is not None:
             k, v, hidden, _ = masked
@@ -390,12 +389,11 @@ class Site:
         )
 
 
-def _square(q: Tensor, k: Tensor, v: Tensor, text_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v ``(B, S, H, D)`` in the order of the tables, where the first keys have no queries: empty ones, whose rows visit nothing."""
+def _square(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``(B, S, H, D)`` in the order of the tables, which have the first keys last: those without queries get empty ones, whose
+    rows visit nothing."""
     alone = k.shape[1] - q.shape[1]
     empty = q.new_zeros(q.shape[0], alone, q.shape[2], q.shape[3])
-    if text_first:
-        return torch.cat([empty, q], 1), k, v
     return torch.cat([q, empty], 1), k.roll(-alone, 1), v.roll(-alone, 1)
 
 

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     text_position: str = "suffix"
     exact: tuple[int, ...] = ()  # frames that are dense in both directions
     order: str = "raster"
-    alone: int = 0  # text tokens that are keys only: the first of a text before the video, the last of one after it
+    alone: int = 0  # text tokens that are keys only, the last ones of a text after the video
 
     @property
     def video_tokens(self) -> int:
@@ -114,9 +114,7 @@ class TokenTables:
         rules, mask = self._concrete(group, segment), self._square(group, segment)
         if not self._alone:
             return mask
-        first = self._alone if self.layout.text_position == "prefix" else 0
-        asked = (first, first + self.layout.num_tokens - self._alone)
-        return self.made.get(("rows", rules), lambda: with_rows(mask, asked))
+        return self.made.get(("rows", rules), lambda: with_rows(mask, self.layout.num_tokens - self._alone))
 
     def _square(self, group: int, segment: int) -> BlockMask:
         """:meth:`mask` if every token had a query."""
@@ -165,12 +163,12 @@ class TokenTables:
         return self.made.get(("density", self._concrete(group, segment)), lambda: self._square(group, segment).density)
 
 
-def with_rows(mask: BlockMask, asked: tuple[int, int]) -> BlockMask:
-    """``mask``, on the CPU, whose tiles without a token from ``asked[0]`` to ``asked[1]`` visit nothing."""
+def with_rows(mask: BlockMask, count: int) -> BlockMask:
+    """``mask``, on the CPU, whose tiles without one of the first ``count`` tokens visit nothing."""
     layout = mask.layout
     with plain_tensors():
         tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)
-        tiles[layout.tile_of_block[held_blocks(layout, [asked])].long()] = True
+        tiles[layout.tile_of_block[held_blocks(layout, [(0, count)])].long()] = True
         return BlockMask(layout, mask.kv_num_blocks * tiles, mask.kv_indices)
 
 

@@ -31,8 +31,8 @@ class Geometry:
             the sequence has beyond the grid, read at the attention itself.
         text_position: where these tokens are: "suffix" or "prefix".
         exact: frames of the grid that are dense in both directions, too (reference images).
-        alone: of the other tokens, those that are keys only (``Adapter.causal_text``). Their keys come first, whatever ``text_position``
-            says: "prefix" where there are no others, "suffix" where others follow the video.
+        alone: of the other tokens, those that are keys only (``Adapter.causal_text``): ``text_position`` is "suffix" for those that follow the
+            video, though the keys of these come first.
     """
 
     grid: Grid

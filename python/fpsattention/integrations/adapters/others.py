@@ -75,10 +75,8 @@ def packed(model: Any, arguments: Arguments) -> Geometry:
     if not noisy:
         raise UnsupportedError("fpsattention.apply: no token has a timestep, wanted one that is denoised")
     latents = arguments["vision_tokens"][0]
-    position = "suffix" if others else "prefix"
-    return Geometry(
-        (t, h, w), latents.reshape(1, *latents.shape[-4:]), noisy[0][None], text + others, position, alone=text
-    )
+    latents = latents.reshape(1, *latents.shape[-4:])
+    return Geometry((t, h, w), latents, noisy[0][None], text + others, alone=text)
 
 
 def frames_last_channels(model: Any, arguments: Arguments) -> Geometry:
