@@ -257,8 +257,8 @@ class Site:
             q, k = (q, k) if raw is None else raw.finish(q, k)
             return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
         if self.owner.causal_text and q.shape[1] != k.shape[1]:
-            out, lists = self.launch(call, core, part, *_square(q, k, v), masked, known)
-            return out[:, : q.shape[1]], lists
+            square, made_of = self.launch(call, core, part, *_square(q, k, v), masked, known)
+            return square[:, : q.shape[1]], made_of
         hidden = None
         if masked is not None:
             k, v, hidden, _ = masked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -259,7 +261,7 @@ def check_jvp(
 
 
 #: Of every op, by its name.
-CHECKS = {
+CHECKS: dict[str, Callable[..., None]] = {
     "quantize": check_quantize,
     "prepare": check_prepare,
     "forward": check_forward,
