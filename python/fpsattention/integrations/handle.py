@@ -102,7 +102,7 @@ class Handle:
         report = self.report()
         if not any(report.forwards.values()):
             raise ConfigError(
-                "fpsattention.write_receipt: no forward ran since apply or reset, wanted the run that made the video"
+                "fpsattention.write_receipt: no forward ran since apply or reset, expected the run that made the video"
             )
         return receipt.write(path, receipt.make(self.schedule, report, self.skipped))
 
@@ -145,14 +145,14 @@ class Handle:
             check_recordable(installation)
             if installation.recorder is not None:
                 raise ConfigError(
-                    "fpsattention.record: a recording is on already, wanted none: call stop() on it first"
+                    "fpsattention.record: a recording is on already, expected none: call stop() on it first"
                 )
             count = len(installation.sites)
             bad = [layer for layer in layers or () if not 0 <= layer < count]
             if bad:
-                raise ConfigError(f"fpsattention.record: layers {bad}, wanted indices below {count}")
+                raise ConfigError(f"fpsattention.record: layers {bad}, expected indices below {count}")
         if targets and not 0.0 <= targets[0] <= targets[-1] <= 1.0:
-            raise ConfigError(f"fpsattention.record: sigmas {targets}, wanted numbers in [0, 1]")
+            raise ConfigError(f"fpsattention.record: sigmas {targets}, expected numbers in [0, 1]")
         observers = [
             (site, partial(_save, weakref.ref(installation), site.layer))
             for installation in self.installations

@@ -52,7 +52,7 @@ def resolve_window(window: Window, layout: TileLayout) -> Grid:
         if any(w > n for w, n in zip(window, tiles, strict=True)):
             raise ConfigError(
                 f"fpsattention.Schedule: window {tuple(window)} exceeds the {tiles} tiles of grid {tuple(layout.grid)}, "
-                'wanted at most the tile grid: use {"density": d}, which fits any grid'
+                'expected at most the tile grid: use {"density": d}, which fits any grid'
             )
         return window
     budget = window * tiles[0] * tiles[1] * tiles[2] * (1 + 1e-9)  # 0.3 * 10 tiles is 3 tiles
@@ -124,7 +124,7 @@ class TokenTables:
             mask = head_masks(self.layout, rules)
             if self._num_heads is not None and mask.shape[1] not in (1, self._num_heads):
                 raise ConfigError(
-                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
+                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, expected 1 or "  # type: ignore[union-attr]
                     f"{self._num_heads}, as this transformer has"
                 )
             return with_exact(mask, frames(self._exact, self._raster), self._raster)

@@ -40,7 +40,7 @@ REFUSED: dict[str, str] = {
     "SanaVideoTransformer3DModel": "its self-attention is linear: there is no softmax to make sparse",
     "AnyFlowFARTransformer3DModel": "its attention is frame-causal FlexAttention over a KV cache and compressed history",
     "LatteTransformer3DModel": "it attends within frames and along time apart: sequences are short, and no 3D grid",
-    "HunyuanVideoFramepackTransformer3DModel": "the video is between history and text, wanted other tokens on one side",
+    "HunyuanVideoFramepackTransformer3DModel": "the video is between history and text, expected other tokens on one side",
     "WanAnimate2Transformer3DModel": "its samples are lists of videos of different grids, padded to one length",
     "MiniMaxH3Transformer3DModel": "video, audio and text are packed in an order that only position ids on the device tell",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse already (NABLA), by FlexAttention over tokens in fractal order",

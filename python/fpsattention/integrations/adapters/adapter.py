@@ -222,7 +222,7 @@ class _ReadOnce:
         """``read(tensor)``, which is kept as long as the tensor is neither freed nor written to."""
         if torch.compiler.is_compiling():
             raise UnsupportedError(
-                "fpsattention.apply: the whole model is compiled, and its grid or text is in the values of a tensor, wanted its blocks "
+                "fpsattention.apply: the whole model is compiled, and its grid or text is in the values of a tensor, expected its blocks "
                 "compiled (compile_repeated_blocks)"
             )
         version = 0 if tensor.is_inference() else tensor._version
@@ -242,7 +242,7 @@ def latents_grid(latents: Tensor, patch_size: Any) -> Grid:
     """Tokens of latents ``(B, C, T, H, W)`` under patches ``(pT, pH, pW)``."""
     if latents.ndim != 5:
         raise ConfigError(
-            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, wanted latents (B, C, T, H, W)"
+            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, expected latents (B, C, T, H, W)"
         )
     t, h, w = (size // patch for size, patch in zip(latents.shape[2:], patch_size, strict=True))
     return (t, h, w)

@@ -59,21 +59,21 @@ def packed(model: Any, arguments: Arguments) -> Geometry:
     the video where only actions are made."""
     if model._cp_shard_fn is not None:
         raise UnsupportedError(
-            "fpsattention.apply: the transformer cuts its sequence for several devices (_cp_shard_fn), wanted it whole"
+            "fpsattention.apply: the transformer cuts its sequence for several devices (_cp_shard_fn), expected it whole"
         )
     shapes, text = arguments["vision_token_shapes"], arguments["und_len"]
     if len(shapes) != 1:
-        raise UnsupportedError(f"fpsattention.apply: {len(shapes)} videos or images in one sequence, wanted one")
+        raise UnsupportedError(f"fpsattention.apply: {len(shapes)} videos or images in one sequence, expected one")
     t, h, w = shapes[0]
     others = arguments["sequence_length"] - text - t * h * w
     if others and (place := read_once(arguments["vision_sequence_indexes"], _first)) != text:
         raise UnsupportedError(
-            f"fpsattention.apply: the video begins at token {place}, wanted it next to the text, at {text}"
+            f"fpsattention.apply: the video begins at token {place}, expected it next to the text, at {text}"
         )
     times = [arguments.get(f"{part}_timesteps") for part in ("vision", "sound", "action")]
     noisy = [time for time in times if time is not None and time.numel()]
     if not noisy:
-        raise UnsupportedError("fpsattention.apply: no token has a timestep, wanted one that is denoised")
+        raise UnsupportedError("fpsattention.apply: no token has a timestep, expected one that is denoised")
     latents = arguments["vision_tokens"][0]
     latents = latents.reshape(1, *latents.shape[-4:])
     return Geometry((t, h, w), latents, noisy[0][None], text + others, alone=text)
