@@ -120,7 +120,7 @@ class Bench:
             with torch.no_grad():
                 out = prepared.run(x)
             if out.shape != x.q.shape:
-                raise ValueError(f"its output has shape {tuple(out.shape)}, {tuple(x.q.shape)} was wanted")
+                raise ValueError(f"its output has shape {tuple(out.shape)}, {tuple(x.q.shape)} was expected")
             figures = accuracy.judge(self.workload, x, out, sparse=prepared.sparse, rows=rows)
             return figures, accuracy.within_limits(figures)
         out = prepared.train(x)

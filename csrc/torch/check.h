@@ -1,4 +1,4 @@
-// Checks of the ops' tensors, metadata only: nothing waits for the device. python/fpsattention/ops/checks.py has the
+// Checks of the ops' tensors, metadata only: nothing waits for the device. python/fpsattention/ops/checks*.py have the
 // same ones for the CPU kernels, where values are checked too. All throw fpsattn::Error with the op, the argument, what
 // came, what was wanted.
 #pragma once

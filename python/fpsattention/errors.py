@@ -1,4 +1,4 @@
-"""Exceptions of the package. Texts read ``fpsattention.<op>: <argument> <what came>, <what was wanted>: <hint>``."""
+"""Exceptions of the package. Texts read ``fpsattention.<op>: <argument> <what came>, <what was expected>: <hint>``."""
 
 
 class ConfigError(ValueError):

@@ -61,17 +61,17 @@ class PaperMode:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha1 <= self.alpha2 <= 1.0:
             raise ConfigError(
-                f"fpsattention.PaperMode: alphas {self.alpha1}, {self.alpha2}, wanted 0 <= alpha1 <= alpha2 <= 1"
+                f"fpsattention.PaperMode: alphas {self.alpha1}, {self.alpha2}, expected 0 <= alpha1 <= alpha2 <= 1"
             )
         if self.precision not in ("fp8", "paper"):
-            raise ConfigError(f"fpsattention.PaperMode: precision {self.precision!r}, wanted 'fp8' or 'paper'")
+            raise ConfigError(f"fpsattention.PaperMode: precision {self.precision!r}, expected 'fp8' or 'paper'")
         if set(self.phases) != set(PHASES):
-            raise ConfigError(f"fpsattention.PaperMode: phases {sorted(self.phases)}, wanted {', '.join(PHASES)}")
+            raise ConfigError(f"fpsattention.PaperMode: phases {sorted(self.phases)}, expected {', '.join(PHASES)}")
 
     def phase(self, step: int, num_steps: int) -> str:
         """The phase of step ``t`` in 1..D, the first (noisiest) step being 1."""
         if not 1 <= step <= num_steps:
-            raise ConfigError(f"fpsattention.PaperMode: step {step} of {num_steps}, wanted 1 to {num_steps}")
+            raise ConfigError(f"fpsattention.PaperMode: step {step} of {num_steps}, expected 1 to {num_steps}")
         if step <= self.alpha1 * num_steps + 1e-9:
             return "coarse"
         return "fine" if step <= self.alpha2 * num_steps + 1e-9 else "intermediate"
@@ -113,5 +113,5 @@ class PaperMode:
 
     def _phase(self, name: str) -> PaperPhase:
         if name not in self.phases:
-            raise ConfigError(f"fpsattention.PaperMode: phase {name!r}, wanted one of {', '.join(PHASES)}")
+            raise ConfigError(f"fpsattention.PaperMode: phase {name!r}, expected one of {', '.join(PHASES)}")
         return self.phases[name]

@@ -287,7 +287,7 @@ class failing:
     def __exit__(self, kind, error, trace):
         import re
 
-        assert kind is not None and issubclass(kind, self.kind), f"{kind} {error}, wanted {self.kind} {self.pattern}"
+        assert kind is not None and issubclass(kind, self.kind), f"{kind} {error}, expected {self.kind} {self.pattern}"
         assert re.search(self.pattern, str(error)), f"{error} does not match {self.pattern}"
         return True
 

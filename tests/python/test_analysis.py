@@ -164,7 +164,7 @@ def test_captures_round_trip(tmp_path):
     first, second = records[0], records[1]
     assert first["level"] == "dense" and "total" not in first and first["density"] == 1.0
     assert second["level"] == "careful" and second["total"]["finite"] and second["granularity"] == "block"
-    with pytest.raises(ConfigError, match="level 'nope' is not in the schedule, wanted one of dense, careful"):
+    with pytest.raises(ConfigError, match="level 'nope' is not in the schedule, expected one of dense, careful"):
         analyze_captures(captures, Schedule.preset("training_free"), level="nope")
 
 

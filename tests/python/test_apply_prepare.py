@@ -177,7 +177,7 @@ def test_norms_that_are_not_as_expected_stay_the_models_own(model, how):
 
 @torch.no_grad()
 def test_what_is_refused(model):
-    with pytest.raises(ConfigError, match="prepare 'yes', wanted one of"):
+    with pytest.raises(ConfigError, match="prepare 'yes', expected one of"):
         fps.apply(model, SCHEDULE, prepare="yes")
     unknown, _ = tiny_models.FAMILIES["kandinsky"].make(1)
     with pytest.raises(UnsupportedError, match="prepare: norms and RoPE of Kandinsky 5 are not known"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from benchmarks import timing, workloads  # noqa: E402
 from benchmarks.bench_end_to_end import amdahl  # noqa: E402
 from benchmarks.bench_facts import rows_of  # noqa: E402
 from benchmarks.bench_kernels import first_blocks  # noqa: E402
-from benchmarks.plugin import Results, read_lines  # noqa: E402
+from benchmarks.plugin import Results, read_lines, resumable  # noqa: E402
 from benchmarks.telemetry import Telemetry  # noqa: E402
 
 PEERS = textwrap.dedent(
@@ -96,10 +95,13 @@ def peers_file(tmp_path: Path) -> Path:
     return path
 
 
+def outcomes(lines: list[dict], part: str) -> set[str]:
+    """Of the tests whose name has this part."""
+    return {line["outcome"] for line in lines if line["type"] == "outcome" and part in line["id"]}
+
+
 def outcome_of(lines: list[dict], name: str) -> set[str]:
-    return {
-        line["outcome"] for line in lines if line["type"] == "outcome" and f"[{name}-forward-tiny-0.3]" in line["id"]
-    }
+    return outcomes(lines, f"[{name}-forward-tiny-0.3]")
 
 
 @pytest.mark.slow
@@ -132,7 +134,7 @@ def test_failing_absent_and_dying_peers_change_nothing(tmp_path: Path, peers_fil
     names = "good or raises or absent or dies or hangs or test_interleaved"
     status, lines, output = run(
         tmp_path / "r.jsonl", PEER_BENCH, "--peers-file", peers_file, "-k", f"forward-tiny-0.3 and not own and ({names})",
-        "-o", "faulthandler_timeout=15",
+        "-o", "faulthandler_timeout=8",
     )  # fmt: skip
     assert status == 0, output
     wanted = {
@@ -169,51 +171,45 @@ def test_our_own_wrong_and_dying_kernels_fail_the_run(tmp_path: Path, peers_file
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_what_it_had_and_is_resumed(tmp_path: Path, peers_file: Path) -> None:
+def test_a_run_is_resumed_after_its_time_limit_and_after_a_kill(tmp_path: Path, peers_file: Path) -> None:
     out = tmp_path / "r.jsonl"
-    options = (KERNELS, PEER_BENCH, "--peers-file", peers_file, "-k", "test_ceilings or (forward-tiny-0.3 and hangs)")
+    options = (
+        *(FACTS, KERNELS, PEER_BENCH),
+        "--peers-file",
+        peers_file,
+        "--resume",
+        "-k",
+        "test_facts or test_ceilings or (forward-tiny-0.3 and hangs)",
+    )
+    status, lines, _ = run(out, *options, "--time-limit", "0.001")
+    assert status == 5 and outcomes(lines, "") == {"not run"}
     suite = subprocess.Popen(command(out, *options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 120
     try:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and "passed" not in outcomes(read_lines(out), "test_ceilings"):
             time.sleep(0.1)
-            if out.exists() and any(
-                line["type"] == "outcome" for line in map(json.loads, out.read_text().splitlines())
-            ):
-                break
     finally:
         os.killpg(suite.pid, signal.SIGKILL)
         suite.wait(timeout=10)
-    kept = read_lines(out)
-    assert any(line.get("name") == "copy" for line in kept)
+    assert any(line.get("name") == "copy" for line in read_lines(out))
     with out.open("a") as file:
         file.write('{"type": "measurement", "cut o')  # killed within a write
-    status, lines, output = run(out, *options[:-1], "test_ceilings or (forward-tiny-0.3 and good)", "--resume")
-    assert status == 5, output  # nothing more of ours was checked
+    status, lines, output = run(out, *options[:-1], "test_facts or test_ceilings or (forward-tiny-0.3 and good)")
+    assert status == 5, output  # nothing more of ours was checked: facts want a GPU
     assert sum(line.get("name") == "copy" for line in lines) == 1 and outcome_of(lines, "good") == {"passed"}
 
 
-@pytest.mark.slow
 def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
+    assert resumable(out, False, "dry", "tested") == []
     Results(out).append("run", schema="fpsattn-bench/2", mode="dry", commit="another")
     before = out.read_text()
-    status, _, output = run(out, FACTS)
-    assert status == 4 and "--resume, or another --out" in output
-    status, _, output = run(out, FACTS, "--resume")
-    assert status == 4 and "commit another, not dry, tested" in output
-    assert out.read_text() == before
-
-
-@pytest.mark.slow
-def test_what_the_time_limit_leaves_is_left_for_resuming(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    status, lines, _ = run(out, FACTS, KERNELS, "-k", "test_facts or test_ceilings", "--time-limit", "0.001")
-    assert status == 5 and {line["outcome"] for line in lines if line["type"] == "outcome"} == {"not run"}
-    status, lines, _ = run(out, FACTS, KERNELS, "-k", "test_facts or test_ceilings", "--resume")
-    assert status == 0 and sorted(line["outcome"] for line in lines if line["type"] == "outcome")[-1] == "skipped"
-    assert any(line.get("name") == "copy" for line in lines)
+    with pytest.raises(pytest.UsageError, match="--resume, or another --out"):
+        resumable(out, False, "dry", "another")
+    with pytest.raises(pytest.UsageError, match="commit another, not dry, tested"):
+        resumable(out, True, "dry", "tested")
+    assert resumable(out, True, "dry", "another") == [] and out.read_text() == before
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_public_names():
 def test_parse_sizes():
     assert parse_sizes("21x45x80", "x") == parse_sizes("21,45,80", "x") == (21, 45, 80)
     for bad in ("21x45", "21x45,80", "a,b,c", "", "1x2x3x4", "-1x2x3", "0x1x1"):
-        with pytest.raises(ConfigError, match="wanted"):
+        with pytest.raises(ConfigError, match="expected"):
             parse_sizes(bad, "plan: grid")
 
 
@@ -101,23 +101,23 @@ def test_plan_text():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["plan", "21x45"], "fpsattention.plan: grid '21x45', wanted three sizes"),
+        (["plan", "21x45"], "fpsattention.plan: grid '21x45', expected three sizes"),
         (["plan", "21x45x80", "--window", "9,9,9"], "window (9, 9, 9)"),
-        (["plan", "4x4x4", "--tile", "1,2"], "fpsattention.plan: tile '1,2', wanted three sizes"),
-        (["plan", "4x4x0"], "wanted sizes of at least 1"),
+        (["plan", "4x4x4", "--tile", "1,2"], "fpsattention.plan: tile '1,2', expected three sizes"),
+        (["plan", "4x4x0"], "expected sizes of at least 1"),
         (["plan", "4x4x4", "--text-len", "-3"], "fpsattention.plan: text_len"),
         (["plan", "4x4x4", "--text-position", "middle"], "text_position 'middle'"),
-        (["plan", "4x4x4", "--png", "x.gif"], "picture 'x.gif', wanted a name that ends in .png, .jpg"),
+        (["plan", "4x4x4", "--png", "x.gif"], "picture 'x.gif', expected a name that ends in .png, .jpg"),
         (["plan", "2000x2000x500"], "7,875,000 tiles that attend 7,875,000 tiles each: its tables need about"),
         (["plan"], "Missing argument 'grid'"),
         (["plan", "4x4x4", "--text-len", "many"], "Invalid value for '--text-len'"),
         (["plan", "4x4x4", "--frobnicate"], "No such option: --frobnicate"),
         (["nonsense"], "No such command 'nonsense'"),
         (["analyze", "/does/not/exist"], "/does/not/exist is not a folder"),
-        (["demo", "--height", "100"], "size 100x384, wanted height and width that are multiples of 16"),
-        (["demo", "--num-frames", "32"], "num_frames 32, wanted 4k + 1"),
+        (["demo", "--height", "100"], "size 100x384, expected height and width that are multiples of 16"),
+        (["demo", "--num-frames", "32"], "num_frames 32, expected 4k + 1"),
         (["demo", "--device", "tpu"], "device 'tpu'"),
-        (["demo", "--preset", "nope"], "'nope', wanted a Schedule, a preset"),
+        (["demo", "--preset", "nope"], "'nope', expected a Schedule, a preset"),
         (["demo", "--model", "/nope"], "model '/nope' is neither a folder here nor the form of a hub id"),
         (["demo", "--small", "--out", __file__], f"File exists: {__file__}"),
         (["demo", "--small", "--out", "/proc/nowhere"], "/proc/nowhere"),
@@ -127,7 +127,7 @@ def test_plan_text():
             ["train", "--output", "x", "--synthetic", "--learning-rate", "nan"],
             "learning_rate nan, expected a finite number",
         ),
-        (["train", "--output", "x", "--synthetic", "--schedule", "nope"], "'nope', wanted a Schedule, a preset"),
+        (["train", "--output", "x", "--synthetic", "--schedule", "nope"], "'nope', expected a Schedule, a preset"),
         (["train", "--output", "x", "--data", "/nope"], "data '/nope', expected a folder of *.safetensors files"),
         (["train", "--output", __file__, "--synthetic"], f"output '{__file__}' is a file, expected a folder"),
         (["train", "--output", "x", "--synthetic", "--resume"], "resume: no checkpoint-* folder in 'x'"),

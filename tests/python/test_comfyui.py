@@ -156,7 +156,7 @@ def test_what_it_cannot_serve_is_dense_and_said(schedule_file, caplog):
     (clone,) = node().apply(hunyuan, schedule_file=schedule_file, on_unsupported="raise")
     with pytest.raises(UnsupportedError, match="attention mask"):
         clone.sample(video(), text(), FLOW[[0, 4]], attention_mask=torch.zeros(1, 1, 1, 197))
-    with pytest.raises(UnsupportedError, match="Linear is not supported, wanted a model of class WanModel"):
+    with pytest.raises(UnsupportedError, match="Linear is not supported, expected a model of class WanModel"):
         node().apply(comfy.ModelPatcher(torch.nn.Linear(1, 1)))
     with pytest.raises(ConfigError, match="on_unsupported"):
         node().apply(model, on_unsupported="maybe")

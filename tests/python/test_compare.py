@@ -184,7 +184,7 @@ def test_command_line(tmp_path):
     assert [row["method"] for row in json.loads(result.stdout)["table"]] == ["dense", "fps"]
     for wrong, message in (
         (["--methods", "x"], "method 'x', expected some of"),
-        (["--seeds", "a"], "seeds 'a', wanted comma-separated"),
+        (["--seeds", "a"], "seeds 'a', expected comma-separated"),
         (["--seeds", "1,1"], "seeds all different"),
         (["--height", "97"], "size 97x160"),
         (["--jobs", "0"], "jobs 0"),
@@ -244,5 +244,5 @@ def test_another_subject_drifts_more_than_a_moved_one():
 def test_short_videos_and_wrong_frames():
     assert temporal_metrics(still(1)) == {"flicker": None, "smoothness": None, "subject": None}
     assert temporal_metrics(still(2))["smoothness"] is None
-    with pytest.raises(ConfigError, match=r"frames are float64 \(2, 4, 4, 3\), wanted uint8"):
+    with pytest.raises(ConfigError, match=r"frames are float64 \(2, 4, 4, 3\), expected uint8"):
         temporal_metrics(np.zeros((2, 4, 4, 3)))

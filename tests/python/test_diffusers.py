@@ -269,7 +269,7 @@ def test_record(model, tmp_path):
             with pytest.raises(ConfigError, match="a recording is on already"):
                 handle.record(dir=tmp_path)
         tiny_wan.run(model, [10.0])
-        with pytest.raises(ConfigError, match=r"layers \[2\], wanted indices below 2"):
+        with pytest.raises(ConfigError, match=r"layers \[2\], expected indices below 2"):
             handle.record(dir=tmp_path, layers=[2])
     names = ["transformer.layer001.sigma0.880000.safetensors", "transformer.layer001.sigma0.350000.safetensors"]
     assert [path.name for path in recorder.files] == names
@@ -285,8 +285,8 @@ def test_record(model, tmp_path):
 def test_unsupported_raises_or_runs_dense(model):
     wide = tiny_wan.transformer(head_dim=144)
     for other, message in (
-        (torch.nn.Linear(2, 2), "Linear is not supported, wanted one of WanTransformer3DModel"),
-        (wide, "head dimension 144, wanted at most 128"),
+        (torch.nn.Linear(2, 2), "Linear is not supported, expected one of WanTransformer3DModel"),
+        (wide, "head dimension 144, expected at most 128"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             fps.apply(other, "fp8")
@@ -310,7 +310,7 @@ def test_unsupported_raises_or_runs_dense(model):
         if not before:
             tiny_wan.run(model, [300.0])
     shorter = model.blocks[0].attn1.register_forward_pre_hook(lambda module, args: (args[0][:, :200], *args[1:3], None))
-    with pytest.raises(ConfigError, match="got 200 tokens, wanted 288"):
+    with pytest.raises(ConfigError, match="got 200 tokens, expected 288"):
         tiny_wan.run(model, [300.0])
     shorter.remove()
     model.blocks[1].attn1.processor._parallel_config = object()  # as enable_parallelism does
@@ -326,7 +326,7 @@ def test_unsupported_raises_or_runs_dense(model):
         assert sum(handle.report().fallbacks.values()) == 1
     with pytest.raises(ConfigError, match="on_unsupported 'ignore'"):
         fps.apply(model, "fp8", on_unsupported="ignore")
-    with pytest.raises(ConfigError, match=r"model\.num_heads is 40, wanted 2"):
+    with pytest.raises(ConfigError, match=r"model\.num_heads is 40, expected 2"):
         fps.apply(model, {**SWITCHED, "model": {"num_heads": 40}})
     with pytest.raises(ConfigError, match="the schedule is required"):
         fps.apply(model, {**SWITCHED, "required": True}, on_unsupported="dense")

@@ -40,7 +40,7 @@ def test_copies_can_be_freed_and_given_another_schedule():
 
     with pytest.raises(fps.ConfigError, match="a schedule is applied already"):
         fps.apply(student, "dense")
-    with pytest.raises(fps.ConfigError, match=r"model\.num_heads is 40, wanted 2"):
+    with pytest.raises(fps.ConfigError, match=r"model\.num_heads is 40, expected 2"):
         fps.apply(student, {**SWITCHED, "model": {"num_heads": 40}}, replace=True)
     other = fps.apply(student, "dense", replace=True)
     assert torch.equal(tiny_wan.run(student, [300.0]), plain)

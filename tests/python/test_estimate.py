@@ -167,7 +167,7 @@ def test_json_and_errors():
         ["--grid", "21"],
     ):
         assert run(app, ["estimate", *arguments]).exit_code == 2, arguments
-    with pytest.raises(ConfigError, match="gpu 'b200', wanted one of h200, h100, h20"):
+    with pytest.raises(ConfigError, match="gpu 'b200', expected one of h200, h100, h20"):
         estimate("wan-14b", GRID, "b200")
     with pytest.raises(ConfigError, match="density 1.5"):
         estimate("wan-14b", GRID, density=1.5)

@@ -67,7 +67,7 @@ def test_bad_ranges():
             fps.attention(q, q, q, GRID, window=WINDOW, tile=TILE, exact=bad)
     with pytest.raises(Exception, match="traced call"):  # Dynamo puts it into one of its own
         torch.compile(lambda q: fps.attention(q, q, q, GRID, exact=[(0, 3)]), backend="eager", fullgraph=True)(q)
-    with pytest.raises(ConfigError, match="wanted numbers of frames"):
+    with pytest.raises(ConfigError, match="expected numbers of frames"):
         fps.apply(tiny_wan.transformer(), "fp8", exact=["first"])
 
 
@@ -93,7 +93,7 @@ def test_frames_of_a_model():
     assert density == pytest.approx(allowed.float().mean().item())
     with (
         fps.apply(model, SPARSE, exact=(5,)),
-        pytest.raises(ConfigError, match=r"exact \(5,\), wanted frames of the 2"),
+        pytest.raises(ConfigError, match=r"exact \(5,\), expected frames of the 2"),
     ):
         run(model, arguments)
 

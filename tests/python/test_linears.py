@@ -121,11 +121,11 @@ def test_second_derivatives_and_bad_arguments_are_refused():
     (grad,) = torch.autograd.grad(fp8_linear(x, w).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-    with pytest.raises(ConfigError, match=r"weight has shape \(20, 32\), wanted multiples of 16"):
+    with pytest.raises(ConfigError, match=r"weight has shape \(20, 32\), expected multiples of 16"):
         fp8_linear(x, draw(20, 32))
-    with pytest.raises(ConfigError, match=r"wanted \(..., K\) and \(N, K\)"):
+    with pytest.raises(ConfigError, match=r"expected \(..., K\) and \(N, K\)"):
         fp8_linear(x, draw(16, 48))
-    with pytest.raises(ConfigError, match="wanted floats on one device"):
+    with pytest.raises(ConfigError, match="expected floats on one device"):
         fp8_linear(x, torch.ones(16, 32, dtype=torch.int32))
 
 
@@ -243,7 +243,7 @@ def test_first_and_last_layers_are_left_out_by_default():
         assert not scheduled(model)
     with pytest.raises(ConfigError, match="linears 'int8'"):
         fps.apply(model, "fp8", linears="int8")
-    with pytest.raises(ConfigError, match="wanted an 'fp8' level"):
+    with pytest.raises(ConfigError, match="expected an 'fp8' level"):
         fps.apply(model, "dense", linears="fp8")
     with pytest.raises(ConfigError, match=r"own_linears is \[1.5\]"):
         fps.Schedule.from_dict({**ALL, "own_linears": [1.5]})

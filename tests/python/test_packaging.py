@@ -96,7 +96,7 @@ def test_wheel_from_sdist_without_torch(sdist, tmp_path):
         r"set\(FPSATTN_TORCH_HEADERS_VERSION (\S+)\)", (ROOT / "cmake/fpsattn_torch_headers.cmake").read_text()
     )
     assert used["file"].startswith(str(site)) and used["torch_version"] == pinned[1] and not used["cuda"]
-    tests = ["-m", "not slow", *(f"tests/python/test_{name}.py" for name in ("masks", "schedule"))]
+    tests = ["-m", "not slow", *(f"tests/python/test_{name}.py" for name in ("tiles", "schedule"))]
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked, PYTHONPATH=str(site))
 
 

@@ -93,11 +93,11 @@ def test_schedule_for_the_trainer():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: PaperMode(0.8, 0.2), r"alphas 0\.8, 0\.2, wanted 0 <= alpha1 <= alpha2 <= 1"),
-        (lambda: PaperMode(0.2, 0.8, precision="int8"), r"precision 'int8', wanted 'fp8' or 'paper'"),
-        (lambda: PaperMode(0.2, 0.8, phases={}), r"phases \[\], wanted coarse, fine, intermediate"),
-        (lambda: PaperMode(0.2, 0.8).phase(0, 6), r"step 0 of 6, wanted 1 to 6"),
-        (lambda: PaperMode(0.2, 0.8).mask((3, 9, 9), "late"), r"phase 'late', wanted one of coarse"),
+        (lambda: PaperMode(0.8, 0.2), r"alphas 0\.8, 0\.2, expected 0 <= alpha1 <= alpha2 <= 1"),
+        (lambda: PaperMode(0.2, 0.8, precision="int8"), r"precision 'int8', expected 'fp8' or 'paper'"),
+        (lambda: PaperMode(0.2, 0.8, phases={}), r"phases \[\], expected coarse, fine, intermediate"),
+        (lambda: PaperMode(0.2, 0.8).phase(0, 6), r"step 0 of 6, expected 1 to 6"),
+        (lambda: PaperMode(0.2, 0.8).mask((3, 9, 9), "late"), r"phase 'late', expected one of coarse"),
     ],
 )
 def test_errors(call, message):
@@ -196,7 +196,7 @@ def test_published_probabilities_under_scale_groups_and_in_levels():
         mask = patterns.sliding_tile(fps.plan(tiny_wan.GRID, tiny_wan.TILE), window=(1, 1, 1), border="truncate")
         want = fps.attention(q, k, v, tiny_wan.GRID, block_mask=mask, precision="paper", smooth_k=False)
         assert torch.equal(got, want)
-        with pytest.raises(UnsupportedError, match="level 'l' has precision 'paper'.*wanted this model eager"):
+        with pytest.raises(UnsupportedError, match="level 'l' has precision 'paper'.*expected this model eager"):
             torch.compile(model, backend="eager")(**tiny_wan.inputs([500.0]))
     torch._dynamo.reset()
 

@@ -64,7 +64,7 @@ def test_lookup_by_sigma_and_layer():
     assert schedule.edges == (0.4, 0.7, 0.9)
     assert [level.name for level in schedule.segment_levels()] == ["coarse", "fine", "fine", "coarse"]
     for sigma in (-0.01, 1.01, float("nan")):
-        with pytest.raises(ConfigError, match=r"sigma .*wanted a number in \[0, 1\]"):
+        with pytest.raises(ConfigError, match=r"sigma .*expected a number in \[0, 1\]"):
             schedule.at(sigma)
 
 
@@ -93,17 +93,20 @@ def test_round_trip(tmp_path):
 
 BAD = {
     "unknown key": (changed(phase=[]), "phase is an unknown key"),
-    "format": (changed(format="fpsattn-schedule/4"), r"format is 'fpsattn-schedule/4', wanted 'fpsattn-schedule/1' or"),
-    "axis of version 1": (changed(axis="steps"), r"axis is 'steps', wanted one of sigma"),
+    "format": (
+        changed(format="fpsattn-schedule/4"),
+        r"format is 'fpsattn-schedule/4', expected 'fpsattn-schedule/1' or",
+    ),
+    "axis of version 1": (changed(axis="steps"), r"axis is 'steps', expected one of sigma"),
     "axis": (changed(axis="step"), "axis is 'step'"),
     "gap": (
         changed(phases__1__sigma=[0.8, 0.4]),
-        r"phases\[1\]\.sigma is \[0\.8, 0\.4\] and leaves a gap, wanted high = 0\.9",
+        r"phases\[1\]\.sigma is \[0\.8, 0\.4\] and leaves a gap, expected high = 0\.9",
     ),
     "overlap": (changed(phases__1__sigma=[0.95, 0.4]), r"phases\[1\]\.sigma .* overlaps"),
-    "late start": (changed(phases__0__sigma=[0.99, 0.9]), r"phases\[0\]\.sigma .* gap, wanted high = 1\.0"),
+    "late start": (changed(phases__0__sigma=[0.99, 0.9]), r"phases\[0\]\.sigma .* gap, expected high = 1\.0"),
     "early end": (changed(phases__2__sigma=[0.4, 0.1]), r"phases\[2\]\.sigma ends at 0\.1"),
-    "reversed": (changed(phases__0__sigma=[0.9, 1.0]), r"phases\[0\]\.sigma is \[0\.9, 1\.0\], wanted \[high, low\]"),
+    "reversed": (changed(phases__0__sigma=[0.9, 1.0]), r"phases\[0\]\.sigma is \[0\.9, 1\.0\], expected \[high, low\]"),
     "sigma type": (changed(phases__0__sigma=[1.0, True]), r"phases\[0\]\.sigma is \[1\.0, True\]"),
     "phase key": (changed(phases__0__step=3), r"phases\[0\]\.step is an unknown key"),
     "missing level": (changed(phases__0={"sigma": [1.0, 0.9]}), r"phases\[0\]\.level is missing"),
@@ -111,27 +114,30 @@ BAD = {
     "no levels": (changed(levels={}), "levels is empty"),
     "unknown level": (
         changed(phases__1__level="fien"),
-        r"phases\[1\]\.level is the unknown level 'fien', wanted one of all, coarse",
+        r"phases\[1\]\.level is the unknown level 'fien', expected one of all, coarse",
     ),
     "level key": (changed(levels__all__windows=[1, 1, 1]), r'levels\["all"\]\.windows is an unknown key'),
     "precision": (
         changed(levels__all__precision="fp4"),
-        r'levels\["all"\]\.precision is \'fp4\', wanted one of fp8, bf16',
+        r'levels\["all"\]\.precision is \'fp4\', expected one of fp8, bf16',
     ),
     "granularity": (changed(levels__all__granularity="head"), r'levels\["all"\]\.granularity is \'head\''),
     "bf16 window": (changed(levels__dense__window=[1, 1, 1]), r'levels\["dense"\] is .*model\'s own dense attention'),
     "zero window": (
         changed(levels__coarse__window=[0, 3, 3]),
-        r'levels\["coarse"\]\.window is \[0, 3, 3\], wanted three whole numbers',
+        r'levels\["coarse"\]\.window is \[0, 3, 3\], expected three whole numbers',
     ),
     "window text": (
         changed(levels__coarse__window="3,3,3"),
-        r'levels\["coarse"\]\.window is \'3,3,3\', wanted "dense"',
+        r'levels\["coarse"\]\.window is \'3,3,3\', expected "dense"',
     ),
     "density": (changed(levels__fine__window={"density": 1.5}), r'levels\["fine"\]\.window\.density is 1\.5'),
-    "tile": (changed(tile=[6, 8]), r"tile is \[6, 8\], wanted three whole numbers"),
-    "layer count": (changed(layers__30="fine"), r'layers\["30"\] names layer 30, wanted a layer below num_layers = 30'),
-    "layer key": (changed(layers__first="fine"), r'layers\["first"\] is \'first\', wanted an index'),
+    "tile": (changed(tile=[6, 8]), r"tile is \[6, 8\], expected three whole numbers"),
+    "layer count": (
+        changed(layers__30="fine"),
+        r'layers\["30"\] names layer 30, expected a layer below num_layers = 30',
+    ),
+    "layer key": (changed(layers__first="fine"), r'layers\["first"\] is \'first\', expected an index'),
     "layer twice": (changed(layers__1="fine"), r'layers\["1"\] is \'layer 1 again\''),
     "layer gap": (
         changed(layers__7=[{"sigma": [1.0, 0.5], "level": "all"}]),
@@ -139,7 +145,7 @@ BAD = {
     ),
     "head count": (
         changed(heads={"*": {"12": [1, 1, 1]}}),
-        r'heads\["\*"\]\["12"\] names head 12, wanted a head below num_heads = 12',
+        r'heads\["\*"\]\["12"\] names head 12, expected a head below num_heads = 12',
     ),
     "head layer": (changed(heads={"44": {"1": [1, 1, 1]}}), r'heads\["44"\] names layer 44'),
     "head level": (
@@ -151,9 +157,9 @@ BAD = {
         r'heads\["\*"\]\["1"\]\["dense"\] .* bf16 level has no window',
     ),
     "model key": (changed(model__layers=30), r"model\.layers is an unknown key"),
-    "model value": (changed(model__num_heads=0), r"model\.num_heads is 0, wanted a positive number"),
-    "required": (changed(required="yes"), r"required is 'yes', wanted true or false"),
-    "not an object": ([1, 2], r"the file is \[1, 2\], wanted a JSON object"),
+    "model value": (changed(model__num_heads=0), r"model\.num_heads is 0, expected a positive number"),
+    "required": (changed(required="yes"), r"required is 'yes', expected true or false"),
+    "not an object": ([1, 2], r"the file is \[1, 2\], expected a JSON object"),
 }
 
 
@@ -170,9 +176,9 @@ def test_bad_files_and_names(tmp_path):
         Schedule.load(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         Schedule.load(tmp_path / "missing.json")
-    with pytest.raises(ConfigError, match="'papre', wanted a Schedule, a preset"):
+    with pytest.raises(ConfigError, match="'papre', expected a Schedule, a preset"):
         Schedule.resolve("papre")
-    with pytest.raises(ConfigError, match="name 'papre', wanted one of paper"):
+    with pytest.raises(ConfigError, match="name 'papre', expected one of paper"):
         Schedule.preset("papre")
     with pytest.raises(ConfigError, match="flow_shift 0.0"):
         Schedule.preset("paper", flow_shift=0.0)
@@ -183,9 +189,9 @@ def test_bad_files_and_names(tmp_path):
 def test_check_model():
     schedule = Schedule.from_dict(FULL)
     schedule.check_model("WanTransformer3DModel", 30, 12)
-    with pytest.raises(ConfigError, match=r"model\.num_heads is 12, wanted 40"):
+    with pytest.raises(ConfigError, match=r"model\.num_heads is 12, expected 40"):
         schedule.check_model("WanTransformer3DModel", 30, 40)
-    with pytest.raises(ConfigError, match=r'layers\["7"\] names layer 7, wanted a layer below num_layers = 2'):
+    with pytest.raises(ConfigError, match=r'layers\["7"\] names layer 7, expected a layer below num_layers = 2'):
         Schedule.from_dict(changed(model={}, layers={"7": "dense"}, heads={})).check_model(num_layers=2)
 
 
@@ -257,7 +263,7 @@ def test_files_of_both_versions_and_axes(tmp_path):
     old = Schedule.from_dict(FULL)
     assert FULL["format"] == "fpsattn-schedule/1" and old.axis == "sigma"
     assert Schedule.from_dict(old.to_dict()) == old and old.to_dict()["format"] == "fpsattn-schedule/3"
-    with pytest.raises(ConfigError, match=r"phases\[0\]\.sigma is an unknown key, wanted one of steps, level"):
+    with pytest.raises(ConfigError, match=r"phases\[0\]\.sigma is an unknown key, expected one of steps, level"):
         Schedule.from_dict({**data, "phases": [{"sigma": [1, 0], "level": "a"}]})
 
 
@@ -315,11 +321,11 @@ def test_save_makes_its_folder_or_says_why_not(tmp_path):
 @pytest.mark.parametrize(
     ("phases", "text"),
     [
-        ([[0.0, 0.2], [0.3, 1.0]], r"phases\[1\]\.steps is \[0\.3, 1\.0\] and leaves a gap, wanted first = 0\.2, because phases\[0\]"),
+        ([[0.0, 0.2], [0.3, 1.0]], r"phases\[1\]\.steps is \[0\.3, 1\.0\] and leaves a gap, expected first = 0\.2, because phases\[0\]"),
         ([[0.0, 0.2], [0.1, 1.0]], r"phases\[1\]\.steps is \[0\.1, 1\.0\] and overlaps"),
-        ([[0.1, 1.0]], r"phases\[0\]\.steps is \[0\.1, 1\.0\] and leaves a gap, wanted first = 0\.0, because steps start at 0\.0"),
-        ([[0.0, 0.9]], r"phases\[0\]\.steps ends at 0\.9, wanted last = 1\.0 in the last phase"),
-        ([[0.5, 0.2]], r"phases\[0\]\.steps is \[0\.5, 0\.2\], wanted \[first, last\] with 0 <= first < last <= 1"),
+        ([[0.1, 1.0]], r"phases\[0\]\.steps is \[0\.1, 1\.0\] and leaves a gap, expected first = 0\.0, because steps start at 0\.0"),
+        ([[0.0, 0.9]], r"phases\[0\]\.steps ends at 0\.9, expected last = 1\.0 in the last phase"),
+        ([[0.5, 0.2]], r"phases\[0\]\.steps is \[0\.5, 0\.2\], expected \[first, last\] with 0 <= first < last <= 1"),
     ],
 )  # fmt: skip
 def test_errors_about_steps_are_in_steps(phases, text):
@@ -332,7 +338,7 @@ def test_errors_about_steps_are_in_steps(phases, text):
 @pytest.mark.parametrize(
     ("precision", "linears", "text"),
     [
-        ("fp8", "int8", "linears 'int8', wanted one of fp8, bf16"),
+        ("fp8", "int8", "linears 'int8', expected one of fp8, bf16"),
         ("int8", "fp8", "for levels of precision 'int8' only"),
     ],
 )

@@ -81,13 +81,13 @@ def test_older_files_load_and_know_no_patterns(version):
         (fp8({"name": "topk_mean", "share": 0.1}), r'levels\["l0"\].pattern: .*share.*ratio'),
         (fp8({"name": "sliding_tile"}), r'levels\["l0"\].pattern: .*window.* is missing'),
         (fp8({"ratio": 0.1}), r'levels\["l0"\].pattern: .*"name"'),
-        (fp8("topk_mean"), r'levels\["l0"\].pattern is .*wanted a JSON object'),
+        (fp8("topk_mean"), r'levels\["l0"\].pattern is .*expected a JSON object'),
         (fp8(TOPK, window=[1, 1, 1]), '"pattern" or "window"'),
         ({"precision": "bf16", "pattern": TOPK}, "own dense attention"),
         (fp8(TOPK, refresh=0), r'levels\["l0"\].refresh is 0'),
         (fp8({"name": "radial"}, refresh=2), "depends on the layout only"),
         ({"precision": "fp8", "refresh": 2}, "a pattern beside it"),
-        ({"precision": "fp8", "hadamard": 1}, r'levels\["l0"\].hadamard is 1, wanted true or false'),
+        ({"precision": "fp8", "hadamard": 1}, r'levels\["l0"\].hadamard is 1, expected true or false'),
         ({"precision": "bf16", "hadamard": True}, "own dense attention"),
     ],
 )
@@ -309,7 +309,7 @@ def test_autocast_does_not_reach_the_scores(model):
 
 def test_wrong_heads_and_wrong_ranges_are_named(model):
     for pattern, message in (
-        ({"name": "vorta", "routes": ["full"] * 3, "window": [1, 1, 1]}, "lists of 3 heads, wanted 1 or 2"),
+        ({"name": "vorta", "routes": ["full"] * 3, "window": [1, 1, 1]}, "lists of 3 heads, expected 1 or 2"),
         ({"name": "topk_mean", "ratio": 2.0}, "topk_mean: ratio 2.0"),
     ):
         with fps.apply(model, schedule(fp8(pattern))), pytest.raises(ConfigError, match=message):
@@ -397,7 +397,7 @@ def test_what_a_graph_cannot_do_is_said(dynamo):
     permuting = schedule(fp8({"name": "svg2", "q_clusters": 2, "k_clusters": 2}))
     with fps.apply(model, permuting):
         compiled = torch.compile(model, backend="eager")
-        with pytest.raises(UnsupportedError, match="is compiled, and level 'l0' .*cdf_mean.*wanted this model eager"):
+        with pytest.raises(UnsupportedError, match="is compiled, and level 'l0' .*cdf_mean.*expected this model eager"):
             compiled(**tiny_wan.inputs([700.0]))
     with fps.apply(model, permuting, on_unsupported="dense") as handle:
         model.compile_repeated_blocks(backend="eager")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from cases import CASES, IDS, NARROW, Case
+from cases import CASES, IDS, NARROW, Case, assert_quantized, same_bytes
 from fp8_accumulator import forward_bounds
 
 import fpsattention as fps
@@ -36,11 +36,6 @@ def on_device(*tensors):
     return tuple(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
-def same_bytes(a, b):
-    a, b = a.view(torch.uint8), b.view(torch.uint8)
-    return torch.equal(torch.where(a % 128 == 127, 127, a), torch.where(b % 128 == 127, 127, b))  # any NaN is NaN
-
-
 @pytest.mark.parametrize("case", [*CASES, NARROW], ids=[*IDS, NARROW.name])
 @pytest.mark.parametrize("granularity", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "pow2"), [(torch.bfloat16, False), (torch.float16, True)])
@@ -59,13 +54,7 @@ def test_quantize_is_bit_exact(case, granularity, dtype, pow2):
     mean = qkv[1].float()[:, :, ::2].mean(2)
     torch.testing.assert_close(got[6], mean, rtol=1e-5, atol=1e-5)
     want = reference.quantize(*qkv, layout.token_of_slot, layout.tile_block_offsets, k_mean=got[6], **options)
-    for name, a, b in zip(want._fields, got, want, strict=True):
-        if a.dtype == torch.float8_e4m3fn:
-            assert same_bytes(a, b), name
-        elif name == "q_k_mean":
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-        else:
-            assert torch.equal(a, b), name
+    assert_quantized(got, want)
 
 
 @pytest.mark.parametrize("kind", NORMS.values(), ids=NORMS)
@@ -96,13 +85,7 @@ def test_prepare_is_bit_exact(case, kind, halves):
     computed = reference.prepare(*qkv, *args, **options)
     torch.testing.assert_close(got[6], computed.k_mean, rtol=1e-5, atol=1e-5)
     want = reference.prepare(*qkv, *args, k_mean=got[6], **options)
-    for name, a, b in zip(want._fields, got, want, strict=True):
-        if a.dtype == torch.float8_e4m3fn:
-            assert same_bytes(a, b), name
-        elif name == "q_k_mean":
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-        else:
-            assert torch.equal(a, b), name
+    assert_quantized(got, want)
 
 
 def test_prepare_across_many_heads_is_bit_exact():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import test_variants
 import torch
-from test_sm90_ops import CUTS, DEVICE, HALVES, ON_GPU, SM90, same_bytes  # skips where there are no kernels
+from cases import assert_quantized
+from test_sm90_ops import CUTS, DEVICE, HALVES, ON_GPU, SM90  # skips where there are no kernels
 from variants import Sides, distance, repeated
 
 import fpsattention as fps
@@ -22,13 +23,7 @@ def test_the_ops_with_two_sides_equal_the_reference(group, dim, granularity):
     z = [x.cpu() for x in sides.quantize(SM90, DEVICE)]
     want = sides.quantize(reference, k_mean=z[6])
     torch.testing.assert_close(z[6], sides.qkv[1].float()[:, :, ::3].mean(2), rtol=1e-5, atol=1e-5)
-    for name, a, b in zip(want._fields, z, want, strict=True):
-        if a.dtype == torch.float8_e4m3fn:
-            assert same_bytes(a, b), name
-        elif name == "q_k_mean":
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-        else:
-            assert torch.equal(a, b), name
+    assert_quantized(z, want)
     f = [x.cpu() for x in sides.forward(SM90, z, DEVICE)]
     exact = sides.forward(reference, want)
     for name, a, b in zip(exact._fields, f, exact, strict=True):

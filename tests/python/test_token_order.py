@@ -189,7 +189,7 @@ def test_families_and_values_that_are_refused():
     mochi, _ = tiny_models.FAMILIES["mochi"].make(1)
     with pytest.raises(UnsupportedError, match='token_order "tile" of this Mochi is not known'):
         fps.apply(mochi, "fp8", token_order="tile")
-    with pytest.raises(ConfigError, match="token_order 'spiral', wanted one of"):
+    with pytest.raises(ConfigError, match="token_order 'spiral', expected one of"):
         fps.apply(mochi, "fp8", token_order="spiral")
     with fps.apply(mochi, "fp8") as handle:
         assert not handle.installations[0].places

@@ -133,7 +133,7 @@ def test_models_with_float8_training_layers_train_under_a_schedule():
     config = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
     model = tiny_wan.transformer()
     convert_to_float8_training(model.blocks, config=config)
-    with pytest.raises(UnsupportedError, match="to_q is a Float8Linear, wanted an nn.Linear"):
+    with pytest.raises(UnsupportedError, match="to_q is a Float8Linear, expected an nn.Linear"):
         fps.apply(model, BOTH)
     with fps.apply(model, "fp8", prepare=True):
         tiny_wan.run(model, [300.0]).square().mean().backward()

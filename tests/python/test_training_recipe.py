@@ -112,7 +112,7 @@ def test_settings_are_checked(changes, text):
 def test_a_missing_empty_prompt_is_named_before_training(latents, tmp_path):
     (latents / EMPTY_PROMPT).unlink(missing_ok=True)
     with pytest.raises(
-        ConfigError, match=r"no empty_prompt/prompt_embeds\.safetensors in .*, wanted the prompt_embeds"
+        ConfigError, match=r"no empty_prompt/prompt_embeds\.safetensors in .*, expected the prompt_embeds"
     ):
         train(config(latents, tmp_path, prompt_dropout=0.1))
     save_file({"prompt_embeds": torch.zeros(3, 8)}, latents / EMPTY_PROMPT)

@@ -320,7 +320,7 @@ def test_what_cannot_be_reached_is_said(tuned, tmp_path):
     assert not sparse.reached and any("not reached: the sparsest" in note for note in sparse.notes)
     # No time: nothing is measured, and that is an error; a little: what is not measured stays dense.
     short = TuneSettings(**{**vars(settings), "out": tmp_path, "budget": 1e-9})
-    with pytest.raises(ConfigError, match=r"budget 1e-09 s, wanted more: nothing was measured"):
+    with pytest.raises(ConfigError, match=r"budget 1e-09 s, expected more: nothing was measured"):
         run_tune(pipe, Target("rel_l1", 0.004), short, items())
 
 
@@ -343,7 +343,7 @@ def test_arguments():
             TuneSettings(**changes)
     with pytest.raises(ConfigError, match="budget 'soon'"):
         seconds("soon")
-    with pytest.raises(ConfigError, match="prompts 1, wanted at least two"):
+    with pytest.raises(ConfigError, match="prompts 1, expected at least two"):
         fps.tune(pipeline(), "rel_l1=0.1", prompts=["a"])
 
 

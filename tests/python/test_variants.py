@@ -53,7 +53,7 @@ def test_packed_videos_are_separate_calls(backend):
             assert torch.allclose(got[part], want[0], atol=1e-6, rtol=1e-5)
     free, _ = attend_packed(q, k, v, ends, each, backend=backend)
     assert 0 < (free - out).abs().mean() < 0.06 * out.abs().mean()
-    with pytest.raises(ConfigError, match="wanted videos of"):
+    with pytest.raises(ConfigError, match="expected videos of"):
         attend_packed(q, k, v, [0, 5, ends[3]], each[:2])
     with pytest.raises(ConfigError, match="one list for all"):
         attend_packed(q[:210], k[:210], v[:210], [0, 210], [masks.BlockMask.stack([each[0]] * 2)])
@@ -161,8 +161,8 @@ def test_an_order_per_head(backend):
         many, _ = attend_permuted(q, *(repeated(x, 2, 2) for x in few), mask, order[:, :1])
         assert torch.equal(grouped, many)
         for wrong, match in (
-            (order[:, :, :5], r"wanted \[1 or 2, 1 or 2, 210\]"),
-            (order, r"wanted \[1 or 2, 1, 210\]"),
+            (order[:, :, :5], r"expected \[1 or 2, 1 or 2, 210\]"),
+            (order, r"expected \[1 or 2, 1, 210\]"),
         ):
             with pytest.raises(ConfigError, match=match):
                 attend_permuted(q, *(few if wrong is order else (k, v)), mask, wrong)

@@ -41,7 +41,7 @@ def check(kernels, args):
             expect(not any(o.startswith(op) for o in k["opcodes"]), k, f"has a {op} instruction")
         if args.min_tflops is not None:
             best = max([l["bound_tflops"] or 0 for l in k["loops"]] or [0])
-            expect(best >= args.min_tflops, k, f"upper bound {best:.0f} TFLOP/s, wanted {args.min_tflops:.0f}")
+            expect(best >= args.min_tflops, k, f"upper bound {best:.0f} TFLOP/s, expected {args.min_tflops:.0f}")
     return bad
 
 

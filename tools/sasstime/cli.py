@@ -102,7 +102,7 @@ def main(argv=None):
             bad.append("{:.0f} clocks per iteration, allowed {:.0f}".format(out["clocks"], args.max_clocks))
         if args.min_tensor_utilization and 100 * out["tensor_utilization"] < args.min_tensor_utilization:
             bad.append(
-                "tensor utilization {:.1f} %, wanted {:.1f}".format(
+                "tensor utilization {:.1f} %, expected {:.1f}".format(
                     100 * out["tensor_utilization"], args.min_tensor_utilization
                 )
             )

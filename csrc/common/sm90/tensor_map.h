@@ -28,7 +28,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(address);
   }();
   FPSATTN_CHECK(encoder != nullptr,
-                "tensor_map: the CUDA driver has no cuTensorMapEncodeTiled, wanted a driver for CUDA 12 or newer");
+                "tensor_map: the CUDA driver has no cuTensorMapEncodeTiled, expected a driver for CUDA 12 or newer");
   return encoder;
 }
 

@@ -54,13 +54,13 @@ class Capture:
             missing = {"q", "k", "v"} - set(file.keys())
             if missing:
                 raise ConfigError(
-                    f"fpsattention.analyze: {self.path} has no tensor {sorted(missing)[0]!r}, wanted q, k and v"
+                    f"fpsattention.analyze: {self.path} has no tensor {sorted(missing)[0]!r}, expected q, k and v"
                 )
             q, k, v = (file.get_tensor(name) for name in "qkv")
         wanted = self.grid[0] * self.grid[1] * self.grid[2] + self.text_len
         if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or q.shape[1] != wanted:
             raise ConfigError(
-                f"fpsattention.analyze: {self.path} holds q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, wanted "
+                f"fpsattention.analyze: {self.path} holds q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, expected "
                 f"three times [B, {wanted}, H, D] for grid {self.grid} and text_len {self.text_len}"
             )
         return q, k, v
@@ -70,11 +70,11 @@ def find_captures(folder: str | Path) -> list[Capture]:
     """The captures in `folder`, by layer and falling sigma."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"fpsattention.analyze: {folder} is not a folder, wanted one that Handle.record() wrote")
+        raise ConfigError(f"fpsattention.analyze: {folder} is not a folder, expected one that Handle.record() wrote")
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ConfigError(
-            f"fpsattention.analyze: no *.safetensors in {folder}, wanted what Handle.record() wrote: run the pipeline after "
+            f"fpsattention.analyze: no *.safetensors in {folder}, expected what Handle.record() wrote: run the pipeline after "
             "handle.record(dir=folder)"
         )
     return sorted(
@@ -96,10 +96,10 @@ def _read_header(path: Path) -> Capture:
     try:
         missing = [key for key in ("layer", "sigma", "grid") if key not in metadata]
         if missing:
-            raise ValueError(f"no {missing[0]!r}, wanted a file that Handle.record() wrote")
+            raise ValueError(f"no {missing[0]!r}, expected a file that Handle.record() wrote")
         sizes = tuple(int(part) for part in str(metadata["grid"]).split(","))
         if len(sizes) != 3 or min(sizes) < 1:
-            raise ValueError(f"grid {metadata['grid']!r}, wanted 'T,H,W'")
+            raise ValueError(f"grid {metadata['grid']!r}, expected 'T,H,W'")
         return Capture(
             path=path,
             layer=int(metadata["layer"]),
@@ -118,7 +118,7 @@ def choose_tiles(layout: Any, max_rows: int | None, seed: int = 0) -> list[int]:
     if max_rows is None or layout.num_tokens <= max_rows:
         return list(range(layout.num_tiles))
     if max_rows < 1:
-        raise ConfigError(f"fpsattention.analyze: rows is {max_rows}, wanted at least 1")
+        raise ConfigError(f"fpsattention.analyze: rows is {max_rows}, expected at least 1")
     order = torch.randperm(layout.num_tiles, generator=torch.Generator().manual_seed(seed)).tolist()
     tokens = tile_tokens(layout)
     chosen: list[int] = []
@@ -164,7 +164,7 @@ def split_error(
     layout = mask.layout
     if q.ndim != 4 or q.shape[1] != layout.num_tokens:
         raise ConfigError(
-            f"fpsattention.analyze: q has shape {tuple(q.shape)}, wanted [B, {layout.num_tokens}, H, D] as grid {layout.grid} "
+            f"fpsattention.analyze: q has shape {tuple(q.shape)}, expected [B, {layout.num_tokens}, H, D] as grid {layout.grid} "
             f"with text_len {layout.text_len} says"
         )
     chosen = choose_tiles(layout, max_rows, seed)
@@ -299,7 +299,7 @@ def _analyze(
 ) -> Iterator[dict[str, Any]]:
     if level_name is not None and level_name not in schedule.levels:
         raise ConfigError(
-            f"fpsattention.analyze: level {level_name!r} is not in the schedule, wanted one of {', '.join(schedule.levels)}"
+            f"fpsattention.analyze: level {level_name!r} is not in the schedule, expected one of {', '.join(schedule.levels)}"
         )
     for capture in captures:
         level = schedule.levels[level_name] if level_name else schedule.at(capture.sigma, capture.layer)
@@ -382,7 +382,7 @@ def level_mask(
     if pattern.pattern.permutes or tensors is None:
         came = "permutes the tokens of every head" if pattern.pattern.permutes else "reads q and k, which are not given"
         raise ConfigError(
-            f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, wanted one that makes a mask of tiles"
+            f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, expected one that makes a mask of tiles"
         )
     q, k, v = (x.transpose(1, 2) for x in tensors)
     return measured(pattern, level.granularity, layout.to(q.device), q, k, v)[0]

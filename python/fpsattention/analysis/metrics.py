@@ -58,7 +58,7 @@ class ErrorSum:
     def result(self) -> dict[str, Any]:
         """`rel_l1` sum|x-y|/sum|y|, `cosine`, `rmse`, `max_abs`, `snr_db`, `identical`, `finite`, `count`."""
         if self.count == 0:
-            raise ConfigError("fpsattention.compare: out has no elements, wanted at least one")
+            raise ConfigError("fpsattention.compare: out has no elements, expected at least one")
         identical = self.abs_diff == 0.0
         norm = math.sqrt(self.square_ref * self.square_out)
         noise = _ratio(self.square_diff, self.square_ref)
@@ -104,11 +104,11 @@ def compare_videos(out: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     if out.shape != ref.shape or out.dtype != ref.dtype:
         raise ConfigError(
             f"fpsattention.compare_videos: out is {out.dtype} {out.shape} but ref is {ref.dtype} {ref.shape}: "
-            "same frames, size and type wanted"
+            "same frames, size and type expected"
         )
     if out.ndim != 4 or out.shape[-1] != 3 or out.shape[0] == 0 or min(out.shape[1:3]) < _SSIM_WINDOW:
         raise ConfigError(
-            f"fpsattention.compare_videos: frames have shape {out.shape}, wanted [frames, height, width, 3] with height "
+            f"fpsattention.compare_videos: frames have shape {out.shape}, expected [frames, height, width, 3] with height "
             f"and width >= {_SSIM_WINDOW}"
         )
     data_range = 255.0 if out.dtype == np.uint8 else 1.0

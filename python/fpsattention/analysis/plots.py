@@ -58,7 +58,7 @@ def check_picture(path: str | Path) -> str:
     """The suffix of a picture's file, which says its format. ConfigError where there is no such format."""
     suffix = Path(path).suffix.lower()
     if suffix not in _STAMPS:
-        raise ConfigError(f"fpsattention.plots: picture '{path}', wanted a name that ends in {', '.join(_STAMPS)}")
+        raise ConfigError(f"fpsattention.plots: picture '{path}', expected a name that ends in {', '.join(_STAMPS)}")
     return suffix
 
 
@@ -129,7 +129,7 @@ def plot_block_masks(masks: Mapping[str, Any], path: str | Path, title: str) -> 
     Names become panel titles, with the mask's density below.
     """
     if not masks:
-        raise ConfigError("fpsattention.plots: masks is empty, wanted at least one named block mask")
+        raise ConfigError("fpsattention.plots: masks is empty, expected at least one named block mask")
     count = len(masks)
     columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
@@ -219,7 +219,7 @@ def plot_error_vs_sigma(
     """
     points = [(s, e) for values in series.values() for s, e in values]
     if not points:
-        raise ConfigError("fpsattention.plots: series has no points, wanted at least one (sigma, error)")
+        raise ConfigError("fpsattention.plots: series has no points, expected at least one (sigma, error)")
     figure = new_figure(9.0, 5.0)
     axis = figure.add_subplot()
     sigmas = [sigma for sigma, _ in points]
@@ -262,7 +262,7 @@ def plot_layer_heatmap(
         values: (layer, sigma) to error; missing pairs stay blank.
     """
     if not values:
-        raise ConfigError("fpsattention.plots: values is empty, wanted at least one (layer, sigma)")
+        raise ConfigError("fpsattention.plots: values is empty, expected at least one (layer, sigma)")
     layers = sorted({layer for layer, _ in values})
     sigmas = sorted({sigma for _, sigma in values}, reverse=True)
     table = np.full((len(layers), len(sigmas)), np.nan)
@@ -362,7 +362,7 @@ def _quality(psnr: Sequence[float], ssim: Sequence[float]) -> str:
 def plot_time_split(runs: Mapping[str, Mapping[str, float]], path: str | Path, title: str) -> Path:
     """Stacked bars, one per run: seconds by part ("quantize", "attention", "rest", in the order given)."""
     if not runs:
-        raise ConfigError("fpsattention.plots: runs is empty, wanted at least one run with its parts in seconds")
+        raise ConfigError("fpsattention.plots: runs is empty, expected at least one run with its parts in seconds")
     figure = new_figure(9.0, 1.6 + 0.6 * len(runs))
     axis = figure.add_subplot()
     names = list(runs)

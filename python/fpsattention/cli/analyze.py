@@ -31,13 +31,13 @@ def command(
     from ..schedule import Schedule
 
     if rows < 0:
-        raise ConfigError(f"fpsattention.analyze: rows {rows}, wanted 0 (all) or more")
+        raise ConfigError(f"fpsattention.analyze: rows {rows}, expected 0 (all) or more")
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"fpsattention.analyze: device {device!r}, wanted 'cpu' or 'cuda'")
+        raise ConfigError(f"fpsattention.analyze: device {device!r}, expected 'cpu' or 'cuda'")
     resolved = Schedule.resolve(schedule)
     if level is not None and level not in resolved.levels:
         raise ConfigError(
-            f"fpsattention.analyze: level {level!r}, wanted one of {', '.join(map(repr, resolved.levels))}"
+            f"fpsattention.analyze: level {level!r}, expected one of {', '.join(map(repr, resolved.levels))}"
         )
     captures = find_captures(folder)
     for module in ("matplotlib.figure", "safetensors"):

@@ -44,7 +44,7 @@ def command(
     try:
         numbers = tuple(int(seed) for seed in seeds.split(","))
     except ValueError:
-        raise ConfigError(f"fpsattention.compare: seeds {seeds!r}, wanted comma-separated whole numbers") from None
+        raise ConfigError(f"fpsattention.compare: seeds {seeds!r}, expected comma-separated whole numbers") from None
     config = CompareConfig(
         out=out, methods=tuple(methods.split(",")), schedule=schedule, sta_density=sta_density, model=model,
         prompts=tuple(prompt or DEFAULT_PROMPTS), negative_prompt=negative_prompt, seeds=numbers, height=height, width=width,

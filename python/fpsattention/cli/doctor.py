@@ -129,7 +129,7 @@ def _torch() -> Iterator[Check]:
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
         yield Check(
-            "torch", "fail", f"{torch.__version__} ({build}), wanted >= {MIN_TORCH}", "pip install -U 'torch>=2.10'"
+            "torch", "fail", f"{torch.__version__} ({build}), expected >= {MIN_TORCH}", "pip install -U 'torch>=2.10'"
         )
     else:
         yield Check("torch", "ok", f"{torch.__version__} ({build})")

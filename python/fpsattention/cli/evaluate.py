@@ -29,10 +29,10 @@ def command(
 
     chosen = Schedule.resolve(schedule).with_flow_shift(flow_shift)
     if samples < 1:
-        raise ConfigError(f"fpsattention.evaluate: samples {samples}, wanted at least 1")
+        raise ConfigError(f"fpsattention.evaluate: samples {samples}, expected at least 1")
     for name, folder in (("data", data), ("adapter", adapter), ("other", other)):
         if folder is not None and not Path(folder).is_dir():
-            raise ConfigError(f"fpsattention.evaluate: {name} '{folder}', wanted a folder")
+            raise ConfigError(f"fpsattention.evaluate: {name} '{folder}', expected a folder")
     for package in ("diffusers", "accelerate", *(["peft"] if adapter or other else [])):
         require(package, "evaluate", "train")
     from ..training.data import LatentFolder

@@ -16,7 +16,7 @@ Written by `fpsattn models --markdown` from `fpsattention/integrations/adapters/
 
 `fps.apply(pipe_or_transformer, schedule)` takes every class of the first table, subclasses included, and `fps.apply(model,
 adapter=Adapter(...))` others: a row of three to six lines, see `fpsattention/integrations/adapters/__init__.py`. Only the self-attention over
-the grid is replaced, and where asked for the product of linear layers and the norms before it ("also": [diffusers.md](diffusers.md)). All of it is tested on tiny random models on the CPU (`tests/python/test_adapters.py`, `tests/python/test_pipelines.py`): moving a
+the grid is replaced, and where asked for the product of linear layers and the norms before it ("also": [diffusers.md](diffusers.md)). All of it is tested on tiny random models on the CPU (`tests/python/test_adapters.py`, `tests/python/test_cosmos3.py`, `tests/python/test_pipelines.py`): moving a
 cell of the input moves the predicted token, sparse attention is masked attention within the FP8 error, the noisiest step has the first phase,
 and `remove()` restores every bit. That says where tokens are; it says nothing about the quality of videos.
 

@@ -79,10 +79,10 @@ def command(
 def parse_sizes(text: str, what: str) -> tuple[int, int, int]:
     """Three positive integers out of `21x45x80` or `21,45,80`; `what` names them in the error ("plan: grid")."""
     if not re.fullmatch(r"[0-9]+([xX,])[0-9]+\1[0-9]+", text.strip()):
-        raise ConfigError(f"fpsattention.{what} {text!r}, wanted three sizes T, H, W such as 21x45x80 or 21,45,80")
+        raise ConfigError(f"fpsattention.{what} {text!r}, expected three sizes T, H, W such as 21x45x80 or 21,45,80")
     t, h, w = (int(size) for size in re.split("[xX,]", text.strip()))
     if min(t, h, w) < 1:
-        raise ConfigError(f"fpsattention.{what} {text!r}, wanted sizes of at least 1")
+        raise ConfigError(f"fpsattention.{what} {text!r}, expected sizes of at least 1")
     return t, h, w
 
 
@@ -124,7 +124,7 @@ def _check_memory(
     if needed > free:
         raise ConfigError(
             f"fpsattention.plan: grid {'x'.join(map(str, grid))} has {tiles:,} tiles that attend {attended:,} tiles each: its tables need "
-            f"about {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free: wanted a smaller grid, a larger --tile or a smaller --window"
+            f"about {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free: expected a smaller grid, a larger --tile or a smaller --window"
         )
 
 

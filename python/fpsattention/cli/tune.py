@@ -61,7 +61,7 @@ def command(
     try:
         costs = tuple(float(part) for part in pareto.split(",") if part)
     except ValueError:
-        raise ConfigError(f"fpsattention.tune: pareto {pareto!r}, wanted comma-separated numbers") from None
+        raise ConfigError(f"fpsattention.tune: pareto {pareto!r}, expected comma-separated numbers") from None
     demo = DemoConfig(out=out, model=model, device=device, seed=seed, guidance_scale=guidance_scale, **sizes)  # type: ignore[arg-type]
     settings = TuneSettings(
         out=out, budget=seconds(budget), phases=phases or (2 if small else 4), rows=rows, sensitivity=sensitivity, per_head=not per_layer,
@@ -69,7 +69,7 @@ def command(
         tile=None if model else ((2, 3, 5) if small else (3, 4, 5)), seed=seed,
     )  # fmt: skip
     if model is None and (prompt or held_out):
-        raise ConfigError("fpsattention.tune: prompt, wanted --model with it: the tiny model reads no text")
+        raise ConfigError("fpsattention.tune: prompt, expected --model with it: the tiny model reads no text")
     make_folder(out)
     with progress_bars(quiet=as_json) as progress:
         from ..demo.pipeline import load_pipeline, resolve_device

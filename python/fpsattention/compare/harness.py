@@ -64,10 +64,12 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(
-                f"fpsattention.compare: {len(self.prompts)} prompts and seeds {self.seeds}, wanted at least one of each, seeds all different"
+                f"fpsattention.compare: {len(self.prompts)} prompts and seeds {self.seeds}, expected at least one of each, seeds all different"
             )
         if self.jobs < 1 or self.max_rows < 0:
-            raise ConfigError(f"fpsattention.compare: jobs {self.jobs}, max_rows {self.max_rows}, wanted >= 1 and >= 0")
+            raise ConfigError(
+                f"fpsattention.compare: jobs {self.jobs}, max_rows {self.max_rows}, expected >= 1 and >= 0"
+            )
         self.demo(0, 0)  # sizes and device are checked there
 
     def demo(self, prompt: int, seed: int) -> Any:
@@ -164,7 +166,7 @@ def _schedule(config: CompareConfig) -> Schedule:
     for level in schedule.levels.values():
         if level.pattern is not None and level.pattern.pattern.permutes:
             raise ConfigError(
-                f"fpsattention.compare: level {level.name!r} has the pattern {level.pattern.name}, which permutes tokens, wanted patterns that make "
+                f"fpsattention.compare: level {level.name!r} has the pattern {level.pattern.name}, which permutes tokens, expected patterns that make "
                 "a mask of tiles: fpsattn demo runs it"
             )
     return replace(schedule, tile=TILE) if config.model is None and schedule.tile is None else schedule

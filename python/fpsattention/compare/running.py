@@ -74,7 +74,7 @@ def _note(installation: Any, sigma: list[Any]) -> Any:
         sigmas = set(installation.reader.on_host(timestep))
         if len(sigmas) != 1:
             raise ConfigError(
-                f"fpsattention.compare: samples of one batch at sigmas {sorted(sigmas)}, wanted one sigma"
+                f"fpsattention.compare: samples of one batch at sigmas {sorted(sigmas)}, expected one sigma"
             )
         sigma[:] = [*sigmas, installation.reader.trajectory(timestep)]
 

@@ -38,7 +38,7 @@ def temporal_metrics(frames: np.ndarray) -> dict[str, float | None]:
 
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
         raise ConfigError(
-            f"fpsattention.compare: frames are {frames.dtype} {frames.shape}, wanted uint8 [frames, height, width, 3]"
+            f"fpsattention.compare: frames are {frames.dtype} {frames.shape}, expected uint8 [frames, height, width, 3]"
         )
     x = frames.astype(np.float32)
     result: dict[str, float | None] = {"flicker": None, "smoothness": None, "subject": None}

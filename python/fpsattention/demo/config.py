@@ -40,16 +40,16 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.height < 16 or self.width < 16 or self.height % 16 or self.width % 16:
             raise ConfigError(
-                f"fpsattention.demo: size {self.height}x{self.width}, wanted height and width that are multiples of 16"
+                f"fpsattention.demo: size {self.height}x{self.width}, expected height and width that are multiples of 16"
             )
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             raise ConfigError(
-                f"fpsattention.demo: num_frames {self.num_frames}, wanted 4k + 1 (1, 5, 9, ..., 33, ..., 81)"
+                f"fpsattention.demo: num_frames {self.num_frames}, expected 4k + 1 (1, 5, 9, ..., 33, ..., 81)"
             )
         if self.num_inference_steps < 1:
-            raise ConfigError(f"fpsattention.demo: num_inference_steps {self.num_inference_steps}, wanted at least 1")
+            raise ConfigError(f"fpsattention.demo: num_inference_steps {self.num_inference_steps}, expected at least 1")
         if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"fpsattention.demo: device {self.device!r}, wanted 'auto', 'cpu' or 'cuda'")
+            raise ConfigError(f"fpsattention.demo: device {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
         if self.model is not None and not Path(self.model).is_dir() and not re.fullmatch(HUB_ID, self.model):
             raise no_model(self.model, "is neither a folder here nor the form of a hub id")
 
@@ -62,7 +62,7 @@ class DemoConfig:
 def no_model(model: str, what: str) -> ConfigError:
     """The error for a model that cannot be had."""
     return ConfigError(
-        f"fpsattention.demo: model {model!r} {what}, wanted a folder or hub id of a diffusers Wan text-to-video pipeline such as "
+        f"fpsattention.demo: model {model!r} {what}, expected a folder or hub id of a diffusers Wan text-to-video pipeline such as "
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
 

@@ -96,14 +96,14 @@ def estimate(
     """
     if isinstance(model, str):
         if model not in MODELS:
-            raise ConfigError(f"fpsattention.estimate: model {model!r}, wanted one of {', '.join(MODELS)}")
+            raise ConfigError(f"fpsattention.estimate: model {model!r}, expected one of {', '.join(MODELS)}")
         model = MODELS[model]
     if baseline not in BASELINES:
-        raise ConfigError(f"fpsattention.estimate: baseline {baseline!r}, wanted one of {', '.join(BASELINES)}")
+        raise ConfigError(f"fpsattention.estimate: baseline {baseline!r}, expected one of {', '.join(BASELINES)}")
     if not 0.0 < density <= 1.0:
-        raise ConfigError(f"fpsattention.estimate: density {density}, wanted a number in (0, 1]")
+        raise ConfigError(f"fpsattention.estimate: density {density}, expected a number in (0, 1]")
     if steps < 1 or forwards < 1:
-        raise ConfigError(f"fpsattention.estimate: {steps} steps of {forwards} forwards, wanted at least 1")
+        raise ConfigError(f"fpsattention.estimate: {steps} steps of {forwards} forwards, expected at least 1")
     device = gpu_named(gpu)
     shape, computed = shape_of(model, grid, density)
     rates = {

@@ -104,5 +104,5 @@ GPUS = {gpu.name: gpu for gpu in (_hopper("h200", 4.8e12), _hopper("h100", 3.35e
 def gpu_named(name: str) -> Gpu:
     """ConfigError where it is unknown."""
     if name not in GPUS:
-        raise ConfigError(f"fpsattention.estimate: gpu {name!r}, wanted one of {', '.join(GPUS)}")
+        raise ConfigError(f"fpsattention.estimate: gpu {name!r}, expected one of {', '.join(GPUS)}")
     return GPUS[name]

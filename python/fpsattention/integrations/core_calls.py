@@ -155,7 +155,7 @@ def _parameters(original: Core) -> list[str]:
 
 
 def _unknown(core: str, names: list[str]) -> UnsupportedError:
-    return UnsupportedError(f"calls a {core} with parameters ({', '.join(names)}), wanted one that is known")
+    return UnsupportedError(f"calls a {core} with parameters ({', '.join(names)}), expected one that is known")
 
 
 def _wan(original: Core) -> Core:
@@ -191,7 +191,7 @@ def _with_lengths(options: dict[str, Any], original: Callable[..., Tensor]) -> T
     q, k, v, lengths = options["q"], options["k"], options["v"], options.get("k_lens")
     for name, wanted in (("q_lens", (None,)), ("window_size", ((-1, -1), None)), ("q_scale", (None,))):
         if options.get(name) not in wanted:
-            return _refused(f"has {name} {options[name]}, wanted {wanted[0]}", lambda: original(q, k, v, options))
+            return _refused(f"has {name} {options[name]}, expected {wanted[0]}", lambda: original(q, k, v, options))
     count = k.shape[1]
     mask = None
     if lengths is not None and (shorter := [int(n) for n in lengths]) != [count] * len(shorter):
@@ -240,7 +240,7 @@ def _attention_forward(original: Core) -> Core:
         special = [name for name in ("window_size", "score_mod", "use_flex") if options.get(name)]
         if not known or special:
             reason = f"has {', '.join(special)}" if special else f"has the layouts {patterns}"
-            return _refused(f"{reason}, wanted plain attention", lambda: original(**options))
+            return _refused(f"{reason}, expected plain attention", lambda: original(**options))
         q, k, v = (_to_nhd(options[name], pattern, heads) for name, pattern in zip("qkv", patterns, strict=False))
 
         def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = options["attn_mask"]) -> Tensor:

@@ -35,18 +35,18 @@ def core_of(module: Any, wanted: str | None = None) -> str:
     function: Any = type(module).forward if processor is None else getattr(type(processor), "__call__", None)  # noqa: B004
     what = f"has the processor {type(processor).__name__}" if processor is not None else f"is a {type(module).__name__}"
     if isinstance(processor, torch.nn.Module):
-        raise UnsupportedError(f"{what} with weights of its own, wanted a plain one")
+        raise UnsupportedError(f"{what} with weights of its own, expected a plain one")
     if not isinstance(function, types.FunctionType):
-        raise UnsupportedError(f"{what} without Python code, wanted a class with __call__")
+        raise UnsupportedError(f"{what} without Python code, expected a class with __call__")
     if processor is None and not is_swapped(own := _own_forward(module)) and own is not None:
-        raise UnsupportedError(f"{what} with a forward of its own on the instance, wanted that of its class")
+        raise UnsupportedError(f"{what} with a forward of its own on the instance, expected that of its class")
     names = [name for name in ((wanted,) if wanted else DIFFUSERS) if name in function.__code__.co_names]
     if len(names) != 1 or names[0] not in CORES:
         raise UnsupportedError(f"{what}, whose code does not call {wanted or ' or '.join(DIFFUSERS)}")
     if names[0] in function.__globals__:
         CORES[names[0]](function.__globals__[names[0]])  # its parameters are known
     elif not any(value is torch.nn.functional for value in function.__globals__.values()):
-        raise UnsupportedError(f"{what}, whose code calls {names[0]} through a longer path, wanted F.{names[0]}")
+        raise UnsupportedError(f"{what}, whose code calls {names[0]} through a longer path, expected F.{names[0]}")
     return names[0]
 
 

@@ -68,15 +68,15 @@ def apply(
         UnsupportedError: what and why, with ``on_unsupported="raise"``.
     """
     if on_unsupported not in ("raise", "dense"):
-        raise ConfigError(f"fpsattention.apply: on_unsupported {on_unsupported!r}, wanted 'raise' or 'dense'")
+        raise ConfigError(f"fpsattention.apply: on_unsupported {on_unsupported!r}, expected 'raise' or 'dense'")
     if not all(type(frame) is int for frame in exact):
-        raise ConfigError(f"fpsattention.apply: exact {exact!r}, wanted numbers of frames")
+        raise ConfigError(f"fpsattention.apply: exact {exact!r}, expected numbers of frames")
     resolved = Schedule.resolve(schedule)
     if linears is not None:
         resolved = resolved.with_linears(linears)
     if resolved.required and on_unsupported == "dense":
         raise ConfigError(
-            "fpsattention.apply: on_unsupported 'dense', wanted 'raise': the schedule is required by the weights it was trained with"
+            "fpsattention.apply: on_unsupported 'dense', expected 'raise': the schedule is required by the weights it was trained with"
         )
     transformers = _transformers(model, "apply")
     scheduler = SchedulerOf(model if hasattr(model, "components") else None)
@@ -90,7 +90,7 @@ def apply(
         existing = installation_of(transformer)
         if existing is not None and not replace and not existing.copied:
             raise ConfigError(
-                f"fpsattention.apply: {name}: a schedule is applied already, wanted none: call remove() on its handle or "
+                f"fpsattention.apply: {name}: a schedule is applied already, expected none: call remove() on its handle or "
                 "fpsattention.remove(model) first, or apply(..., replace=True)"
             )
         reason = unsupported(transformer, adapters[name])
@@ -193,12 +193,12 @@ def _transformers(model: Any, function: str) -> dict[str, Any]:
             return {name: part for i, (name, part) in enumerate(found.items()) if part not in list(found.values())[:i]}
         raise UnsupportedError(
             f"fpsattention.{function}: {type(model).__name__} has no transformer (components: {', '.join(components)}), "
-            "wanted a pipeline of a video transformer"
+            "expected a pipeline of a video transformer"
         )
     if isinstance(model, torch.nn.Module):
         return {"transformer": _unwrap(model)}
     raise UnsupportedError(
-        f"fpsattention.{function}: {type(model).__name__} is not supported, wanted a diffusers pipeline or a transformer"
+        f"fpsattention.{function}: {type(model).__name__} is not supported, expected a diffusers pipeline or a transformer"
     )
 
 

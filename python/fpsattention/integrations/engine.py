@@ -48,6 +48,7 @@ class Engine:
         on_unsupported: ``"raise"`` or ``"dense"``.
         per_sample: layers see one sample after the other.
         text_mask: masks that layers get say which keys count.
+        causal_text: layers also make a causal call, which stays their own, and have keys without queries (:class:`.adapters.Adapter`).
     """
 
     places = 0  # where the transformer moves its tokens to tile order and back
@@ -65,6 +66,7 @@ class Engine:
         on_unsupported: str,
         per_sample: bool = False,
         text_mask: bool = False,
+        causal_text: bool = False,
     ):
         self.name = name
         self.transformer: Any = None
@@ -74,6 +76,7 @@ class Engine:
         self.on_unsupported = on_unsupported
         self.per_sample = per_sample
         self.text_mask = text_mask
+        self.causal_text = causal_text
         self.tables = LevelTables(schedule, len(paths), heads)
         self.sites = [
             Site(self, f"{name}.{path}", layer, self.tables.group_of_layer[layer], core, on_unsupported)

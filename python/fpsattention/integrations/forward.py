@@ -103,6 +103,6 @@ class Forward:
         text_len = num_tokens - t * h * w
         if text_len < 0:
             raise ConfigError(
-                f"fpsattention.apply: {self.owner.name}: attention over {num_tokens} tokens, wanted at least those of grid {self.video.grid}"
+                f"fpsattention.apply: {self.owner.name}: attention over {num_tokens} tokens, expected at least those of grid {self.video.grid}"
             )
         self.tokens = self.video._replace(text_len=text_len)

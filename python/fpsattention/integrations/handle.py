@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..schedule import Schedule
 from .engine import Engine
-from .installation import Installation, check_not_compiled
+from .installation import Installation, check_recordable
 from .record import Recorder
 from .report import Report
 
@@ -102,7 +102,7 @@ class Handle:
         report = self.report()
         if not any(report.forwards.values()):
             raise ConfigError(
-                "fpsattention.write_receipt: no forward ran since apply or reset, wanted the run that made the video"
+                "fpsattention.write_receipt: no forward ran since apply or reset, expected the run that made the video"
             )
         return receipt.write(path, receipt.make(self.schedule, report, self.skipped))
 
@@ -142,17 +142,17 @@ class Handle:
         layers = None if layers is None else sorted(set(layers))
         targets = None if sigmas is None else sorted({float(sigma) for sigma in sigmas})
         for installation in self.installations:
-            check_not_compiled(installation)
+            check_recordable(installation)
             if installation.recorder is not None:
                 raise ConfigError(
-                    "fpsattention.record: a recording is on already, wanted none: call stop() on it first"
+                    "fpsattention.record: a recording is on already, expected none: call stop() on it first"
                 )
             count = len(installation.sites)
             bad = [layer for layer in layers or () if not 0 <= layer < count]
             if bad:
-                raise ConfigError(f"fpsattention.record: layers {bad}, wanted indices below {count}")
+                raise ConfigError(f"fpsattention.record: layers {bad}, expected indices below {count}")
         if targets and not 0.0 <= targets[0] <= targets[-1] <= 1.0:
-            raise ConfigError(f"fpsattention.record: sigmas {targets}, wanted numbers in [0, 1]")
+            raise ConfigError(f"fpsattention.record: sigmas {targets}, expected numbers in [0, 1]")
         observers = [
             (site, partial(_save, weakref.ref(installation), site.layer))
             for installation in self.installations
@@ -191,6 +191,8 @@ def report(installations: Iterable[Engine], skipped: Mapping[str, str]) -> Repor
         result.fallbacks.update(installation.refused_linears)
         if installation.own_norms:
             result.fallbacks[f"{installation.name}: {installation.own_norms}"] = 0
+        if installation.causal_text:
+            result.fallbacks[f"{installation.name}: the causal attention of its text, of every layer"] = 0
         for site in installation.sites:
             result.fallbacks.update({f"{site.name}: {reason}": n for reason, n in site.fallbacks.items()})
         for tokens, _, _ in installation.counts():

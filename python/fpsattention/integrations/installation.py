@@ -64,8 +64,9 @@ class Installation(Engine):
         schedule.check_model(adapter.class_name(transformer), len(attentions), heads)
         cores = [core_of(module, adapter.core) for module in attentions.values()]
         super().__init__(
-            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask
-        )
+            name, schedule, list(attentions), heads, cores, on_unsupported, adapter.per_sample, adapter.text_mask,
+            adapter.causal_text,
+        )  # fmt: skip
         self.transformer = transformer
         self.adapter = adapter
         self.copied = False
@@ -111,12 +112,12 @@ class Installation(Engine):
     def _prepare(self, mode: bool | str) -> None:
         """Let the sites run norm and RoPE in the quantizer, where their models are known to allow it."""
         if mode not in MODES:
-            raise ConfigError(f"fpsattention.apply: prepare {mode!r}, wanted one of {MODES}")
+            raise ConfigError(f"fpsattention.apply: prepare {mode!r}, expected one of {MODES}")
         preparation = self.adapter.prepare
         strict = mode is True and self.on_unsupported == "raise"
         if mode is True and isinstance(preparation, str):
             raise UnsupportedError(
-                f"fpsattention.apply: prepare: norms and RoPE of {self.adapter.name} {preparation}, wanted a family whose adapter says how "
+                f"fpsattention.apply: prepare: norms and RoPE of {self.adapter.name} {preparation}, expected a family whose adapter says how "
                 "(fpsattn models): leave prepare out"
             )
         if mode is not False and isinstance(preparation, str):
@@ -169,7 +170,9 @@ class Installation(Engine):
         """``compiled``: what runs under this hook is compiled (``torch.compile(transformer)``)."""
         try:
             if getattr(transformer, "_is_parallelized", False):  # since
-                raise UnsupportedError(f"fpsattention.apply: {self.name}: {parallelized(transformer)}, wanted it whole")
+                raise UnsupportedError(
+                    f"fpsattention.apply: {self.name}: {parallelized(transformer)}, expected it whole"
+                )
             geometry = self._geometry(transformer, args, kwargs)
             self._check_exact(geometry)
         except UnsupportedError as error:
@@ -181,7 +184,8 @@ class Installation(Engine):
             return
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         t, h, w = geometry.grid
-        tokens = Tokens((int(t), int(h), int(w)), geometry.text_len or 0, geometry.text_position, self._exact(geometry))
+        grid, exact = (int(t), int(h), int(w)), self._exact(geometry)
+        tokens = Tokens(grid, geometry.text_len or 0, geometry.text_position, exact, alone=geometry.alone)
         device = geometry.latents.device
         backward = torch.is_grad_enabled()
         segments: Tensor | tuple[int, ...]
@@ -258,12 +262,12 @@ class Installation(Engine):
     def _check_exact(self, geometry: Geometry) -> None:
         if self._exact(geometry) and (pattern := self.tables.permuting()) is not None:
             raise UnsupportedError(
-                f"fpsattention.apply: {self.name} has frames that are exact under {pattern}, which permutes tokens, wanted another pattern"
+                f"fpsattention.apply: {self.name} has frames that are exact under {pattern}, which permutes tokens, expected another pattern"
             )
 
     def _refused_compiled(self, reason: str) -> str:
         """Compiled attention counts nothing, so what it refuses is counted here, per forward."""
-        reason = f"is compiled, and {reason}, wanted this model eager"
+        reason = f"is compiled, and {reason}, expected this model eager"
         if self.on_unsupported == "raise":
             raise UnsupportedError(f'fpsattention.apply: {self.name} {reason}, or apply(..., on_unsupported="dense")')
         with self._lock:
@@ -277,19 +281,20 @@ class Installation(Engine):
         timestep = self.reader.per_sample(geometry.timestep, geometry.latents.shape[0])
         if geometry.text_len is None:
             raise UnsupportedError(
-                f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
+                f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, expected it from the "
                 "arguments: compile the blocks (compile_repeated_blocks), not the whole model"
             )
         t, h, w = (_constant(size) for size in geometry.grid)
-        tokens = Tokens((t, h, w), _constant(geometry.text_len), geometry.text_position, self._exact(geometry))
+        text_len, alone = _constant(geometry.text_len), _constant(geometry.alone)
+        tokens = Tokens((t, h, w), text_len, geometry.text_position, self._exact(geometry), alone=alone)
         if (reason := self.tables.eager_only()) is not None:
             raise UnsupportedError(
-                f"fpsattention.apply: {self.name} is compiled, and {reason}, wanted this model eager"
+                f"fpsattention.apply: {self.name} is compiled, and {reason}, expected this model eager"
             )
         if (level := self.tables.refreshed) is not None:
             raise UnsupportedError(
                 f"fpsattention.apply: {self.name}: level {level.name!r} keeps a mask for {level.refresh} steps, which are counted by hooks that "
-                "this graph holds, wanted them outside: compile the transformer itself (torch.compile(transformer), compile_repeated_blocks)"
+                "this graph holds, expected them outside: compile the transformer itself (torch.compile(transformer), compile_repeated_blocks)"
             )
         device = geometry.latents.device
         segments = self.tables.segments_on_device(self.reader.on_device(timestep).to(device), self.tables.edges)
@@ -319,7 +324,7 @@ class Installation(Engine):
             self.selections.forget()  # lists that were due may not have been made
         if 0 < forward.places < self.places and output is not None and forward.tokens is not None:
             raise UnsupportedError(
-                f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, wanted all: a part of the "
+                f"fpsattention.apply: {self.name} moved its tokens at {forward.places} of {self.places} places, expected all: a part of the "
                 'model was left out or replaced: token_order="raster"'
             )
         self.count(forward)
@@ -381,14 +386,17 @@ class Installation(Engine):
                 first = self.nonfinite[f"{name}: {label}"] == 1
             if first:
                 warnings.warn(
-                    f"fpsattention.apply(debug=True): {name}: {label} has NaN or Inf, wanted finite values",
+                    f"fpsattention.apply(debug=True): {name}: {label} has NaN or Inf, expected finite values",
                     stacklevel=2,
                 )
 
 
 def _num_heads(attentions: dict[str, Any]) -> int | None:
     """Heads of all attentions, or None where they are unknown or differ."""
-    heads = {getattr(module, "heads", getattr(module, "num_heads", None)) for module in attentions.values()}
+    names = ("heads", "num_heads", "num_attention_heads")
+    heads = {
+        next((n for name in names if (n := getattr(x, name, None)) is not None), None) for x in attentions.values()
+    }
     return heads.pop() if len(heads) == 1 else None
 
 
@@ -471,14 +479,14 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
     if adapter is None:
         known = ", ".join(name for adapter in ADAPTERS for name in adapter.classes)
         return (
-            f"{type(transformer).__name__} is not supported, wanted one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
+            f"{type(transformer).__name__} is not supported, expected one of {known}, or a pipeline of it: pass adapter=Adapter(...), or "
             "call fpsattention.attention where the model computes its attention"
         )
     config = getattr(transformer, "_parallel_config", None)
     if config is not None and getattr(config, "context_parallel_config", config) is None:
-        return "enable_parallelism() with tensor parallelism was called on the transformer, wanted whole heads: context parallelism works"
+        return "enable_parallelism() with tensor parallelism was called on the transformer, expected whole heads: context parallelism works"
     if (parallel := parallelized(transformer)) is not None:
-        return f"{parallel}, wanted whole sequences on one device, or fpsattention.parallel.shard"
+        return f"{parallel}, expected whole sequences on one device, or fpsattention.parallel.shard"
     attentions = adapter.attentions(transformer)
     if not attentions:
         return f"{type(transformer).__name__} has no attention that the adapter {adapter.name!r} names"
@@ -489,13 +497,17 @@ def unsupported(transformer: Any, adapter: Adapter | None) -> str | None:
             return f"{path} {error}"
         head_dim = head_dim_of(module)
         if head_dim is not None and kernel_dim(head_dim) is None:
-            return f"head dimension {head_dim}, wanted at most {HEAD_DIMS[-1]}"
+            return f"head dimension {head_dim}, expected at most {HEAD_DIMS[-1]}"
     return None
 
 
-def check_not_compiled(installation: Installation) -> None:
-    """Recording reads tensors in Python, which compiled blocks do not run."""
+def check_recordable(installation: Installation) -> None:
+    """Recording reads tensors in Python, which compiled blocks do not run, and its files hold as many queries as keys."""
+    if installation.causal_text:
+        raise UnsupportedError(
+            f"fpsattention.record: {installation.adapter.name} has keys without queries, expected as many queries as keys"
+        )
     if installation.compiled_modules():
         raise UnsupportedError(
-            "fpsattention.record: the transformer is compiled, wanted an eager one: record before compiling"
+            "fpsattention.record: the transformer is compiled, expected an eager one: record before compiling"
         )

@@ -123,11 +123,12 @@ class LevelTables:
             text_position: str,
             exact: tuple[int, ...],
             order: str,
+            alone: int,
             group: int,
             segment: int | None,
             device: torch.device,
         ) -> tuple[Tensor, ...]:
-            tokens = Tokens(grid, text_len, text_position, exact, order)
+            tokens = Tokens(grid, text_len, text_position, exact, order, alone)
             layout = self.tables(tokens).on(device)
             if not self._listed(group):
                 return layout.slot_of_token, layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets
@@ -136,9 +137,15 @@ class LevelTables:
 
         @constant
         def order_on(
-            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, device: torch.device
+            grid: Grid,
+            text_len: int,
+            text_position: str,
+            exact: tuple[int, ...],
+            order: str,
+            alone: int,
+            device: torch.device,
         ) -> tuple[Tensor, ...]:
-            return self.tables(Tokens(grid, text_len, text_position, exact, order)).order_on(device)
+            return self.tables(Tokens(grid, text_len, text_position, exact, order, alone)).order_on(device)
 
         @constant
         def edges_on(device: torch.device) -> Tensor:
@@ -146,9 +153,9 @@ class LevelTables:
 
         @constant  # a tuple: Dynamo keeps no second result of a function that gives a tensor
         def sizes_on(
-            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, group: int
+            grid: Grid, text_len: int, text_position: str, exact: tuple[int, ...], order: str, alone: int, group: int
         ) -> tuple[Tensor, ...]:
-            tables = self.tables(Tokens(grid, text_len, text_position, exact, order))
+            tables = self.tables(Tokens(grid, text_len, text_position, exact, order, alone))
             patterns = [self.group_levels[group][i].pattern for i in self._dynamic[group]]
             return tuple(tables.sizes(pattern) for pattern in patterns if pattern is not None)
 

@@ -79,7 +79,7 @@ class ScheduledLinear(torch.nn.Linear):
             return torch.nn.functional.linear(input, self.weight, self.bias)
         reason = why_not(input.device)
         if reason is None and type(self.weight.data).__name__ == "DTensor":
-            reason = "its weight is a DTensor in the forward (tensor parallelism), wanted a plain one"
+            reason = "its weight is a DTensor in the forward (tensor parallelism), expected a plain one"
         if reason is not None:
             if site.owner.on_unsupported == "raise":
                 raise UnsupportedError(
@@ -95,7 +95,7 @@ class ScheduledLinear(torch.nn.Linear):
             return out
         if mode.shape[0] != input.shape[0]:
             raise ConfigError(
-                f"fpsattention.apply: {site.name} got {input.shape[0]} samples, wanted {mode.shape[0]}: they are at levels with different linears"
+                f"fpsattention.apply: {site.name} got {input.shape[0]} samples, expected {mode.shape[0]}: they are at levels with different linears"
             )
         own = torch.nn.functional.linear(input, self.weight, self.bias)
         return torch.where(mode.view(-1, *[1] * (out.dim() - 1)), out.to(own.dtype), own)
@@ -134,7 +134,7 @@ class Linears:
         self._fused: list[bool] = []
         if layers and not owner.adapter.linears:
             raise UnsupportedError(
-                f"fpsattention.apply: linears of {owner.adapter.name} are not known, wanted a family whose adapter names them "
+                f"fpsattention.apply: linears of {owner.adapter.name} are not known, expected a family whose adapter names them "
                 "(fpsattn models): leave linears out"
             )
         found = list(self._find())
@@ -210,15 +210,13 @@ def _submodule(block: torch.nn.Module, name: str) -> Any:
 
 def _refusal(module: Any) -> str | None:
     if type(module) not in (torch.nn.Linear, ScheduledLinear):
-        return f"is a {type(module).__name__}, wanted an nn.Linear"
+        return f"is a {type(module).__name__}, expected an nn.Linear"
     if type(module.weight.data).__name__ not in ("Tensor", "DTensor"):  # the latter: FSDP2 shards it between forwards
-        return (
-            f"has weights that are quantized already ({type(module.weight.data).__name__}), wanted 16-bit or FP32 ones"
-        )
+        return f"has weights that are quantized already ({type(module.weight.data).__name__}), expected 16-bit or FP32 ones"
     if module.weight.shape[0] % ALIGNMENT or module.weight.shape[1] % ALIGNMENT:
-        return f"has a weight of shape {tuple(module.weight.shape)}, wanted multiples of {ALIGNMENT}"
+        return f"has a weight of shape {tuple(module.weight.shape)}, expected multiples of {ALIGNMENT}"
     if "forward" in vars(module) and not any(_bound(holder, name, module) for holder, name in _keepers(module)):
-        return "has a forward of its own, wanted that of nn.Linear: apply first, then wrap it"
+        return "has a forward of its own, expected that of nn.Linear: apply first, then wrap it"
     return None
 
 

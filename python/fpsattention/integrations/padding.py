@@ -32,17 +32,17 @@ def unexplained(core: CoreCall, known: bool) -> str | None:
     """Why the mask of a call cannot be a mask over the keys, or None; ``known``: the model has such masks."""
     mask, batch, count = core.mask, core.q.shape[0], core.q.shape[1]
     if not known:
-        return "got an attention mask, wanted None (the block mask comes from the schedule)"
+        return "got an attention mask, expected None (the block mask comes from the schedule)"
     if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4):
         kind = getattr(mask, "dtype", type(mask).__name__)
-        return f"got an attention mask of type {kind}, wanted bool (B, 1, 1, S) or (B, 1, S, S)"
+        return f"got an attention mask of type {kind}, expected bool (B, 1, 1, S) or (B, 1, S, S)"
     if (
         mask.shape[0] not in (1, batch)
         or mask.shape[1] != 1
         or mask.shape[2] not in (1, count)
         or mask.shape[3] != count
     ):
-        return f"got an attention mask of shape {tuple(mask.shape)}, wanted {(batch, 1, 1, count)} or {(batch, 1, count, count)}"
+        return f"got an attention mask of shape {tuple(mask.shape)}, expected {(batch, 1, 1, count)} or {(batch, 1, count, count)}"
     return None
 
 

@@ -135,13 +135,15 @@ def _rotation(preparation: Preparation, module: Any, tables: Any, owner: Engine)
     """
     what = "fpsattention.apply: prepare: the rotary tables"
     if not isinstance(tables, (tuple, list)) or len(tables) != 2:
-        raise UnsupportedError(f"{what} are a {type(tables).__name__}, wanted a pair of cos and sin: leave prepare out")
+        raise UnsupportedError(
+            f"{what} are a {type(tables).__name__}, expected a pair of cos and sin: leave prepare out"
+        )
     cos, sin = (x.contiguous() for x in preparation.tables(tables, module.heads))
     half = (head_dim_of(module) or 2 * cos.shape[-1]) // 2
     for x in (cos, sin):
         if x.is_complex() or x.ndim != 4 or x.shape[3] != half:
             raise UnsupportedError(
-                f"{what} come out as {x.dtype} {tuple(x.shape)}, wanted real numbers (1 or B, 1 or H, n, {half}): leave prepare out"
+                f"{what} come out as {x.dtype} {tuple(x.shape)}, expected real numbers (1 or B, 1 or H, n, {half}): leave prepare out"
             )
     if (
         preparation.twice
@@ -151,7 +153,7 @@ def _rotation(preparation: Preparation, module: Any, tables: Any, owner: Engine)
     ):
         if not all(torch.equal(x[..., 0::2], x[..., 1::2]) for x in tables):
             raise UnsupportedError(
-                f"{what} hold two angles for a pair of channels, wanted every angle twice, side by side: leave prepare out"
+                f"{what} hold two angles for a pair of channels, expected every angle twice, side by side: leave prepare out"
             )
         owner.tables_seen = True
     return cos, sin
@@ -168,31 +170,31 @@ def why_not(preparation: Preparation, module: Any, running: bool = False) -> str
     when weights that FSDP2 shards between forwards are whole."""
     head_dim = head_dim_of(module)
     if head_dim is not None and head_dim not in HEAD_DIMS:
-        return f"has head dimension {head_dim}, wanted one of {HEAD_DIMS}"
+        return f"has head dimension {head_dim}, expected one of {HEAD_DIMS}"
     named = {name: getattr(module, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
     if preparation.text_rotated and named["norm_added_q"] is not None:
-        return "rotates the text, too, under norms of its own, wanted text that is not rotated or has the norms of the video"
+        return "rotates the text, too, under norms of its own, expected text that is not rotated or has the norms of the video"
     own = [norm for norm in named.values() if norm is not None]
     if (named["norm_q"] is None) != (named["norm_k"] is None):
-        return "normalizes one of q and k, wanted both or none"
+        return "normalizes one of q and k, expected both or none"
     if getattr(module, "add_q_proj", None) is not None and (named["norm_q"] is None) != (named["norm_added_q"] is None):
-        return "normalizes one of video and text, wanted both or none"
+        return "normalizes one of video and text, expected both or none"
     for name, norm in named.items():
         if norm is None:
             continue
         kind = _NORMS.get(f"{type(norm).__module__}.{type(norm).__qualname__}", "")
         if kind != preparation.kind.removesuffix("_across_heads"):
-            return f"has a {type(norm).__name__} as {name}, wanted the {preparation.kind} norm of its family"
+            return f"has a {type(norm).__name__} as {name}, expected the {preparation.kind} norm of its family"
         if "forward" in norm.__dict__ or any(len(getattr(norm, hooks)) for hooks in _HOOKS):
-            return f"has hooks on {name} (offloading, casting), wanted none: they run with the norm's own code"
+            return f"has hooks on {name} (offloading, casting), expected none: they run with the norm's own code"
         if norm.eps is None or norm.eps != own[0].eps:
-            return f"has eps {norm.eps} in {name}, wanted one number for all norms"
+            return f"has eps {norm.eps} in {name}, expected one number for all norms"
         for tensor in ("weight", "bias"):
             x = getattr(norm, tensor, None)
             if running and x is not None and type(x.data).__name__ == "DTensor":
-                return f"has a DTensor as the {tensor} of {name} in the forward, wanted a plain one"
+                return f"has a DTensor as the {tensor} of {name} in the forward, expected a plain one"
     if (named["norm_added_q"] is None) != (named["norm_added_k"] is None):
-        return "normalizes one of q and k of the text, wanted both or none"
+        return "normalizes one of q and k of the text, expected both or none"
     return None
 
 

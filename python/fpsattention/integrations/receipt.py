@@ -75,7 +75,7 @@ def write(path: str | Path, receipt: dict[str, Any]) -> Path:
         return path
     except OSError as error:
         raise ConfigError(
-            f"fpsattention.write_receipt: {path} cannot be used ({error.strerror}), wanted a video that is there"
+            f"fpsattention.write_receipt: {path} cannot be used ({error.strerror}), expected a video that is there"
         ) from error
 
 
@@ -96,16 +96,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         else:
             payloads = [sidecar.read_bytes()] if sidecar.is_file() else []
     except OSError as error:
-        raise ConfigError(f"fpsattention.verify: {path} cannot be read ({error.strerror}), wanted a video") from error
+        raise ConfigError(f"fpsattention.verify: {path} cannot be read ({error.strerror}), expected a video") from error
     if not payloads:
         raise ConfigError(
-            f"fpsattention.verify: no receipt in {path} or beside it, wanted a file that handle.write_receipt() was called on: other "
+            f"fpsattention.verify: no receipt in {path} or beside it, expected a file that handle.write_receipt() was called on: other "
             "programs that rewrite a video drop it"
         )
     try:
         receipt = json.loads(payloads[-1])
         if receipt["format"] != FORMAT:
-            raise ValueError(f"format {receipt['format']!r}, wanted {FORMAT!r}")
+            raise ValueError(f"format {receipt['format']!r}, expected {FORMAT!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"fpsattention.verify: the receipt of {path} cannot be read: {error}") from error
     return receipt, _faults(receipt, content)

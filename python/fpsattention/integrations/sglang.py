@@ -125,14 +125,14 @@ class FPSAttentionImpl(AttentionImpl):
         refused, sigma, run, grid = None, 1.0, (), (1, 1, 1)
         shape, timesteps = getattr(batch, "raw_latent_shape", None), getattr(batch, "timesteps", None)
         if shape is None or timesteps is None:
-            refused = "was not told raw_latent_shape and timesteps, wanted both in the request"
+            refused = "was not told raw_latent_shape and timesteps, expected both in the request"
         else:
             run = read_once(timesteps, _sigmas)
             sigma = run[int(context.current_timestep)]
             patches = _settings["patch_size"]
             grid = tuple(size // patch for size, patch in zip(tuple(shape)[-3:], patches, strict=True))  # type: ignore[assignment]
             if (t := grid[0] * grid[1] * grid[2]) > query.shape[1]:
-                refused = f"got {query.shape[1]} tokens, wanted at least the {t} of grid {grid}"
+                refused = f"got {query.shape[1]} tokens, expected at least the {t} of grid {grid}"
         core = CoreCall(query, key, value, self._dense, None, self.causal, self.scale)
         position = _settings["text_position"]
         return self.layer.attend(core, grid, sigma, text_position=position, run=run, refused=refused)

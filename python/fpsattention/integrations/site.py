@@ -118,7 +118,7 @@ class Site:
 
     def attend(self, core: CoreCall) -> Tensor:
         """The output of the core, ``(B, S, H, D)``; of this rank's tokens, where they are spread over several."""
-        if self.owner.paused:
+        if self.owner.paused or (core.causal and self.owner.causal_text):
             return core.dense(core.q, core.k, core.v)
         forward = CURRENT.forward
         if (
@@ -150,18 +150,18 @@ class Site:
             calls = own.graph_calls or own.calls  # the latter where the hook did not see that this is compiled
             if not calls:
                 raise UnsupportedError(
-                    f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, wanted it from the "
+                    f"fpsattention.apply: {self.name}: the text length of this model shows at its attention only, expected it from the "
                     "arguments of the transformer: compiled attention cannot read it"
                 )
             call = calls[self.group]
         elif self.owner.per_sample:
             call = self._call_of_sample(core, own)
         else:
-            call = own.call(self.group, core.q.shape[1], core.q.device)
+            call = own.call(self.group, core.k.shape[1], core.q.device)
             own.executed[self.layer] += 1
-        if core.q.shape[1] != call.slot_of_token.shape[0]:
+        if core.k.shape[1] != call.slot_of_token.shape[0]:
             raise ConfigError(
-                f"fpsattention.apply: {self.name} got {core.q.shape[1]} tokens, wanted {call.slot_of_token.shape[0]}, as the "
+                f"fpsattention.apply: {self.name} got {core.k.shape[1]} tokens, expected {call.slot_of_token.shape[0]}, as the "
                 "arguments of its transformer's forward say"
             )
         out = self.parts(core, call)
@@ -182,7 +182,7 @@ class Site:
         text_len = core.q.shape[1] - t * h * w
         if text_len < 0 or core.q.shape[0] != 1:
             raise ConfigError(
-                f"fpsattention.apply: {self.name} got q of shape {tuple(core.q.shape)}, wanted one sample of at least {t * h * w} tokens"
+                f"fpsattention.apply: {self.name} got q of shape {tuple(core.q.shape)}, expected one sample of at least {t * h * w} tokens"
             )
         if sample == 0:
             forward.executed[self.layer] += 1
@@ -256,12 +256,15 @@ class Site:
         if part.dense:
             q, k = (q, k) if raw is None else raw.finish(q, k)
             return (core.dense(q, k, v) if masked is None else core.dense(q, k, v, masked.mask)), None
+        if self.owner.causal_text and q.shape[1] != k.shape[1]:
+            square, made_of = self.launch(call, core, part, *_square(q, k, v), masked, known)
+            return square[:, : q.shape[1]], made_of
         hidden = None
         if masked is not None:
             k, v, hidden, _ = masked
             if part.precision != "fp8":
                 raise UnsupportedError(
-                    f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, wanted fp8"
+                    f"fpsattention.apply: {self.name} got an attention mask at a level of precision {part.precision}, expected fp8"
                 )
         if raw is not None and (
             part.precision != "fp8" or part.lists is None or part.hadamard or q.shape != k.shape
@@ -296,7 +299,7 @@ class Site:
                 if isinstance(made, Clustered):
                     if hidden is not None:
                         raise UnsupportedError(
-                            f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, wanted None"
+                            f"fpsattention.apply: {self.name} got an attention mask under a pattern that permutes, expected None"
                         )
                     return clustered_attention(*heads_first, made, **options).transpose(1, 2), None
                 lists = made if isinstance(made, Lists) else made.lists(torch.is_grad_enabled())
@@ -347,18 +350,20 @@ class Site:
     def refusal(self, core: CoreCall) -> str | None:
         """Why this call must be the model's own, or None."""
         if core.causal:
-            return "is causal, wanted attention in both directions"
+            return "is causal, expected attention in both directions"
         if core.parallel is not None:
-            return "runs under context parallelism, wanted whole sequences (no _parallel_config)"
+            return "runs under context parallelism, expected whole sequences (no _parallel_config)"
         (batch, count, heads, dim), of_keys = core.q.shape, core.k.shape
         fewer = of_keys[2] and heads % of_keys[2] == 0  # grouped queries
+        if self.owner.causal_text:  # the tables say how many
+            count = max(count, of_keys[1])
         if of_keys != (batch, count, of_keys[2], dim) or core.v.shape != of_keys or not fewer:
             shapes = ", ".join(str(tuple(x.shape)) for x in (core.q, core.k, core.v))
-            return f"got q, k, v of shapes {shapes}, wanted equal ones, heads of k and v aside (only self-attention is replaced)"
+            return f"got q, k, v of shapes {shapes}, expected equal ones, heads of k and v aside (only self-attention is replaced)"
         if kernel_dim(core.q.shape[3]) is None:
-            return f"has head dimension {core.q.shape[3]}, wanted at most {HEAD_DIMS[-1]}"
+            return f"has head dimension {core.q.shape[3]}, expected at most {HEAD_DIMS[-1]}"
         if core.dropout:
-            return f"has dropout {core.dropout}, wanted 0"
+            return f"has dropout {core.dropout}, expected 0"
         return None
 
     def refused(self, reason: str, dense: Callable[[], Tensor]) -> Tensor:
@@ -382,6 +387,14 @@ class Site:
             "transformer(...), not transformer.forward(...); checkpoint blocks through "
             "transformer.enable_gradient_checkpointing(your_function) or torch's checkpoint_wrapper, not by hand"
         )
+
+
+def _square(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``(B, S, H, D)`` in the order of the tables, which have the first keys last: those without queries get empty ones, whose
+    rows visit nothing."""
+    alone = k.shape[1] - q.shape[1]
+    empty = q.new_zeros(q.shape[0], alone, q.shape[2], q.shape[3])
+    return torch.cat([q, empty], 1), k.roll(-alone, 1), v.roll(-alone, 1)
 
 
 def _dense(core: CoreCall, forward: Forward | None) -> Tensor:

@@ -54,7 +54,7 @@ class Hook:
         index = forward.order.to_raster if self.place.back else forward.order.to_tile
         if self.place.back and not arguments:
             raise UnsupportedError(
-                f'fpsattention.apply: {self.place.path} got no positional arguments, wanted its tokens first: token_order="raster"'
+                f'fpsattention.apply: {self.place.path} got no positional arguments, expected its tokens first: token_order="raster"'
             )
         if not compiling:
             forward.places += 1
@@ -71,11 +71,11 @@ def install(owner: Installation, token_order: str | None) -> list[Any]:
         ConfigError: it is neither. UnsupportedError: "tile" is asked for, and the adapter does not know how.
     """
     if token_order is not None and token_order not in ORDERS:
-        raise ConfigError(f"fpsattention.apply: token_order {token_order!r}, wanted one of {ORDERS}")
+        raise ConfigError(f"fpsattention.apply: token_order {token_order!r}, expected one of {ORDERS}")
     places = () if token_order == "raster" else owner.adapter.token_order(owner.transformer)
     if token_order == "tile" and not places:
         raise UnsupportedError(
-            f'fpsattention.apply: token_order "tile" of this {owner.adapter.name} is not known, wanted "raster", or to leave it out'
+            f'fpsattention.apply: token_order "tile" of this {owner.adapter.name} is not known, expected "raster", or to leave it out'
         )
     handles = []
     for place in places:

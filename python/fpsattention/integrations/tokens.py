@@ -30,6 +30,7 @@ class Tokens(NamedTuple):
     text_position: str = "suffix"
     exact: tuple[int, ...] = ()  # frames that are dense in both directions
     order: str = "raster"
+    alone: int = 0  # text tokens that are keys only, the last ones of a text after the video
 
     @property
     def video_tokens(self) -> int:
@@ -51,7 +52,7 @@ def resolve_window(window: Window, layout: TileLayout) -> Grid:
         if any(w > n for w, n in zip(window, tiles, strict=True)):
             raise ConfigError(
                 f"fpsattention.Schedule: window {tuple(window)} exceeds the {tiles} tiles of grid {tuple(layout.grid)}, "
-                'wanted at most the tile grid: use {"density": d}, which fits any grid'
+                'expected at most the tile grid: use {"density": d}, which fits any grid'
             )
         return window
     budget = window * tiles[0] * tiles[1] * tiles[2] * (1 + 1e-9)  # 0.3 * 10 tiles is 3 tiles
@@ -75,6 +76,7 @@ class TokenTables:
         self.layout = layout.in_tile_order() if tokens.order == "tile" else layout
         self._raster = layout
         self._exact = tokens.exact
+        self._alone = tokens.alone
         self._rules = rules
         self._num_heads = num_heads
         self.made = Cache()  # by what was asked
@@ -108,14 +110,21 @@ class TokenTables:
         return tuple(r if isinstance(r, BoundPattern) else resolve_window(r, self.layout) for r in rules)
 
     def mask(self, group: int, segment: int) -> BlockMask:
-        """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H."""
+        """The block mask of one segment, on the CPU: ``Bm = 1``, ``Hm`` 1 or H. Tiles that have no queries visit nothing."""
+        rules, mask = self._concrete(group, segment), self._square(group, segment)
+        if not self._alone:
+            return mask
+        return self.made.get(("rows", rules), lambda: with_rows(mask, self.layout.num_tokens - self._alone))
+
+    def _square(self, group: int, segment: int) -> BlockMask:
+        """:meth:`mask` if every token had a query."""
         rules = self._concrete(group, segment)
 
         def make() -> BlockMask:
             mask = head_masks(self.layout, rules)
             if self._num_heads is not None and mask.shape[1] not in (1, self._num_heads):
                 raise ConfigError(
-                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, wanted 1 or "  # type: ignore[union-attr]
+                    f"fpsattention.Schedule: pattern {rules[0].name} makes lists of {mask.shape[1]} heads, expected 1 or "  # type: ignore[union-attr]
                     f"{self._num_heads}, as this transformer has"
                 )
             return with_exact(mask, frames(self._exact, self._raster), self._raster)
@@ -151,7 +160,16 @@ class TokenTables:
         """Attended share of the (query, key) pairs, mean over heads, of a segment that has lists; else 1."""
         if self._rules[group][segment] is None:
             return 1.0
-        return self.made.get(("density", self._concrete(group, segment)), lambda: self.mask(group, segment).density)
+        return self.made.get(("density", self._concrete(group, segment)), lambda: self._square(group, segment).density)
+
+
+def with_rows(mask: BlockMask, count: int) -> BlockMask:
+    """``mask``, on the CPU, whose tiles without one of the first ``count`` tokens visit nothing."""
+    layout = mask.layout
+    with plain_tensors():
+        tiles = torch.zeros(layout.num_tiles, dtype=torch.bool)
+        tiles[layout.tile_of_block[held_blocks(layout, [(0, count)])].long()] = True
+        return BlockMask(layout, mask.kv_num_blocks * tiles, mask.kv_indices)
 
 
 def head_masks(layout: TileLayout, rules: Sequence[Grid | BoundPattern]) -> BlockMask:

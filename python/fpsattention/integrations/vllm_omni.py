@@ -42,7 +42,7 @@ def register(
         ConfigError: the schedule is wrong, or both backends are one.
     """
     if member == dense:
-        raise ConfigError(f"fpsattention.vllm_omni: member {member!r} and dense {dense!r}, wanted different backends")
+        raise ConfigError(f"fpsattention.vllm_omni: member {member!r} and dense {dense!r}, expected different backends")
     resolved = Schedule.resolve(schedule)
     original = DiffusionAttentionBackendEnum[dense].get_class()
     _settings.update(name=member, dense=original, layers=Layers("vllm_omni", resolved, on_unsupported))
@@ -125,16 +125,16 @@ def _tokens(told: AttentionMetadata | None, count: int) -> tuple[tuple[int, int,
     """Grid, where other tokens are, and why there is no grid."""
     layout, context = getattr(told, "video_layout", None), get_forward_context()
     if getattr(told, "packed_padding", None) is not None or getattr(told, "full_attn_spans", None) is not None:
-        return (1, 1, 1), "suffix", "got packed padding or spans, wanted one video with all its tokens valid"
+        return (1, 1, 1), "suffix", "got packed padding or spans, expected one video with all its tokens valid"
     if layout is not None and layout.latent_grid is not None and layout.prefix_len is not None:
         t, h, w = layout.latent_grid
         if layout.prefix_len + t * h * w != count:
-            return (t, h, w), "prefix", f"got {count} tokens, wanted no padding after the video"
+            return (t, h, w), "prefix", f"got {count} tokens, expected no padding after the video"
         return (t, h, w), "prefix", None
     shape, patches = getattr(context, "latent_shape", None), getattr(context, "patch_size", None)
     if shape is None or patches is None:
         return (1, 1, 1), "suffix", "was not told the video's grid (video_layout, latent_shape)"
     t, h, w = (size // patch for size, patch in zip(shape, patches, strict=True))
     if t * h * w != count:
-        return (t, h, w), "suffix", f"got {count} tokens, wanted the {t * h * w} of grid {(t, h, w)}"
+        return (t, h, w), "suffix", f"got {count} tokens, expected the {t * h * w} of grid {(t, h, w)}"
     return (t, h, w), "suffix", None

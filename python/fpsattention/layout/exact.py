@@ -41,7 +41,7 @@ def frames(exact: Sequence[int], layout: TileLayout) -> tuple[Range, ...]:
     """The tokens of frames of the grid; negative frames count from the end."""
     t, h, w = layout.grid
     if any(not -t <= frame < t for frame in exact):
-        raise ConfigError(f"fpsattention.apply: exact {tuple(exact)}, wanted frames of the {t} of grid {layout.grid}")
+        raise ConfigError(f"fpsattention.apply: exact {tuple(exact)}, expected frames of the {t} of grid {layout.grid}")
     first = layout.text_len if layout.text_position == "prefix" else 0
     return tuple((first + frame % t * h * w, first + (frame % t + 1) * h * w) for frame in exact)
 

@@ -112,7 +112,7 @@ class BlockMask:
             raise ConfigError(
                 f"fpsattention.BlockMask.from_tiles: tiles has shape {shape}, expected [num_tiles, num_tiles] = "
                 f"[{columns[0]}, {columns[0]}] or [num_tiles, num_blocks] = [{columns[0]}, {columns[1]}], with [Hm] or [Bm, Hm] "
-                "in front if wanted"
+                "in front if expected"
             )
         if 0 in shape:
             raise ConfigError(f"fpsattention.BlockMask.from_tiles: tiles has shape {shape}, expected no empty size")

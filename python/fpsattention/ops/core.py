@@ -64,7 +64,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BuildError, UnsupportedError, of_library
 from ..layout.tiles import core
-from . import autograd, blocks, checks, cpu, fakes, lists, selection, vmap
+from . import autograd, blocks, cpu, fakes, lists, selection, vmap
+from .checks import check_hidden
+from .checks_attention import CHECKS
 from .hidden import hide, slots, without_keys
 from .reference import Forward, Quantized
 from .selection import fake_lists_of_sums, lists_of_sums
@@ -275,7 +277,7 @@ def _of_quantized(
     softmax_scale: float,
 ) -> tuple[Tensor, ...]:
     if hidden is not None:
-        checks.check_hidden(q, hidden, token_of_slot)
+        check_hidden(q, hidden, token_of_slot)
         hidden = slots(hidden, token_of_slot)
         z = hide(z, hidden)
     f = Forward(
@@ -303,11 +305,10 @@ def _keep_for_stream(q: Tensor, *tables: Tensor | None) -> None:
 
 def _checked(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The CPU kernel behind the checks of metadata and values."""
-    check, check_values = getattr(checks, f"check_{op}"), getattr(checks, f"check_{op}_values")
+    check = CHECKS[op]
 
     def run(*args: Any, **options: Any) -> Any:
-        check(*args, **options)
-        check_values(*args, **options)
+        check(*args, **options, values=True)
         # Autocast reaches into the torch calls of a kernel, whose FP32 matmuls must stay FP32.
         with torch.autocast("cpu", enabled=False):
             return kernel(*args, **options)

@@ -1,4 +1,4 @@
-"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: the checks of ``checks.py`` and empty outputs. For meta and fake tensors."""
+"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: the checks of ``checks_attention.CHECKS`` and empty outputs. For meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
 from .checks import E4M3
+from .checks_attention import CHECKS
 from .reference import BLOCK, INT8, TOKEN, V_EXTRA_ROWS, code_dim
 
 
 def of(op: str) -> Callable[..., Any]:
     """The fake kernel of an op."""
-    check, outputs = getattr(checks, f"check_{op}"), globals()[f"_{op}"]
+    check, outputs = CHECKS[op], globals()[f"_{op}"]
 
     def fake(*args: Any, **options: Any) -> Any:
         check(*args, **options)

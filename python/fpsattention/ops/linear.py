@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type in ("cpu", "meta"):
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"FP8 linears do not run on {device.type}, wanted a CUDA GPU or the CPU"
+        return f"FP8 linears do not run on {device.type}, expected a CUDA GPU or the CPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < (9, 0):
         return f"FP8 linears need compute capability 9.0, {device} has {capability[0]}.{capability[1]}"
@@ -119,15 +119,15 @@ def fp8_linear(
     x = autocast(x)
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ConfigError(
-            f"fpsattention.fp8_linear: x of shape {tuple(x.shape)} and weight {tuple(weight.shape)}, wanted (..., K) and (N, K)"
+            f"fpsattention.fp8_linear: x of shape {tuple(x.shape)} and weight {tuple(weight.shape)}, expected (..., K) and (N, K)"
         )
     if weight.shape[0] % ALIGNMENT or weight.shape[1] % ALIGNMENT:
         raise ConfigError(
-            f"fpsattention.fp8_linear: weight has shape {tuple(weight.shape)}, wanted multiples of {ALIGNMENT}"
+            f"fpsattention.fp8_linear: weight has shape {tuple(weight.shape)}, expected multiples of {ALIGNMENT}"
         )
     if not (x.is_floating_point() and weight.is_floating_point()) or x.device != weight.device:
         raise ConfigError(
-            f"fpsattention.fp8_linear: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}, wanted floats on one device"
+            f"fpsattention.fp8_linear: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}, expected floats on one device"
         )
     if (reason := why_not(x.device)) is not None:
         raise UnsupportedError(f"fpsattention.fp8_linear: {reason}")

@@ -33,7 +33,7 @@ def attention(
     """
     if torch.compiler.is_compiling():
         raise UnsupportedError(
-            "fpsattention.attention: precision 'paper' in a compiled graph, wanted precision='fp8' there, or this model eager"
+            "fpsattention.attention: precision 'paper' in a compiled graph, expected precision='fp8' there, or this model eager"
         )
     checks.check_quantize(q, k, v, lists.token_of_slot, lists.tile_block_offsets, **options)
     if hidden is not None:

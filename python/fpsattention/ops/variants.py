@@ -25,7 +25,7 @@ def packed_lists(masks: Sequence[BlockMask]) -> Lists:
     """
     if not masks or any(mask.shape != (1, 1) for mask in masks):
         raise ConfigError(
-            "fpsattention.packed_lists: masks, wanted at least one, each with one list for all samples and heads"
+            "fpsattention.packed_lists: masks, expected at least one, each with one list for all samples and heads"
         )
     lists = [mask.lists(transposed=True) for mask in masks]
     tokens = blocks = tiles = 0
@@ -66,7 +66,7 @@ def attend_packed(
     wanted = [mask.layout.num_tokens for mask in masks]
     if sizes != wanted or cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[0]:
         raise ConfigError(
-            f"fpsattention.attend_packed: cu_seqlens {list(cu_seqlens)} for {q.shape[0]} tokens, wanted videos of {wanted} tokens"
+            f"fpsattention.attend_packed: cu_seqlens {list(cu_seqlens)} for {q.shape[0]} tokens, expected videos of {wanted} tokens"
         )
     lists = packed_lists(masks).to(q.device)
     out, lse = attend(q[None], k[None], v[None], lists, **options)
@@ -84,7 +84,7 @@ def query_lists(mask: BlockMask, first: int, count: int) -> tuple[Lists, tuple[T
     layout = mask.layout.cpu()
     if not (first >= 0 and 1 <= count <= layout.num_tokens - first):
         raise ConfigError(
-            f"fpsattention.attend_queries: {count} queries from token {first}, wanted them among {layout.num_tokens} keys"
+            f"fpsattention.attend_queries: {count} queries from token {first}, expected them among {layout.num_tokens} keys"
         )
     asked = (layout.token_of_slot >= first) & (layout.token_of_slot < first + count)
     tile_of_slot = layout.tile_of_block.long().repeat_interleave(BLOCK)[asked]  # ascending
@@ -157,7 +157,7 @@ def _slots_of_order(name: str, order: Tensor, token_of_slot: Tensor, x: Tensor) 
     if wrong or order.shape[0] not in (1, batch) or order.shape[1] not in (1, heads):
         rows, columns = (" or ".join(map(str, sorted({1, n}))) for n in (batch, heads))
         wanted = f"[{rows}, {columns}, {tokens}]"
-        raise ConfigError(f"fpsattention.attend_permuted: {name} has shape {tuple(order.shape)}, wanted {wanted}")
+        raise ConfigError(f"fpsattention.attend_permuted: {name} has shape {tuple(order.shape)}, expected {wanted}")
     slots = token_of_slot.long()
     tables = torch.where(slots < 0, -1, order.index_select(2, slots.clamp_min(0))).to(torch.int32)
     return tables[0, 0] if tables.shape[:2] == (1, 1) else tables.expand(batch, heads, -1).contiguous()

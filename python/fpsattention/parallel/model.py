@@ -118,7 +118,7 @@ class ShardedModel:
         if arguments.get("token_replace_emb") is not None or arguments.get("controlnet_residual") is not None:
             raise UnsupportedError(
                 "fpsattention.parallel.shard: token_replace_emb (image to video by token replacement) or controlnet_residual was given, "
-                "wanted None: they are of whole frames"
+                "expected None: they are of whole frames"
             )
         text = arguments.get("encoder_hidden_states") if stack.text and first else None
         if forward.tokens is None and forward.video is not None:
@@ -156,7 +156,7 @@ def _running() -> tuple[Forward, ForwardShard]:
     forward = CURRENT.forward
     if forward is None or forward.parallel is None:
         raise ConfigError(
-            "fpsattention.parallel.shard: a block ran outside of a forward of its transformer, wanted transformer(...): the tokens are read there"
+            "fpsattention.parallel.shard: a block ran outside of a forward of its transformer, expected transformer(...): the tokens are read there"
         )
     if forward.refused is not None:
         raise UnsupportedError(
@@ -226,7 +226,7 @@ def shard(
             )
         if class_name(transformer, PLANS) is None:
             refused = class_name(transformer, REFUSED)
-            reason = REFUSED[refused] if refused else f"wanted one of {', '.join(PLANS)}"
+            reason = REFUSED[refused] if refused else f"expected one of {', '.join(PLANS)}"
             raise UnsupportedError(f"fpsattention.parallel.shard: {type(transformer).__name__} has no plan: {reason}")
     plans = {name: PLANS[class_name(part, PLANS) or ""] for name, part in found.items()}
     return [ShardedModel(part, plans[name], group, scheme, exchange, output) for name, part in found.items()]
@@ -248,10 +248,10 @@ def sharded(transformer: Any) -> ShardedModel | None:
 def attend(site: Site, core: CoreCall, forward: Forward) -> Tensor:
     """The output of a core that sees the tokens of this rank, ``(B, S_local, H, D)``."""
     state = forward.parallel or _of_diffusers(core, forward)
-    if state is None or forward.owner is not site.owner:
+    if state is None or forward.owner is not site.owner or site.owner.causal_text:
         return site.attend_whole(core)  # which refuses
     if forward.owner.recorder is not None:
-        raise UnsupportedError("fpsattention.parallel: a recording is on, wanted none: record on one process")
+        raise UnsupportedError("fpsattention.parallel: a recording is on, expected none: record on one process")
     if forward.tokens is None:
         counts = all_gather(torch.tensor([core.q.shape[1]], device=core.q.device), state.group, "agreement")
         forward._close(sum(int(count) for count in counts))
@@ -284,12 +284,12 @@ def _attend(site: Site, core: CoreCall, forward: Forward, state: ForwardShard, s
     assert forward.tokens is not None
     if core.q.shape[1] != sharding.num_local:
         raise ConfigError(
-            f"fpsattention.parallel: {site.name} got {core.q.shape[1]} tokens on rank {sharding.rank}, wanted {sharding.num_local}: "
+            f"fpsattention.parallel: {site.name} got {core.q.shape[1]} tokens on rank {sharding.rank}, expected {sharding.num_local}: "
             f"the model was cut otherwise than {sharding.describe()}"
         )
     if core.k.shape != core.q.shape:
         raise UnsupportedError(
-            f"fpsattention.parallel: {site.name} got k of shape {tuple(core.k.shape)}, wanted {tuple(core.q.shape)} as q: heads that share "
+            f"fpsattention.parallel: {site.name} got k of shape {tuple(core.k.shape)}, expected {tuple(core.q.shape)} as q: heads that share "
             "keys are not dealt to ranks"
         )
     if not state.agreed:

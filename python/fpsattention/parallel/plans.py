@@ -77,6 +77,7 @@ REFUSED: dict[str, str] = {
     "AnyFlowTransformer3DModel": "its blocks get a row of modulation per frame",
     "HeliosTransformer3DModel": "its plan of diffusers serves it: enable_parallelism()",
     "LTX2VideoTransformer3DModel": "its plan of diffusers serves it, with cross_attn_rope added (docs/scale.md): enable_parallelism()",
+    "Cosmos3OmniTransformer": "its text has keys, but no queries, where the video attends",
     "FluxTransformer2DModel": "its plan of diffusers serves it: enable_parallelism()",
     "Flux2Transformer2DModel": "its plan of diffusers serves it: enable_parallelism()",
     "QwenImageTransformer2DModel": "its plan of diffusers serves it: enable_parallelism()",

@@ -206,7 +206,7 @@ class _Svg2(Pattern):
 
     def select(self, layout: TileLayout, tensors: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]) -> Tensor:
         raise self._error(
-            "a selection over the tiles of the layout was wanted", "clustered_attention: it permutes tokens"
+            "a selection over the tiles of the layout was expected", "clustered_attention: it permutes tokens"
         )
 
 

@@ -84,7 +84,9 @@ PRESETS: dict[str, Callable[[float | None], Schedule]] = {
 def preset(name: str, flow_shift: float | None = None) -> Schedule:
     """See :meth:`Schedule.preset`."""
     if name not in PRESETS:
-        raise ConfigError(f"fpsattention.Schedule.preset: name {name!r}, wanted one of {', '.join(PRESETS)}")
+        raise ConfigError(f"fpsattention.Schedule.preset: name {name!r}, expected one of {', '.join(PRESETS)}")
     if flow_shift is not None and not (math.isfinite(flow_shift) and 0.1 <= flow_shift <= 100.0):
-        raise ConfigError(f"fpsattention.Schedule.preset: flow_shift {flow_shift}, wanted a number between 0.1 and 100")
+        raise ConfigError(
+            f"fpsattention.Schedule.preset: flow_shift {flow_shift}, expected a number between 0.1 and 100"
+        )
     return PRESETS[name](flow_shift)

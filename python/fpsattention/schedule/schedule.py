@@ -250,7 +250,7 @@ class Schedule:
         """Index of the segment (0 = lowest sigmas) that holds ``sigma``: the number of ``edges`` below it."""
         if not 0.0 <= sigma <= 1.0:  # also NaN
             raise ConfigError(
-                f"fpsattention.Schedule: sigma {sigma}, wanted a number in [0, 1]: timestep / num_train_timesteps"
+                f"fpsattention.Schedule: sigma {sigma}, expected a number in [0, 1]: timestep / num_train_timesteps"
             )
         return sum(edge < sigma for edge in (self.edges if edges is None else edges))
 
@@ -267,11 +267,11 @@ class Schedule:
     def with_linears(self, precision: str) -> Schedule:
         """The schedule with the linear layers of all its levels of precision "fp8" in ``precision``, "fp8" or "bf16"."""
         if precision not in LINEARS:
-            raise ConfigError(f"fpsattention.Schedule: linears {precision!r}, wanted one of {', '.join(LINEARS)}")
+            raise ConfigError(f"fpsattention.Schedule: linears {precision!r}, expected one of {', '.join(LINEARS)}")
         if not any(level.precision == "fp8" for level in self.levels.values()):
             came = " and ".join(sorted({repr(level.precision) for level in self.levels.values()}))
             raise ConfigError(
-                f"fpsattention.Schedule: linears {precision!r} for levels of precision {came} only, wanted an 'fp8' level: write "
+                f"fpsattention.Schedule: linears {precision!r} for levels of precision {came} only, expected an 'fp8' level: write "
                 '"linears" into a level to have it with other attention'
             )
         levels = {
@@ -293,7 +293,7 @@ class Schedule:
             return (level.window,)
         if num_heads is None:
             raise ConfigError(
-                "fpsattention.Schedule.windows: num_heads is None, wanted a count: this schedule has windows per head"
+                "fpsattention.Schedule.windows: num_heads is None, expected a count: this schedule has windows per head"
             )
         return tuple(special.get(head, level.window) for head in range(num_heads))
 
@@ -357,11 +357,11 @@ class Schedule:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(
-                f"fpsattention.Schedule.load: {path} is not JSON ({error}), wanted an {FORMAT} object"
+                f"fpsattention.Schedule.load: {path} is not JSON ({error}), expected an {FORMAT} object"
             ) from error
         except OSError as error:
             raise ConfigError(
-                f"fpsattention.Schedule.load: {path} cannot be read ({error.strerror}), wanted a schedule file"
+                f"fpsattention.Schedule.load: {path} cannot be read ({error.strerror}), expected a schedule file"
             ) from error
         return cls.from_dict(data)
 
@@ -373,7 +373,7 @@ class Schedule:
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"fpsattention.Schedule.save: {path} cannot be written ({error.strerror}), wanted the path of a new or old file"
+                f"fpsattention.Schedule.save: {path} cannot be written ({error.strerror}), expected the path of a new or old file"
             ) from error
 
     # Presets and step lists ----------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ class Schedule:
         if isinstance(schedule, (str, Path)) and Path(schedule).is_file():
             return cls.load(schedule)
         raise ConfigError(
-            f"fpsattention.Schedule: {schedule!r}, wanted a Schedule, a preset ({', '.join(PRESETS)}), a file or a JSON object"
+            f"fpsattention.Schedule: {schedule!r}, expected a Schedule, a preset ({', '.join(PRESETS)}), a file or a JSON object"
         )
 
     @classmethod
@@ -464,7 +464,7 @@ def _phase_to_json(phase: Phase, axis: str) -> dict[str, Any]:
 
 
 def _error(path: str, came: str, wanted: str) -> ConfigError:
-    return ConfigError(f"fpsattention.Schedule: {path} {came}, wanted {wanted}")
+    return ConfigError(f"fpsattention.Schedule: {path} {came}, expected {wanted}")
 
 
 def _check_level_name(name: Any, levels: Mapping[str, Level], path: str) -> None:

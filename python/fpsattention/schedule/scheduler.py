@@ -15,7 +15,7 @@ def step_sigmas(scheduler: Any, num_steps: int) -> list[float]:
         ConfigError: it takes another number of steps, or its sigmas do not fall.
     """
     if num_steps < 1:
-        raise ConfigError(f"fpsattention.Schedule: {num_steps} steps, wanted at least 1")
+        raise ConfigError(f"fpsattention.Schedule: {num_steps} steps, expected at least 1")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_steps)
     total = scheduler.config.num_train_timesteps
@@ -25,7 +25,7 @@ def step_sigmas(scheduler: Any, num_steps: int) -> list[float]:
     if len(sigmas) != num_steps or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
         raise ConfigError(
             f"fpsattention.Schedule: {type(scheduler).__name__} gives sigmas {sigmas} for {num_steps} steps, "
-            f"wanted {num_steps} strictly falling ones: use a first-order scheduler or fewer steps"
+            f"expected {num_steps} strictly falling ones: use a first-order scheduler or fewer steps"
         )
     return sigmas
 
@@ -53,6 +53,6 @@ def flow_shift_of(scheduler: Any) -> float:
         raise ConfigError(f"fpsattention: the steps of {type(scheduler).__name__} cannot be read: {error}") from error
     if not 0.0 < middle < 1.0:
         raise ConfigError(
-            f"fpsattention: {type(scheduler).__name__} is at sigma {middle} halfway, wanted one in (0, 1)"
+            f"fpsattention: {type(scheduler).__name__} is at sigma {middle} halfway, expected one in (0, 1)"
         )
     return middle / (1.0 - middle)

@@ -228,12 +228,12 @@ def _keys(data: Mapping[str, Any], path: str, known: tuple[str, ...], required: 
     for key in data:
         if key not in known:
             raise ConfigError(
-                f"fpsattention.Schedule: {prefix}{key} is an unknown key, wanted one of {', '.join(known)}"
+                f"fpsattention.Schedule: {prefix}{key} is an unknown key, expected one of {', '.join(known)}"
             )
     for key in required:
         if key not in data:
-            raise ConfigError(f"fpsattention.Schedule: {prefix}{key} is missing, wanted all of {', '.join(required)}")
+            raise ConfigError(f"fpsattention.Schedule: {prefix}{key} is missing, expected all of {', '.join(required)}")
 
 
 def _error(path: str, came: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"fpsattention.Schedule: {path} is {came!r}, wanted {wanted}")
+    return ConfigError(f"fpsattention.Schedule: {path} is {came!r}, expected {wanted}")

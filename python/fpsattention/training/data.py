@@ -76,7 +76,7 @@ class LatentFolder:
         path = self.folder / EMPTY_PROMPT
         if not path.is_file():
             raise ConfigError(
-                f"fpsattention.train: no {EMPTY_PROMPT} in '{self.folder}', wanted the prompt_embeds of the empty prompt: it takes "
+                f"fpsattention.train: no {EMPTY_PROMPT} in '{self.folder}', expected the prompt_embeds of the empty prompt: it takes "
                 "the place of dropped prompts (prompt_dropout)"
             )
         embeds = _load_file(path, ("prompt_embeds",))["prompt_embeds"]

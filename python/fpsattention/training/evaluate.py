@@ -92,12 +92,12 @@ def _load(model: Any, folder: str | Path, name: str) -> None:
     files = sorted(Path(folder).glob("*.safetensors"))
     if len(files) != 1:
         raise ConfigError(
-            f"fpsattention.evaluate: the adapter '{folder}' holds {len(files)} *.safetensors files, wanted one"
+            f"fpsattention.evaluate: the adapter '{folder}' holds {len(files)} *.safetensors files, expected one"
         )
     try:
         model.load_lora_adapter(str(folder), weight_name=files[0].name, prefix=None, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"fpsattention.evaluate: the adapter '{folder}' cannot be loaded ({reason}), wanted a LoRA folder of this model"
+            f"fpsattention.evaluate: the adapter '{folder}' cannot be loaded ({reason}), expected a LoRA folder of this model"
         ) from error

@@ -74,7 +74,7 @@ class Inputs:
             run = installation.reader.trajectory(timestep)
             if run is None:
                 raise UnsupportedError(
-                    f"fpsattention.tune: the steps of {installation.name}'s run cannot be read from its timesteps, wanted a pipeline with a "
+                    f"fpsattention.tune: the steps of {installation.name}'s run cannot be read from its timesteps, expected a pipeline with a "
                     "scheduler of falling timesteps"
                 )
             self.sigmas = tuple(run)
@@ -83,7 +83,7 @@ class Inputs:
             starts = phase_starts(self.phases, len(run))
             if len(run) < self.phases:
                 raise ConfigError(
-                    f"fpsattention.tune: phases {self.phases}, wanted at most the {len(run)} steps of the run"
+                    f"fpsattention.tune: phases {self.phases}, expected at most the {len(run)} steps of the run"
                 )
             phase = next(p for p in range(self.phases) if starts[p] <= step < starts[p + 1])
             if phase not in self._seen and step >= (starts[phase] + starts[phase + 1] - 1) // 2:

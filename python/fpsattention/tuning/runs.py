@@ -60,7 +60,7 @@ class Runner:
         frames = getattr(result, "frames", None)
         if frames is None:
             raise UnsupportedError(
-                f"fpsattention.tune: {type(self.pipe).__name__} returns no frames, wanted a video pipeline"
+                f"fpsattention.tune: {type(self.pipe).__name__} returns no frames, expected a video pipeline"
             )
         return torch.as_tensor(frames).detach().float().cpu()
 

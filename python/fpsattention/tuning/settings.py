@@ -158,4 +158,4 @@ def seconds(budget: float | str | None) -> float | None:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"fpsattention.tune: {name} {value!r}, wanted {wanted}")
+    return ConfigError(f"fpsattention.tune: {name} {value!r}, expected {wanted}")

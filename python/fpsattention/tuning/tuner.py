@@ -112,11 +112,11 @@ def make_items(
     if held_out is None:
         if len(listed) < 2:
             raise ConfigError(
-                f"fpsattention.tune: prompts {len(listed)}, wanted at least two, or held_out: one is kept back for verification"
+                f"fpsattention.tune: prompts {len(listed)}, expected at least two, or held_out: one is kept back for verification"
             )
         held_out = listed.pop()
     if not listed:
-        raise ConfigError("fpsattention.tune: prompts is empty, wanted at least one")
+        raise ConfigError("fpsattention.tune: prompts is empty, expected at least one")
 
     def arguments(prompt: str | Mapping[str, Any]) -> dict[str, Any]:
         return {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt)}
@@ -245,7 +245,7 @@ class Tuner:
                         if "out of memory" not in str(error).lower():
                             raise
                         raise ConfigError(
-                            "fpsattention.tune: the backward pass through the dense model does not fit into memory, wanted "
+                            "fpsattention.tune: the backward pass through the dense model does not fit into memory, expected "
                             "sensitivity 'none', which needs none"
                         ) from error
 
@@ -270,7 +270,7 @@ class Tuner:
         if (known := self.state.get("space")) is None:
             self.state.put(space, "space")
         elif known["windows"] != [list(window) for window in found] or known["grid"] != list(layout.grid):
-            raise ConfigError("fpsattention.tune: the items have different token grids, wanted one size for all")
+            raise ConfigError("fpsattention.tune: the items have different token grids, expected one size for all")
         return found
 
     def _shares(self, space: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -288,7 +288,7 @@ class Tuner:
         space = self.state.get("space")
         if space is None:
             raise ConfigError(
-                f"fpsattention.tune: budget {self.settings.budget:g} s, wanted more: nothing was measured yet (what was begun is kept)"
+                f"fpsattention.tune: budget {self.settings.budget:g} s, expected more: nothing was measured yet (what was begun is kept)"
             )
         self.space = Space.of(space, self.settings, self.num_layers, self.class_name)
         self.shares = self._shares(space)
@@ -426,7 +426,7 @@ class Tuner:
             worst = max(worst, value)
         self.say(
             f"{what}: density {allocation.density:.3f}, cost {allocation.cost:.3f}: {self.target.shown(worst)} "
-            f"(wanted {self.target.wanted()}; predicted {self.target.shown(allocation.error**0.5)})"
+            f"(expected {self.target.wanted()}; predicted {self.target.shown(allocation.error**0.5)})"
         )
         return worst
 
@@ -494,7 +494,7 @@ class Tuner:
         self.final, self.held_out_value = held if held is not None else (allocation, value)
         if held is None:
             self._save(allocation, value, verified=False)
-            self._note(f"not reached: {self.target.shown(value)} on the held-out run, wanted {self.target.wanted()}")
+            self._note(f"not reached: {self.target.shown(value)} on the held-out run, expected {self.target.wanted()}")
         elif self.final.density > 0.999:
             self._note(f"the bound ({self.target.wanted()}) leaves nothing to skip: every layer attends everything")
         return held is not None
@@ -504,7 +504,7 @@ class Tuner:
         self.held_out_value = self._try(allocation, [self.held_out], "held out")
         if allocation.cost > self.target.value * (1 + 1e-9):
             self._note(
-                f"not reached: the sparsest candidates cost {allocation.cost:.3f}, wanted at most {self.target.value:g}"
+                f"not reached: the sparsest candidates cost {allocation.cost:.3f}, expected at most {self.target.value:g}"
             )
         self._save(allocation, self.held_out_value, verified=True)
         return allocation.cost <= self.target.value * (1 + 1e-9)

@@ -31,6 +31,8 @@ class Geometry:
             the sequence has beyond the grid, read at the attention itself.
         text_position: where these tokens are: "suffix" or "prefix".
         exact: frames of the grid that are dense in both directions, too (reference images).
+        alone: of the other tokens, those that are keys only (``Adapter.causal_text``): ``text_position`` is "suffix" for those that follow the
+            video, though the keys of these come first.
     """
 
     grid: Grid
@@ -39,6 +41,7 @@ class Geometry:
     text_len: int | None = 0
     text_position: str = "suffix"
     exact: tuple[int, ...] = ()
+    alone: int = 0
 
 
 def flow_sigma(timestep: Any, num_train_timesteps: int) -> Any:
@@ -131,6 +134,8 @@ class Adapter:
         per_sample: the model calls its core once per sample, in order, with the tokens of that sample.
         text_mask: the model masks the padding of its text: bool masks ``(B, 1, 1, S)``, or ``(B, 1, S, S)`` where rows of the video are alike, say
             which keys count. Without it, a mask means dense attention.
+        causal_text: the code calls its core twice. Text attends itself causally, which stays the model's own call; then all other tokens
+            attend the text's keys, which come first and have no queries there, and their own.
         note: what users should know, for the table of models.
         linears: the layers of a block (what holds the attention) that may run in FP8, by their paths in it: projections of the video
             tokens and the feed-forward; those that a block lacks are passed over. Never layers of time, modulation or text.
@@ -149,6 +154,7 @@ class Adapter:
     kind: str = "video"
     per_sample: bool = False
     text_mask: bool = False
+    causal_text: bool = False
     note: str = ""
     linears: tuple[str, ...] = ()
     token_order: Callable[[Any], tuple[Place, ...]] = raster_only
@@ -216,7 +222,7 @@ class _ReadOnce:
         """``read(tensor)``, which is kept as long as the tensor is neither freed nor written to."""
         if torch.compiler.is_compiling():
             raise UnsupportedError(
-                "fpsattention.apply: the whole model is compiled, and its grid or text is in the values of a tensor, wanted its blocks "
+                "fpsattention.apply: the whole model is compiled, and its grid or text is in the values of a tensor, expected its blocks "
                 "compiled (compile_repeated_blocks)"
             )
         version = 0 if tensor.is_inference() else tensor._version
@@ -236,7 +242,7 @@ def latents_grid(latents: Tensor, patch_size: Any) -> Grid:
     """Tokens of latents ``(B, C, T, H, W)`` under patches ``(pT, pH, pW)``."""
     if latents.ndim != 5:
         raise ConfigError(
-            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, wanted latents (B, C, T, H, W)"
+            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, expected latents (B, C, T, H, W)"
         )
     t, h, w = (size // patch for size, patch in zip(latents.shape[2:], patch_size, strict=True))
     return (t, h, w)

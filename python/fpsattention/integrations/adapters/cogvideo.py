@@ -18,7 +18,7 @@ def text_then_frames(model: Any, arguments: Arguments) -> Geometry:
     latents = arguments["hidden_states"]
     if latents.ndim != 5:
         raise ConfigError(
-            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, wanted latents (B, T, C, H, W)"
+            f"fpsattention.apply: hidden_states has shape {tuple(latents.shape)}, expected latents (B, T, C, H, W)"
         )
     grid = latents_grid(latents.transpose(1, 2), patches(model))
     return Geometry(grid, latents, arguments["timestep"], arguments["encoder_hidden_states"].shape[1], "prefix")

@@ -24,7 +24,7 @@ from .adapter import (
 def _one_size(images: list[Grid]) -> Grid:
     """Images of one size, one after the other, as frames."""
     if not images or any(image[1:] != images[0][1:] for image in images):
-        raise UnsupportedError(f"fpsattention.apply: images of sizes {images} in one sequence, wanted one size")
+        raise UnsupportedError(f"fpsattention.apply: images of sizes {images} in one sequence, expected one size")
     return (sum(image[0] for image in images), *images[0][1:])
 
 
@@ -38,7 +38,7 @@ def _images(ids: Tensor) -> list[Grid]:
         h, w = (int(max(token[axis] for token in tokens)) + 1 for axis in (0, 1))
         if tokens != [[i, j] for i in range(h) for j in range(w)]:
             raise UnsupportedError(
-                "fpsattention.apply: img_ids are not the rows and columns of images in raster order, wanted that"
+                "fpsattention.apply: img_ids are not the rows and columns of images in raster order, expected that"
             )
         images.append((1, h, w))
     return images
@@ -66,7 +66,7 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     samples = [sample if isinstance(sample, list) else [sample] for sample in arguments["img_shapes"]]
     grid = _one_size([tuple(image) for image in samples[0]])  # type: ignore[misc]
     if any(sample != samples[0] for sample in samples):
-        raise UnsupportedError(f"fpsattention.apply: samples of sizes {samples} in one batch, wanted one size")
+        raise UnsupportedError(f"fpsattention.apply: samples of sizes {samples} in one batch, expected one size")
     return Geometry(
         grid,
         arguments["hidden_states"],

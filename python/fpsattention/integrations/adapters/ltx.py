@@ -16,14 +16,14 @@ def grid_of_arguments(model: Any, arguments: Arguments) -> Geometry:
     sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
         raise UnsupportedError(
-            "fpsattention.apply: the transformer got the coordinates of its tokens, wanted num_frames, height and width: conditions "
+            "fpsattention.apply: the transformer got the coordinates of its tokens, expected num_frames, height and width: conditions "
             "before the video (LTXConditionPipeline) are not supported"
         )
     t, h, w = (int(size) for size in sizes)  # type: ignore[arg-type]
     others = latents.shape[1] - t * h * w
     if others < 0:
         raise UnsupportedError(
-            f"fpsattention.apply: {latents.shape[1]} tokens, wanted at least those of the grid {(t, h, w)}"
+            f"fpsattention.apply: {latents.shape[1]} tokens, expected at least those of the grid {(t, h, w)}"
         )
     return Geometry((t, h, w), latents, arguments["timestep"], others)
 

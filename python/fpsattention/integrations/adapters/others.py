@@ -1,4 +1,4 @@
-"""Families with one model each: Mochi, Cosmos, Kandinsky 5 and 6, Helios."""
+"""Families with one model each: Mochi, Cosmos 1 to 2.5, Cosmos 3, Kandinsky 5 and 6, Helios."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
 from .adapter import (
     Adapter,
     Arguments,
@@ -18,6 +19,7 @@ from .adapter import (
     latents_grid,
     own_sigma,
     patches,
+    read_once,
     submodules,
     thousandths,
 )
@@ -46,6 +48,35 @@ def cosmos_run(timesteps: Sequence[float]) -> list[float]:
     if max(timesteps) > 1000:
         return [s / (s + 1000) for s in timesteps]
     return thousandths(timesteps)
+
+
+def _first(places: Tensor) -> int:
+    return int(places[0])
+
+
+def packed(model: Any, arguments: Arguments) -> Geometry:
+    """One sample, packed without a batch: text, then the grid of a video, then sound and actions. Timesteps are of noisy tokens: none of
+    the video where only actions are made."""
+    if model._cp_shard_fn is not None:
+        raise UnsupportedError(
+            "fpsattention.apply: the transformer cuts its sequence for several devices (_cp_shard_fn), expected it whole"
+        )
+    shapes, text = arguments["vision_token_shapes"], arguments["und_len"]
+    if len(shapes) != 1:
+        raise UnsupportedError(f"fpsattention.apply: {len(shapes)} videos or images in one sequence, expected one")
+    t, h, w = shapes[0]
+    others = arguments["sequence_length"] - text - t * h * w
+    if others and (place := read_once(arguments["vision_sequence_indexes"], _first)) != text:
+        raise UnsupportedError(
+            f"fpsattention.apply: the video begins at token {place}, expected it next to the text, at {text}"
+        )
+    times = [arguments.get(f"{part}_timesteps") for part in ("vision", "sound", "action")]
+    noisy = [time for time in times if time is not None and time.numel()]
+    if not noisy:
+        raise UnsupportedError("fpsattention.apply: no token has a timestep, expected one that is denoised")
+    latents = arguments["vision_tokens"][0]
+    latents = latents.reshape(1, *latents.shape[-4:])
+    return Geometry((t, h, w), latents, noisy[0][None], text + others, alone=text)
 
 
 def frames_last_channels(model: Any, arguments: Arguments) -> Geometry:
@@ -87,6 +118,11 @@ COSMOS = Adapter(
     own_sigma,
     scheduled=cosmos_run,
 )
+COSMOS3 = Adapter(
+    "Cosmos 3", ("Cosmos3OmniTransformer",), submodules(layers="self_attn"), packed, scheduled=thousandths, causal_text=True,
+    note="one video or image per sequence; text and, after the video, sound and actions are dense; the causal attention of the text stays the "
+    "model's own: it is over the text alone, in one direction",
+)  # fmt: skip
 KANDINSKY = Adapter(
     "Kandinsky 5", ("Kandinsky5Transformer3DModel",), submodules(visual_transformer_blocks="self_attention"),
     frames_last_channels, note="dense where the model uses its own sparse attention (NABLA)",
@@ -100,4 +136,4 @@ HELIOS = Adapter(
     note="history tokens are dense in both directions",
 )  # fmt: skip
 
-ADAPTERS = (MOCHI, COSMOS, KANDINSKY, KANDINSKY6, HELIOS)
+ADAPTERS = (MOCHI, COSMOS, COSMOS3, KANDINSKY, KANDINSKY6, HELIOS)

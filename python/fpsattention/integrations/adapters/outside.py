@@ -15,7 +15,7 @@ def list_of_videos(model: Any, arguments: Arguments) -> Geometry:
     videos = arguments["x"]
     if any(video.shape[1:] != videos[0].shape[1:] for video in videos):
         shapes = [tuple(video.shape) for video in videos]
-        raise UnsupportedError(f"fpsattention.apply: samples of shapes {shapes} in one batch, wanted one size")
+        raise UnsupportedError(f"fpsattention.apply: samples of shapes {shapes} in one batch, expected one size")
     latents = videos[0].unsqueeze(0).expand(len(videos), -1, -1, -1, -1)
     t, h, w = latents_grid(latents, model.patch_size)
     padding = arguments["seq_len"] - t * h * w

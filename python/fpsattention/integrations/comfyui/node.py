@@ -61,13 +61,13 @@ class FPSAttention:
             UnsupportedError: a model of another family, or a ComfyUI without wrappers of the diffusion model.
         """
         if on_unsupported not in ("dense", "raise"):
-            raise ConfigError(f"fpsattention.comfyui: on_unsupported {on_unsupported!r}, wanted 'dense' or 'raise'")
+            raise ConfigError(f"fpsattention.comfyui: on_unsupported {on_unsupported!r}, expected 'dense' or 'raise'")
         resolved = Schedule.load(schedule_file) if schedule_file else Schedule.preset(schedule, flow_shift)
         diffusion_model = model.get_model_object("diffusion_model")
         family = find(diffusion_model)
         if not hasattr(model, "add_wrapper_with_key"):
             raise UnsupportedError(
-                "fpsattention.comfyui: this ComfyUI cannot wrap diffusion models, wanted 0.3.60 or later"
+                "fpsattention.comfyui: this ComfyUI cannot wrap diffusion models, expected 0.3.60 or later"
             )
         clone = model.clone()
         options = dict(clone.model_options.get("transformer_options", {}))

@@ -64,7 +64,7 @@ def find(diffusion_model: Any) -> Family:
         if family.class_name in names:
             return family
     known = ", ".join(family.class_name for family in FAMILIES)
-    raise UnsupportedError(f"fpsattention.comfyui: {names[0]} is not supported, wanted a model of class {known}")
+    raise UnsupportedError(f"fpsattention.comfyui: {names[0]} is not supported, expected a model of class {known}")
 
 
 class Override:
@@ -113,7 +113,7 @@ class Override:
         grid, refused = self._grid(model, latents, arguments)
         sigmas, run = _sigmas(options, latents.shape[0])
         if refused is None and sigmas is None:
-            refused = "was not told the sigma of this step, wanted transformer_options['sigmas']"
+            refused = "was not told the sigma of this step, expected transformer_options['sigmas']"
         position = "prefix" if arguments.get("reference_latent") is not None else "suffix"
         self.hosted.reads += sigmas is not None
         forward = self.hosted.begin(
@@ -158,19 +158,19 @@ class Override:
     def _grid(self, model: Any, latents: Any, arguments: dict[str, Any]) -> tuple[Grid, str | None]:
         if not isinstance(latents, Tensor) or latents.ndim != 5:
             shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            return (1, 1, 1), f"got latents {shape}, wanted one tensor (B, C, T, H, W)"
+            return (1, 1, 1), f"got latents {shape}, expected one tensor (B, C, T, H, W)"
         patches = getattr(model, "patch_size", (1, 1, 1))
         sizes = list(zip(latents.shape[2:], patches, strict=True))
         t, h, w = (-(-size // patch) for size, patch in sizes)
         for name in ("time_dim_concat", "keyframe_idxs", "context_latents"):
             if arguments.get(name) is not None:
-                return (t, h, w), f"got {name}, wanted a video alone (or with a reference image before it)"
+                return (t, h, w), f"got {name}, expected a video alone (or with a reference image before it)"
         if not self.family.pads and any(size % patch for size, patch in sizes):
             return (
                 t,
                 h,
                 w,
-            ), f"got latents {tuple(latents.shape)}, wanted sizes that are multiples of the patch {patches}"
+            ), f"got latents {tuple(latents.shape)}, expected sizes that are multiples of the patch {patches}"
         return (t, h, w), None
 
     # Around an attention ---------------------------------------------------------------------------------------------------
@@ -195,7 +195,9 @@ class Override:
         if count < t * h * w:
             return original(*args, **kwargs)
         if count in other_keys and forward.refused is None:  # cross-attention cannot be told from self-attention
-            forward.refused = f"attends {count} tokens, and so many keys cross-attention has, wanted different numbers"
+            forward.refused = (
+                f"attends {count} tokens, and so many keys cross-attention has, expected different numbers"
+            )
         heads, reshaped, keep = call["heads"], call.get("skip_reshape"), call.get("skip_output_reshape")
 
         def nhd(x: Tensor) -> Tensor:
