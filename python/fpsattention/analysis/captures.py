@@ -221,9 +221,9 @@ def _fp8(
     visible = torch.zeros_like(counts)
     visible[..., list(chosen)] = 1
     every = torch.arange(layout.num_blocks, dtype=torch.int32).expand(1, 1, layout.num_tiles, layout.num_blocks)
-    tables = [layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets]
+    tables = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
     lists = [
-        Lists(*(x.to(device) for x in (*tables, number, index)), None, None)
+        Lists(*tables, number, index, None, None).to(device)
         for number, index in ((visible * layout.num_blocks, every.contiguous()), (visible * counts, indices))
     ]
     if not isinstance(granularity, str):

@@ -87,4 +87,4 @@ def _show(report: dict[str, Any], out: Path) -> None:
         "predicted x: attention alone over dense BF16, computed from density and assumed rates, not measured",
         markup=False,
     )
-    console.print(f"written: {out}/report.md, report.json, vbench/", markup=False)
+    console.print(f"written: {out}/report.md, report.json, pictures, vbench/", markup=False)

@@ -165,6 +165,8 @@ def methods(schedule: Schedule, density: float = 0.2, granularity: Granularity =
         granularity: of FPSAttention's scales where nothing is skipped: "tile", or a size in tokens, multiples of the schedule's tile.
     """
     name = schedule.provenance.get("preset", "given")
+    shared = dict.fromkeys(level.scales for level in schedule.levels.values() if level.precision != "bf16")
+    scales = f"{', '.join(shared)} scales" if shared else "all dense"
     every = Level("all", granularity=granularity)
     rounded = Schedule({"all": every}, (Phase(1.0, 0.0, "all"),), tile=schedule.tile)
     paper = replace(PAPER, q_group=granularity, k_group=granularity)
@@ -181,7 +183,7 @@ def methods(schedule: Schedule, density: float = 0.2, granularity: Granularity =
             _method("sta", "STA", f"sliding tile window of density {density}", EXACT, window=density),
             _method("naive", "naive FP8", "one scale per head", NAIVE_FP8, bits="fp8"),
             _method("fps-fp8", "FPSAttention, quantization only", f"this library, {every.scales} scales", None, schedule=rounded, bits="fp8"),
-            _method("fps", "FPSAttention", f"this library, schedule {name}", None, schedule=schedule, bits="fp8"),
+            _method("fps", "FPSAttention", f"this library, schedule {name}, {scales}", None, schedule=schedule, bits="fp8"),
             _method(
                 "fps-pseudo", "FPSAttention, pseudo-keys", f"schedule {name}, skipped tiles compensated", None, schedule=schedule,
                 bits="fp8", compensate=True,

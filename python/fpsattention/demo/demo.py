@@ -122,8 +122,10 @@ def _masks(folder: Path, schedule: Schedule, heads: int, device: str) -> dict[st
         if level.precision == "bf16" or not at_level or (level.pattern is not None and level.pattern.pattern.permutes):
             continue
         q, k, v = (x.to(device) for x in at_level[0].load())
-        of, given = at_level[0], {"tensors": (q, k, v), "exact": at_level[0].exact}
-        masks[name] = level_mask(schedule, level, of.grid, heads, of.layer, of.text_len, of.text_position, **given)
+        of = at_level[0]
+        masks[name] = level_mask(
+            schedule, level, of.grid, heads, of.layer, of.text_len, of.text_position, tensors=(q, k, v), exact=of.exact
+        )
     return masks
 
 
