@@ -296,7 +296,9 @@ def test_compare_rows_have_sizes():
         blockwise_attention(q, k, v, dense, dataclasses.replace(PAPER, q_group=g, k_group=g))[0] for g in (TILE, "tile")
     )
     assert torch.equal(coarse, fine) and not torch.equal(fine, got)
-    with pytest.raises(ConfigError, match=r"granularity is \[3, 6, 8\], wanted multiples of the tile \[3, 4, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"compare: granularity: .* is \[3, 6, 8\], wanted multiples of the tile \[3, 4, 4\]"
+    ):
         choose("fps-fp8", made, granularity=(3, 6, 8))
     with pytest.raises(ConfigError, match="fps-pseudo with level 'l0' .paper, 3x8x8 scales, rotated., expected fp8"):
         choose("fps-pseudo", made)[0].attention(q, k, v, mask, context)

@@ -167,8 +167,11 @@ def methods(schedule: Schedule, density: float = 0.2, granularity: Granularity =
     name = schedule.provenance.get("preset", "given")
     shared = dict.fromkeys(level.scales for level in schedule.levels.values() if level.precision != "bf16")
     scales = f"{', '.join(shared)} scales" if shared else "all dense"
-    every = Level("all", granularity=granularity)
-    rounded = Schedule({"all": every}, (Phase(1.0, 0.0, "all"),), tile=schedule.tile)
+    try:
+        every = Level("all", granularity=granularity)
+        rounded = Schedule({"all": every}, (Phase(1.0, 0.0, "all"),), tile=schedule.tile)
+    except ConfigError as error:
+        raise ConfigError(f"fpsattention.compare: granularity: {error}") from None
     paper = replace(PAPER, q_group=granularity, k_group=granularity)
     return dict(
         [
