@@ -38,7 +38,7 @@ def attention(
     window: Sequence[int] | None = None,
     block_mask: masks.BlockMask | None = None,
     exact: Sequence[tuple[int, int]] = (),
-    granularity: str = "tile",
+    granularity: str | Sequence[int] = "tile",
     precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
@@ -69,7 +69,8 @@ def attention(
         block_mask: any pattern, made for this grid and text length; instead of ``tile`` and ``window``.
         exact: ``(start, stop)`` ranges of tokens, numbered as in q, that attend and are attended by everything whatever the window
             or mask says (a first frame, references), with all that shares a tile or a block with them: :meth:`BlockMask.with_exact`.
-        granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots) or "token".
+        granularity: what shares one FP8 scale of Q and of K: "tile", "block" (128 slots), "token", or a size ``(t, h, w)`` in tokens, a multiple of
+            the tile on each axis (or as large as the grid), as FPSAttention's paper has it: a box of several tiles. Sizes not in traced calls.
         precision: of Q and K: "fp8" (e4m3), or "int8" as in SageAttention (arXiv 2411.10958): one scale per block, absmax / 127, whatever
             ``granularity`` says. P and V are e4m3 in both. "paper": as "fp8", with P as FPSAttention's paper has it, ``e4m3(448 exp(x - m))``
             summed before it is rounded. INT8 and "paper" run on the CPU and in the reference only.
@@ -101,11 +102,25 @@ def attention(
     """
     _choice("tensor_layout", tensor_layout, LAYOUTS)
     _check_tensors(q, k, v, tensor_layout)
-    _choice("granularity", granularity, tuple(GRANULARITIES))
+    if isinstance(granularity, str):
+        _choice("granularity", granularity, tuple(GRANULARITIES))
+    else:
+        granularity = int3(granularity, "attention: granularity")
     _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
     kv_heads = k.shape[2 if tensor_layout == "NHD" else 1]
-    mask = _resolve_lists(grid, tile, window, block_mask, exact, text_len, text_position, q, tensor_layout)
+    mask = _resolve_lists(
+        grid,
+        tile,
+        window,
+        block_mask,
+        exact,
+        text_len,
+        text_position,
+        q,
+        tensor_layout,
+        not isinstance(granularity, str),
+    )
     if k_mean is not None and not smooth_k:
         raise _fail("k_mean is given but smooth_k is False: nothing would be subtracted")
     return_lse = _flag("return_lse", return_lse)
@@ -228,8 +243,9 @@ def _resolve_lists(
     text_position: Any,
     q: Tensor,
     tensor_layout: str,
+    grouped: bool,
 ) -> masks.BlockMask | Lists:
-    """The mask of the call on the device of q."""
+    """The mask of the call, ``grouped``: or else ready tables of it on the device of q."""
     grid, tile, window = (
         x if x is None else _sizes(name, x) for name, x in (("grid", grid), ("tile", tile), ("window", window))
     )
@@ -244,7 +260,12 @@ def _resolve_lists(
             "fpsattention.attention: exact is given in a traced call, expected a mask made outside of it: "
             "block_mask=mask.with_exact(ranges)"
         )
-    if block_mask is None and exact:
+    if grouped and traced(q.device):
+        raise UnsupportedError(
+            "fpsattention.attention: granularity is a size in a traced call, expected 'tile', 'block' or 'token' there; levels of a schedule may "
+            "have sizes in graphs"
+        )
+    if block_mask is None and (exact or grouped):
         planned = cached_plan(grid, tile, text_len, text_position)
         size = planned.tile_grid if window is None else int3(window, "sliding_tile_mask: window")
         return cached_exact(planned, size, token_ranges(exact, planned.num_tokens, "attention"))

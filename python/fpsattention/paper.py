@@ -87,23 +87,21 @@ class PaperMode:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, grid: Int3, phase: str, backend: str = "auto") -> Tensor:
         """FP8 attention of one phase; differentiable. q, k, v ``(B, S, H, D)``."""
         mask = self.mask(grid, phase).to(q.device)
-        backward = q.requires_grad or k.requires_grad or v.requires_grad
-        size = self._phase(phase).granularity
-        clamped = tuple(max(min(s, -(-n // t) * t), t) for s, n, t in zip(size, grid, mask.layout.tile, strict=True))
-        tables = patterns.scale_groups(mask, clamped, backward)
-        return attend(q, k, v, tables, precision=self.precision, smooth_k=False, backend=backend)[0]
+        options: dict[str, Any] = {"granularity": self._phase(phase).granularity, "precision": self.precision}
+        return attend(q, k, v, mask, smooth_k=False, backend=backend, **options)[0]
 
     def schedule(self, scheduler: Any, num_steps: int) -> Schedule:
         """The same phases as a schedule for ``fps.apply`` and the trainer, at the sigmas that ``scheduler`` visits in D steps.
 
-        Its windows are these, truncated at borders. Its scales are shared by a tile: coarser scale groups are not kept. With precision "paper"
-        K is not smoothed; the levels of "fp8" smooth it.
+        Its windows are these, truncated at borders, and so are its scale groups. With precision "paper" K is not smoothed; the levels of "fp8"
+        smooth it.
         """
         steps = [self.phase(step, num_steps) for step in range(1, num_steps + 1)]
         levels = {
             name: Level(
                 name,
                 self.precision,
+                self._phase(name).granularity,
                 pattern=patterns.get("sliding_tile", window=self._phase(name).window, border="truncate"),
             )
             for name in PHASES

@@ -82,13 +82,14 @@ def levels_and_heads_of_a_schedule():
 
 
 def patterns_of_a_schedule():
-    """Lists that are made from q and k, and INT8: on whole sequences, after the exchange, whatever the scheme."""
+    """Lists that are made from q and k, INT8, and scale groups of several tiles: on whole sequences, after the exchange, whatever the scheme."""
     from fpsattention import patterns
 
     model = tiny_wan.transformer(num_attention_heads=3)
     scored = fps.Level("scored", "fp8", "tile", pattern=patterns.get("topk_mean", ratio=0.4))
     with torch.no_grad():
-        for level in (scored, fps.Level("int8", "int8", "block", (1, 1, 2))):
+        grouped = fps.Level("grouped", "fp8", (3, 8, 8), (1, 1, 2))
+        for level in (scored, fps.Level("int8", "int8", "block", (1, 1, 2)), grouped):
             made = fps.Schedule({level.name: level}, (fps.Phase(1.0, 0.0, level.name),), tile=tuple(tiny_wan.TILE))
             with fps.apply(model, made):
                 one = tiny_wan.run(model, [300.0, 600.0])

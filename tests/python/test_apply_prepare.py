@@ -209,13 +209,13 @@ def test_fused_projections_lora_copies_and_recordings(model, tmp_path):
     twin.fuse_qkv_projections()
     with fps.apply(model, SCHEDULE):
         wanted = tiny_wan.run(model, [100.0])
-    for one in (model, twin):
+    for folder, one in ((tmp_path / "model", model), (tmp_path / "twin", twin)):
         with fps.apply(one, SCHEDULE, prepare=True) as handle:
             got = tiny_wan.run(one, [100.0])
             assert off(got, wanted) < 1e-4 and handle.report().prepared["transformer"] == [1, 1]
             for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
                 assert torch.equal(tiny_wan.run(same, [100.0]), got)
-            with handle.record(dir=tmp_path) as recorder:  # of q and k after RoPE, so the model makes them
+            with handle.record(dir=folder) as recorder:  # of q and k after RoPE, so the model makes them
                 tiny_wan.run(one, [100.0])
             assert recorder is not None and handle.report().prepared["transformer"] == [1, 1]
     pytest.importorskip("peft")

@@ -236,6 +236,29 @@ def test_missing_package_in_demo(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.parametrize("command", ["demo", "compare", "tune"])
+def test_sizes_have_one_name_in_either_spelling(command, tmp_path, monkeypatch):
+    """diffusers writes underscores; ``fpsattn`` knows both, in all commands that make videos."""
+    monkeypatch.chdir(tmp_path)
+    for dash in "-_":
+        sizes = [f"--num{dash}inference{dash}steps", "4", f"--guidance{dash}scale", "5", f"--num{dash}frames", "32"]
+        result = run(command, "--height", "96", "--width", "160", f"--negative{dash}prompt", "", *sizes)
+        assert result.exit_code == 2 and "num_frames 32, expected 4k + 1" in result.stderr, result.output
+    text = run(command, "--help").stdout
+    names = (
+        "model",
+        "prompt",
+        "negative-prompt",
+        "height",
+        "width",
+        "num-frames",
+        "num-inference-steps",
+        "guidance-scale",
+        "device",
+    )
+    assert all(f"--{name} " in text for name in names)
+
+
 @pytest.mark.slow
 def test_analyze(tmp_path):
     save_capture(tmp_path / "a.safetensors", 0, 0.95)

@@ -204,6 +204,28 @@ def test_prediction_is_rate_over_density():
     assert summary(report)[0]["psnr_db"] == float("inf")
 
 
+def test_no_curve_hides_another_and_counts_agree(monkeypatch, tmp_path):
+    """Methods with the same errors: every curve is wider than the one that lies on it."""
+    from fpsattention.analysis import plots
+    from fpsattention.analysis.markdown import counted
+    from fpsattention.compare import report
+
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    entries = [{"sigma": s, "quantization": 0.1, "sparsity": 0.0, "total": 0.1} for s in (1.0, 0.5)]
+    methods = {name: {"label": name.upper()} for name in ("a", "b", "c")}
+    report._draw(tmp_path, {"errors": dict.fromkeys(methods, entries), "methods": methods})
+    for axis in drawn[0].axes:
+        lines = {line.get_label(): line for line in axis.lines}
+        widths, orders = (
+            [getattr(lines[label], f"get_{what}")() for label in "ABC"] for what in ("linewidth", "zorder")
+        )
+        assert widths[0] > widths[1] > widths[2] and orders[0] < orders[1] < orders[2]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["A", "B", "C"]
+    assert (counted(1, "seed"), counted(2, "seed")) == ("1 seed", "2 seeds")
+    assert "| 21.00 | 0.798 | 0.151 | 32.01 | 144 | 1.88 |" in "\n".join(report._paper_lines())
+
+
 # Over time ---------------------------------------------------------------------------------------------------------------
 
 

@@ -271,6 +271,9 @@ def test_record(model, tmp_path):
         tiny_wan.run(model, [10.0])
         with pytest.raises(ConfigError, match=r"layers \[2\], expected indices below 2"):
             handle.record(dir=tmp_path, layers=[2])
+        with pytest.raises(ConfigError, match=r"dir '.*' holds 2 \*.safetensors files, expected a new folder"):
+            handle.record(dir=tmp_path)
+        assert handle.installations[0].recorder is None  # nothing is on
     names = ["transformer.layer001.sigma0.880000.safetensors", "transformer.layer001.sigma0.350000.safetensors"]
     assert [path.name for path in recorder.files] == names
     for path in recorder.files:

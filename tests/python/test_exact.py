@@ -71,6 +71,35 @@ def test_bad_ranges():
         fps.apply(tiny_wan.transformer(), "fp8", exact=["first"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("level", [{"window": [1, 1, 1]}, {"pattern": {"name": "topk_mean", "ratio": 0.1}}])
+def test_recordings_are_analyzed_with_their_exact_frames(tmp_path, level):
+    """The density and the error are those of the run: an analysis without the frames would have another mask."""
+    from fpsattention.analysis.captures import analyze_captures, find_captures
+
+    model = tiny_wan.transformer(num_layers=1)
+    data = {
+        "format": "fpsattn-schedule/3", "tile": [1, 4, 4], "levels": {"narrow": {"precision": "fp8", **level}},
+        "phases": [{"sigma": [1.0, 0.0], "level": "narrow"}],
+    }  # fmt: skip
+    seen = []
+    with fps.apply(model, data, exact=(0, -1)) as handle, handle.record(dir=tmp_path):
+        handle.installations[0].sites[0].observers.append(lambda name, *tensors: seen.extend(tensors))
+        tiny_wan.run(model, [500.0])
+        ran = _density(handle)
+    (capture,) = find_captures(tmp_path)
+    assert capture.exact == (0, 2)
+    (record,) = analyze_captures([capture], fps.Schedule.from_dict(data))
+    assert record["density"] == pytest.approx(ran, abs=1e-6) and ran > 2 * (2 / 3) - (2 / 3) ** 2
+    q, k, v, out = seen
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert record["total"]["rel_l1"] == pytest.approx(((out - exact).abs().sum() / exact.abs().sum()).item(), rel=1e-4)
+    if "pattern" in level:
+        permuting = {**data, "levels": {"narrow": {"precision": "fp8", "pattern": {"name": "svg2"}}}}
+        with pytest.raises(ConfigError, match=r"exact frames \(0, 2\), which svg2 of level 'narrow' permutes"):
+            analyze_captures([capture], fps.Schedule.from_dict(permuting))
+
+
 def _density(handle) -> float:
     return next(row.density for row in handle.report().rows if row.level == "narrow")
 

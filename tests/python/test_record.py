@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from fpsattention import ConfigError
 from fpsattention.integrations.record import Recorder
 
 
@@ -45,3 +46,13 @@ def test_a_forward_of_another_thread_does_not_change_what_is_recorded(tmp_path):
     other.join()
     recording.save("transformer", 0, *torch.zeros(3, 1, 2, 1, 4))
     assert [file.name for file in recording.files] == ["transformer.layer000.sigma0.900000.safetensors"]
+
+
+def test_a_folder_with_recordings_of_another_run_is_refused(tmp_path):
+    recording = recorder(tmp_path, None)
+    recording.begin("transformer", [0.9], (1, 1, 2))
+    recording.save("transformer", 0, *torch.zeros(3, 1, 2, 1, 4))
+    recording.stop()
+    with pytest.raises(ConfigError, match=r"record: dir '.*' holds 1 \*.safetensors files, expected a new folder"):
+        recorder(tmp_path, None)
+    assert [file.name for file in tmp_path.iterdir()] == ["transformer.layer000.sigma0.900000.safetensors"]

@@ -7,8 +7,8 @@ import torch
 
 import fpsattention as fps
 from fpsattention import ConfigError
+from fpsattention.layout.scale_groups import scale_groups
 from fpsattention.ops.attend import attend
-from fpsattention.patterns.scale_groups import scale_groups
 
 GRID, TILE, GROUP, TEXT = (5, 9, 14), (2, 3, 4), (4, 6, 8), 19  # clipped tiles and groups
 

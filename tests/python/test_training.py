@@ -267,6 +267,29 @@ def test_command_line(tmp_path):
     assert result.exit_code == 2 and "not a readable safetensors file" in json.loads(result.stdout)["error"]
 
 
+def test_synthetic_latents_are_those_of_the_seed(tmp_path, monkeypatch):
+    """Another seed in the same folder has data of its own; what an interrupted run left half made is made anew."""
+    from typer.testing import CliRunner
+
+    from fpsattention.cli import app
+    from fpsattention.training.data import synthetic_folder
+
+    used = []
+    monkeypatch.setattr("fpsattention.training.trainer.train", lambda config, **_: used.append(Path(config.data)))
+    monkeypatch.setattr("fpsattention.training.trainer.summary", lambda _: '{"loss_last_20": null}')
+    half = synthetic_folder(tmp_path, seed=3)
+    half.with_name(f"{half.name}.tmp").mkdir()
+    for seed in ("2", "3", "2"):
+        result = CliRunner().invoke(app, ["train", "--synthetic", "--output", str(tmp_path), "--seed", seed])
+        assert result.exit_code == 0, result.output
+    assert used[0] == used[2] != used[1] == half
+    for folder, seed in zip(used, (2, 3), strict=False):
+        write_synthetic(tmp_path / f"want{seed}", seed=seed, num_samples=1)
+        first, want = (f / "sample_00000.safetensors" for f in (folder, tmp_path / f"want{seed}"))
+        assert first.read_bytes() == want.read_bytes() and len(list(folder.glob("*.safetensors"))) == 64
+    assert {path.name for path in tmp_path.glob("synthetic*")} == {used[0].name, used[1].name}
+
+
 def test_command_line_has_an_option_for_every_setting():
     from typer.testing import CliRunner
 

@@ -1,8 +1,8 @@
 """Where the error of FPSAttention comes from, on recorded q, k, v: quantization and sparsity apart.
 
 `Handle.record()` writes one safetensors file per capture: tensors q, k, v [B, S, H, D], `sigma` [B], `grid` [3], and metadata
-strings `layer`, `model`, `tile`, `text_len`, `text_position`; files of other tools may give `grid` ("T,H,W") and `sigma` as such
-strings, too. The padding of a text counts as text. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
+strings `layer`, `model`, `tile`, `text_len`, `text_position`, `exact` (frames that are dense in both directions, "0,8"); files of other
+tools may give `grid` ("T,H,W") and `sigma` as such strings, too. The padding of a text counts as text. Each capture is compared three ways, always against dense full-precision attention of the same q, k, v:
 
     quantization   FP8 with every block attended      (nothing skipped, everything rounded)
     sparsity       full precision under the mask      (nothing rounded, blocks skipped)
@@ -46,6 +46,7 @@ class Capture:
     text_len: int = 0
     text_position: str = "suffix"
     model: str = ""
+    exact: tuple[int, ...] = ()
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v, each [B, S, H, D]."""
@@ -108,6 +109,7 @@ def _read_header(path: Path) -> Capture:
             text_len=int(metadata.get("text_len", "0")),
             text_position=metadata.get("text_position", "suffix"),
             model=metadata.get("model", ""),
+            exact=tuple(int(frame) for frame in metadata.get("exact", "").split(",") if frame),
         )
     except ValueError as error:
         raise ConfigError(f"fpsattention.analyze: {path}: {error}") from error
@@ -144,7 +146,7 @@ def split_error(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: Any,
-    granularity: str,
+    granularity: Any,
     *,
     max_rows: int | None = None,
     seed: int = 0,
@@ -157,7 +159,7 @@ def split_error(
     Args:
         q, k, v: [B, S, H, D], tokens as `mask.layout` describes them.
         mask: `BlockMask` of the level.
-        granularity: "tile", "block" or "token".
+        granularity: "tile", "block", "token", or a size of scale groups.
         precision, hadamard: of the level, "fp8", "int8" or "paper"; what is said of FP8 below holds for all.
         max_rows: look at about this many query tokens per head (None: all).
     """
@@ -200,12 +202,14 @@ def _fp8(
     counts: torch.Tensor,
     indices: torch.Tensor,
     chosen: Sequence[int],
-    granularity: str,
+    granularity: Any,
     smooth_k: bool,
     precision: str,
     hadamard: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 outputs [S, D] (FP32) with every block attended and under the mask; rows of other tiles are zero."""
+    from ..layout.masks import Lists
+    from ..layout.scale_groups import groups_of
     from ..ops import published  # also registers torch.ops.fpsattn
     from ..ops.attend import k_mean_stride
     from ..ops.rotation import rotate
@@ -214,29 +218,33 @@ def _fp8(
     if hadamard:
         q, k = rotate(q), rotate(k)
     device = q.device
-    token_of_slot, tile_of_block, offsets = (
-        table.to(device) for table in (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
-    )
+    visible = torch.zeros_like(counts)
+    visible[..., list(chosen)] = 1
+    every = torch.arange(layout.num_blocks, dtype=torch.int32).expand(1, 1, layout.num_tiles, layout.num_blocks)
+    tables = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets)
+    lists = [
+        Lists(*tables, number, index, None, None).to(device)
+        for number, index in ((visible * layout.num_blocks, every.contiguous()), (visible * counts, indices))
+    ]
+    if not isinstance(granularity, str):
+        lists = [groups_of(layout.to(device), granularity).of(one) for one in lists]
+        granularity = "tile"
     q8, k8, v8t, q_scale, k_scale, v_scale, _, q_k_mean, *_ = torch.ops.fpsattn.quantize(
         q,
         k,
         v,
-        token_of_slot,
-        offsets,
+        lists[0].token_of_slot,
+        lists[0].tile_block_offsets,
         granularity=INT8 if precision == "int8" else GRANULARITIES[granularity],
         smooth_k=smooth_k and precision != "paper",
         pow2_scales=False,
         k_mean_stride=k_mean_stride(layout.num_tokens),
     )
-    visible = torch.zeros_like(counts)
-    visible[..., list(chosen)] = 1
-    every = torch.arange(layout.num_blocks, dtype=torch.int32).expand(1, 1, layout.num_tiles, layout.num_blocks)
-    lists = ((visible * layout.num_blocks, every.contiguous()), (visible * counts, indices))
     outs = []
     forward = published.forward if precision == "paper" else torch.ops.fpsattn.forward
-    for number, index in lists:  # FP32: the output's own rounding is not measured
+    for one in lists:  # FP32: the output's own rounding is not measured
         out = forward(
-            q8, k8, v8t, q_scale, k_scale, v_scale, token_of_slot, tile_of_block, number.to(device), index.to(device),
+            q8, k8, v8t, q_scale, k_scale, v_scale, one.token_of_slot, one.tile_of_block, one.kv_num_blocks, one.kv_indices,
             num_tokens=layout.num_tokens, softmax_scale=q.shape[-1] ** -0.5, out_dtype=torch.float32, q_k_mean=q_k_mean,
         )[0]  # fmt: skip
         outs.append(out[0, 0])
@@ -316,7 +324,7 @@ def _analyze(
         }
         if level.precision != "bf16":
             q, k, v, mask = _attended(schedule, level, capture, device)
-            record["granularity"] = level.granularity
+            record["granularity"] = level.scales
             record["density"] = float(mask.density)
             record["rows"] = min(mask.layout.num_tokens, max_rows or mask.layout.num_tokens)
             record.update(split_error(
@@ -335,8 +343,15 @@ def _attended(schedule: Any, level: Any, capture: Capture, device: str) -> tuple
     q, k, v = (x.to(device) for x in capture.load())
     text = (capture.text_len, capture.text_position)
     if level.pattern is None or not level.pattern.pattern.permutes:
-        mask = level_mask(schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v))
+        mask = level_mask(
+            schedule, level, capture.grid, q.shape[2], capture.layer, *text, tensors=(q, k, v), exact=capture.exact
+        )
         return q, k, v, mask
+    if capture.exact:
+        raise ConfigError(
+            f"fpsattention.analyze: {capture.path} has exact frames {capture.exact}, which {level.pattern.name} of level {level.name!r} permutes, "
+            "wanted another pattern"
+        )
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     layout = plan(capture.grid, schedule.tile, *text).to(device)
     made, _ = measured(level.pattern, level.granularity, layout, *heads_first)
@@ -362,30 +377,34 @@ def level_mask(
     text_len: int = 0,
     text_position: str = "suffix",
     tensors: tuple[Any, Any, Any] | None = None,
+    exact: Sequence[int] = (),
 ) -> Any:
     """`BlockMask` of a level of `schedule` on a grid: one list for all heads, or one per head where heads have windows.
 
-    `tensors`: q, k, v `(B, S, H, D)`, for levels whose pattern reads them; the mask is then on their device.
+    `tensors`: q, k, v `(B, S, H, D)`, for levels whose pattern reads them; the mask is then on their device. `exact`: frames of the grid that are
+    dense in both directions.
     """
     from ..integrations.tokens import head_masks, resolve_window
+    from ..layout.exact import frames, held_blocks, with_exact
     from ..layout.tiles import plan
     from ..ops.selection import measured
 
     layout = plan(grid, schedule.tile, text_len, text_position)
+    ranges = frames(exact, layout)
     pattern = level.pattern if layer is None or level.pattern is None else level.pattern.of_layer(layer)
     if pattern is None:
-        return head_masks(
-            layout, [resolve_window(window, layout) for window in schedule.windows(level, layer, num_heads)]
-        )
+        windows = [resolve_window(window, layout) for window in schedule.windows(level, layer, num_heads)]
+        return with_exact(head_masks(layout, windows), ranges)
     if pattern.static:
-        return head_masks(layout, [pattern])
+        return with_exact(head_masks(layout, [pattern]), ranges)
     if pattern.pattern.permutes or tensors is None:
         came = "permutes the tokens of every head" if pattern.pattern.permutes else "reads q and k, which are not given"
         raise ConfigError(
             f"fpsattention.analyze: level {level.name!r} has the pattern {pattern.name}, which {came}, expected one that makes a mask of tiles"
         )
     q, k, v = (x.transpose(1, 2) for x in tensors)
-    return measured(pattern, level.granularity, layout.to(q.device), q, k, v)[0]
+    blocks = held_blocks(layout, ranges).to(q.device) if ranges else None
+    return measured(pattern, level.granularity, layout.to(q.device), q, k, v, blocks)[0]
 
 
 def save_json(path: str | Path, value: Any) -> Path:

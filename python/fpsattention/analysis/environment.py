@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .markdown import counted
+
 PACKAGES = ("fpsattention", "torch", "diffusers", "transformers", "numpy", "scikit-image", "matplotlib")
 
 
@@ -32,7 +34,7 @@ def environment(device: str, packages: Sequence[str] = PACKAGES) -> dict[str, An
         "gpu": gpu,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+        "device": gpu or f"CPU, {counted(torch.get_num_threads(), 'thread')}",
         "versions": versions,
     }
 

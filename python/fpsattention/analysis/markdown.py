@@ -15,6 +15,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
+def counted(number: int, what: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def significant(value: Any, digits: int = 3) -> str:
     """``digits`` significant digits without exponent; '-' for what is no finite number."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .output import JsonOption, make_folder, print_json, print_table, progress_bars, stdout
+from .plan import parse_sizes
 
 
 def command(
@@ -20,6 +21,9 @@ def command(
     ] = "sage,sparge,svg,sta,fps-fp8,fps",
     schedule: Annotated[str, typer.Option(help="FPSAttention's: preset or file.")] = "paper",
     sta_density: Annotated[float, typer.Option("--sta-density", help="Of STA's window.")] = 0.2,
+    granularity: Annotated[
+        str, typer.Option(help="Scales of fps-fp8 and paper-fp8: tile, or T,H,W tokens, whole tiles.")
+    ] = "tile",
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of Wan weights. Default: a tiny model, offline.")
     ] = None,
@@ -47,7 +51,7 @@ def command(
         raise ConfigError(f"fpsattention.compare: seeds {seeds!r}, expected comma-separated whole numbers") from None
     config = CompareConfig(
         out=out, methods=tuple(methods.split(",")), schedule=schedule, sta_density=sta_density, model=model,
-        prompts=tuple(prompt or DEFAULT_PROMPTS), negative_prompt=negative_prompt, seeds=numbers, height=height, width=width,
+        granularity=granularity if granularity == "tile" else parse_sizes(granularity, "compare: granularity"), prompts=tuple(prompt or DEFAULT_PROMPTS), negative_prompt=negative_prompt, seeds=numbers, height=height, width=width,
         num_frames=num_frames, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, device=device, jobs=jobs,
         max_rows=max_rows,
     )  # fmt: skip
@@ -83,4 +87,4 @@ def _show(report: dict[str, Any], out: Path) -> None:
         "predicted x: attention alone over dense BF16, computed from density and assumed rates, not measured",
         markup=False,
     )
-    console.print(f"written: {out}/report.md, report.json, vbench/", markup=False)
+    console.print(f"written: {out}/report.md, report.json, pictures, vbench/", markup=False)

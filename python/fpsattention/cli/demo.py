@@ -20,16 +20,12 @@ def command(
     ] = False,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.  [default: 256]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.  [default: 384]")] = None,
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", "--num_frames", help="4k + 1.  [default: 33]")
-    ] = None,
+    num_frames: Annotated[int | None, typer.Option("--num-frames", help="4k + 1.  [default: 33]")] = None,
     num_inference_steps: Annotated[
-        int | None,
-        typer.Option("--num-inference-steps", "--num_inference_steps", help="Denoising steps.  [default: 6]"),
+        int | None, typer.Option("--num-inference-steps", help="Denoising steps.  [default: 6]")
     ] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option("--guidance-scale", "--guidance_scale", help="Classifier-free guidance.  [default: 2]"),
+        float | None, typer.Option("--guidance-scale", help="Classifier-free guidance.  [default: 2]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights (tiny model) and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -37,9 +33,7 @@ def command(
         str | None, typer.Option(help="Folder or hub id of real Wan weights. Default: a tiny model, offline.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="For --model.")] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", "--negative_prompt", help="For --model.")
-    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="For --model.")] = None,
     control: Annotated[bool, typer.Option(help="Repeat the dense run; it must be identical.")] = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,7 +21,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich's panels cut long names of options at 80 columns
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace(
+            "_", "-"
+        ),  # --num_frames, as diffusers writes it, is --num-frames
+    },
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -22,6 +23,7 @@ def command(context: typer.Context, synthetic: bool, recipe: str | None, as_json
 
     from ..analysis.optional import require
     from ..schedule import Schedule
+    from ..training.data import synthetic_folder, write_synthetic
 
     # Arguments first: nothing is loaded, made or written before they hold.
     if recipe is not None:
@@ -30,7 +32,7 @@ def command(context: typer.Context, synthetic: bool, recipe: str | None, as_json
     output = Path(options["output"])
     if (options["data"] is None) != synthetic:
         raise ConfigError("fpsattention.train: --data and --synthetic: expected exactly one of them")
-    options["data"] = str(output / "synthetic_latents") if synthetic else options["data"]
+    options["data"] = str(synthetic_folder(output, seed=options["seed"])) if synthetic else options["data"]
     options["schedule"] = None if options["schedule"] == "none" else options["schedule"]
     config = TrainConfig(**options)
     if config.schedule is not None:
@@ -45,13 +47,16 @@ def command(context: typer.Context, synthetic: bool, recipe: str | None, as_json
     processes = require("accelerate", "train", "train").PartialState()
     make_folder(output)
 
-    from ..training.data import write_synthetic
     from ..training.trainer import summary, train
 
     if synthetic:
         with processes.main_process_first():
-            if not Path(config.data).exists():
-                write_synthetic(config.data, seed=config.seed)
+            if not (data := Path(config.data)).exists():
+                unfinished = data.with_name(
+                    f"{data.name}.tmp"
+                )  # an interrupted run leaves no half of a data set under its name
+                shutil.rmtree(unfinished, ignore_errors=True)
+                write_synthetic(unfinished, seed=config.seed).rename(data)
     console = Console(stderr=True, quiet=as_json or not processes.is_main_process)
     columns = (
         TextColumn("step"),

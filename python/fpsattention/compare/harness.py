@@ -48,6 +48,7 @@ class CompareConfig:
     methods: tuple[str, ...] = ("sage", "sparge", "svg", "sta", "fps-fp8", "fps")
     schedule: str = "paper"
     sta_density: float = 0.2
+    granularity: str | tuple[int, int, int] = "tile"  # of fps-fp8 and paper-fp8
     model: str | None = None  # None: the tiny pipeline
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     negative_prompt: str = ""
@@ -150,7 +151,7 @@ def _load(config: CompareConfig) -> _Loaded:
     from .methods import choose
 
     schedule = _schedule(config)
-    chosen = choose(list(config.methods), schedule, config.sta_density)
+    chosen = choose(list(config.methods), schedule, config.sta_density, config.granularity)
     demo = config.demo(0, config.seeds[0])
     device = resolve_device(config.device)
     pipe, _ = load_pipeline(replace(demo, seed=0), device)
@@ -357,7 +358,7 @@ def _error(method: Method, capture: Any, loaded: _Loaded, config: CompareConfig)
 
     layout = plan(capture.grid, loaded.schedule.tile, capture.text_len, capture.text_position)
     trajectory = tuple(step_sigmas(loaded.pipe.scheduler, config.num_inference_steps))
-    context = Context(layout, capture.layer, capture.sigma, None, trajectory)
+    context = Context(layout, capture.layer, capture.sigma, None, trajectory, capture.exact)
     q, k, v = (x.float().transpose(1, 2).contiguous() for x in capture.load())
     rows = torch.cat([tile_tokens(layout)[tile] for tile in choose_tiles(layout, config.max_rows)])
     reference = torch.nn.functional.scaled_dot_product_attention(q[:, :, rows], k, v)

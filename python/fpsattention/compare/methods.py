@@ -19,20 +19,22 @@ from ..integrations.tokens import resolve_window
 from ..layout.masks import BlockMask, dense_mask, sliding_tile_mask
 from ..layout.tiles import TileLayout
 from ..ops.attend import attend
-from ..schedule import Level, Schedule, Window
-from ..schedule.schedule import window_to_json
+from ..schedule import Level, Phase, Schedule, Window
+from ..schedule.level import Granularity, window_to_json
 from . import packages
 from .numerics import BF16, EXACT, NAIVE_FP8, PAPER, SAGE, Numerics, blockwise_attention
 
 
 class Context(NamedTuple):
-    """What an attention call knows beside its tensors. ``trajectory``: the sigmas that the run visits, where they are known."""
+    """What an attention call knows beside its tensors. ``trajectory``: the sigmas that the run visits, where they are known; ``exact``: frames that
+    FPSAttention keeps dense in both directions."""
 
     layout: TileLayout
     layer: int
     sigma: float
     scale: float | None
     trajectory: tuple[float, ...] | None = None
+    exact: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Method:
 
     Attributes:
         name: on the command line. label: in tables.
-        numerics: of the emulation; None: the library's FP8 op.
+        numerics: of the emulation; None: the library's op, at the levels of ``schedule``.
         pattern: which blocks are visited. window: a sliding tile window instead. Neither: all.
-        schedule: windows and scale groups by sigma, of FPSAttention.
+        schedule: precisions, windows and scale groups by sigma, of FPSAttention.
         bits: "bf16", "int8+fp8" or "fp8": what tensor cores would run.
         options: of the emulation.
         compensate: skipped tiles have pseudo-keys.
@@ -77,11 +79,11 @@ class Method:
         layout = context.layout.to(q.device)
         if self.schedule is not None and not self.is_dense(context):
             level = self.level(context)
-            schedule = replace(self.schedule, tile=layout.tile)
+            schedule = self.schedule if self.schedule.tile is not None else replace(self.schedule, tile=layout.tile)
             text = (layout.text_len, layout.text_position if layout.text_len else "suffix")
             tensors = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             mask: BlockMask = level_mask(
-                schedule, level, layout.grid, q.shape[1], context.layer, *text, tensors=tensors
+                schedule, level, layout.grid, q.shape[1], context.layer, *text, tensors=tensors, exact=context.exact
             )
             return mask.to(q.device)
         if self.pattern is not None:
@@ -100,19 +102,19 @@ class Method:
             return packages.run(package, q, k, v, mask, context, options)
         if self.numerics is not None:
             return blockwise_attention(q, k, v, mask, self.numerics, scale=context.scale, **self.options)[0]
-        level = Level("all") if self.schedule is None else self.level(context)
-        granularity = level.granularity
+        level = self.level(context)
         if self.compensate:
-            if level.precision != "fp8":
+            if level.precision != "fp8" or level.hadamard or not isinstance(level.granularity, str):
+                what = ", ".join([level.precision, f"{level.scales} scales", *(["rotated"] if level.hadamard else [])])
                 raise ConfigError(
-                    f"fpsattention.compare: {self.name} with level {level.name!r} in {level.precision}, expected fp8: "
-                    "pseudo-keys are joined to the FP8 op"
+                    f"fpsattention.compare: {self.name} with level {level.name!r} ({what}), expected fp8, scales per tile, block or token, not "
+                    "rotated: pseudo-keys are joined to that op"
                 )
-            return patterns.compensated_attention(q, k, v, mask, granularity=granularity, scale=context.scale)[0]
-        out, _ = attend(
-            q, k, v, mask, granularity=granularity, precision=level.precision, scale=context.scale, tensor_layout="HND"
-        )
-        return out
+            return patterns.compensated_attention(q, k, v, mask, granularity=level.granularity, scale=context.scale)[0]
+        return attend(
+            q, k, v, mask, granularity=level.granularity, precision=level.precision, hadamard=level.hadamard,
+            smooth_k=level.precision != "paper", scale=context.scale, tensor_layout="HND",
+        )[0]  # fmt: skip
 
     def implementation(self, q: Tensor, mask: BlockMask) -> tuple[packages.Package | None, str]:
         """The project's own package where it can run, or None; and what runs, in words."""
@@ -154,14 +156,23 @@ def _method(*args: Any, **kwargs: Any) -> tuple[str, Method]:
     return method.name, method
 
 
-def methods(schedule: Schedule, density: float = 0.2) -> dict[str, Method]:
+def methods(schedule: Schedule, density: float = 0.2, granularity: Granularity = "tile") -> dict[str, Method]:
     """All methods by name, in the order of the paper's Table 2.
 
     Args:
         schedule: FPSAttention's.
         density: of STA's window.
+        granularity: of FPSAttention's scales where nothing is skipped: "tile", or a size in tokens, multiples of the schedule's tile.
     """
     name = schedule.provenance.get("preset", "given")
+    shared = dict.fromkeys(level.scales for level in schedule.levels.values() if level.precision != "bf16")
+    scales = f"{', '.join(shared)} scales" if shared else "all dense"
+    try:
+        every = Level("all", granularity=granularity)
+        rounded = Schedule({"all": every}, (Phase(1.0, 0.0, "all"),), tile=schedule.tile)
+    except ConfigError as error:
+        raise ConfigError(f"fpsattention.compare: granularity: {error}") from None
+    paper = replace(PAPER, q_group=granularity, k_group=granularity)
     return dict(
         [
             _method("dense", "dense", "the model's own attention"),
@@ -174,13 +185,13 @@ def methods(schedule: Schedule, density: float = 0.2) -> dict[str, Method]:
             _method("svg", "SparseVideoGen", "spatial or temporal band per head, share 0.25", EXACT, patterns.get("svg")),
             _method("sta", "STA", f"sliding tile window of density {density}", EXACT, window=density),
             _method("naive", "naive FP8", "one scale per head", NAIVE_FP8, bits="fp8"),
-            _method("fps-fp8", "FPSAttention, quantization only", "this library, tile scales", None, bits="fp8"),
-            _method("fps", "FPSAttention", f"this library, schedule {name}", None, schedule=schedule, bits="fp8"),
+            _method("fps-fp8", "FPSAttention, quantization only", f"this library, {every.scales} scales", None, schedule=rounded, bits="fp8"),
+            _method("fps", "FPSAttention", f"this library, schedule {name}, {scales}", None, schedule=schedule, bits="fp8"),
             _method(
                 "fps-pseudo", "FPSAttention, pseudo-keys", f"schedule {name}, skipped tiles compensated", None, schedule=schedule,
                 bits="fp8", compensate=True,
             ),
-            _method("paper-fp8", "FPSAttention as published, quantization only", "tile scales, P / 448, no K smoothing", PAPER, bits="fp8"),
+            _method("paper-fp8", "FPSAttention as published, quantization only", f"{every.scales} scales, P / 448, no K smoothing", paper, bits="fp8"),
         ]
     )  # fmt: skip
 
@@ -188,9 +199,11 @@ def methods(schedule: Schedule, density: float = 0.2) -> dict[str, Method]:
 DEFAULT = ("sage", "sparge", "svg", "sta", "fps-fp8", "fps")  # the rows of the paper's Table 2, dense apart
 
 
-def choose(names: str | list[str], schedule: Schedule, density: float = 0.2) -> list[Method]:
+def choose(
+    names: str | list[str], schedule: Schedule, density: float = 0.2, granularity: Granularity = "tile"
+) -> list[Method]:
     """Methods by name ("sage,fps"); ConfigError on an unknown one. "dense" is always run and need not be named."""
-    known = methods(schedule, density)
+    known = methods(schedule, density, granularity)
     wanted = names.split(",") if isinstance(names, str) else names
     wanted = [name.strip() for name in wanted if name.strip() and name.strip() != "dense"]
     unknown = [name for name in wanted if name not in known]

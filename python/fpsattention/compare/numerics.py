@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout.masks import BlockMask
+from ..layout.scale_groups import group_of_tile
 from ..layout.tiles import BLOCK
 from ..ops.reference import E4M3_MAX, to_e4m3
 from ..patterns.blocks import check_tensors, gather_blocks, tables
@@ -24,6 +25,7 @@ from ..patterns.blocks import check_tensors, gather_blocks, tables
 PRECISIONS = ("exact", "bf16", "int8", "fp8")
 VALUES = ("exact", "bf16", "channel", "head")
 GROUPS = ("head", "tile", "block", "half")  # tokens that share a scale of q and k
+Group = str | tuple[int, int, int]
 _LOG2E = math.log2(math.e)
 _BYTES_AT_ONCE = 1 << 28  # scores of a step; about ten such tensors live at once
 
@@ -34,7 +36,7 @@ class Numerics:
 
     Attributes:
         qk: "exact" (FP32), "bf16", "int8" (``round(x / s)``, ``s = absmax / 127``) or "fp8" (``e4m3(x / s)``, ``s = absmax / 448``).
-        q_group, k_group: tokens that share a scale: "head" (all), "tile", "block" (128 slots), "half" (64).
+        q_group, k_group: tokens that share a scale: "head" (all), "tile", a box of tiles ``(t, h, w)`` in tokens, "block" (128 slots), "half" (64).
         smooth_k: subtract the mean of K over all tokens first.
         v: "exact", "bf16", "channel" (E4M3, a scale per channel) or "head" (one per head).
         p_scale: P is rounded to ``e4m3(p_scale * exp(x - m))`` with the running row maximum m; None: as V is "bf16", or not rounded.
@@ -42,8 +44,8 @@ class Numerics:
     """
 
     qk: str = "exact"
-    q_group: str = "block"
-    k_group: str = "block"
+    q_group: Group = "block"
+    k_group: Group = "block"
     smooth_k: bool = False
     v: str = "exact"
     p_scale: float | None = None
@@ -54,7 +56,7 @@ class Numerics:
             raise ConfigError(
                 f"fpsattention.compare.Numerics: qk {self.qk!r}, v {self.v!r}, expected one of {PRECISIONS}; {VALUES}"
             )
-        if self.q_group not in GROUPS or self.k_group not in GROUPS:
+        if any(isinstance(group, str) and group not in GROUPS for group in (self.q_group, self.k_group)):
             raise ConfigError(
                 f"fpsattention.compare.Numerics: groups {self.q_group!r}, {self.k_group!r}, expected of {GROUPS}"
             )
@@ -185,7 +187,7 @@ def _heads(
     return o * operands.v_scale[:, None, None], computed, total
 
 
-def _rounded(blocks: Tensor, precision: str, group: str, mask: BlockMask) -> tuple[Tensor, Tensor]:
+def _rounded(blocks: Tensor, precision: str, group: Group, mask: BlockMask) -> tuple[Tensor, Tensor]:
     """Operand values ``[B, H, NB, 128, D]`` (FP32) and the scale of each slot ``[B, H, NB, 128]``; padding is zero."""
     if precision in ("exact", "bf16"):
         values = blocks if precision == "exact" else blocks.bfloat16().float()
@@ -201,6 +203,11 @@ def _rounded(blocks: Tensor, precision: str, group: str, mask: BlockMask) -> tup
             per_block = per_tile[:, :, mask.layout.tile_of_block.long()]
         elif group == "head":
             per_block = per_block.amax(-1, keepdim=True).expand_as(per_block)
+        elif not isinstance(group, str):
+            of_block = group_of_tile(mask.layout, group).to(blocks.device)[mask.layout.tile_of_block.long()]
+            of_block = of_block.expand_as(per_block)
+            largest = per_block.new_zeros(*per_block.shape[:-1], int(of_block.max()) + 1)
+            per_block = largest.scatter_reduce(-1, of_block, per_block, "amax").gather(-1, of_block)
         absmax = per_block.unsqueeze(-1).expand_as(absmax)
     scale = torch.where(absmax == 0, 1.0, absmax / (127.0 if precision == "int8" else E4M3_MAX))
     scaled = blocks / scale.unsqueeze(-1)

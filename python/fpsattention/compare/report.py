@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis.markdown import fixed, table
+from ..analysis.markdown import counted, fixed, table
 
 #: TFLOP/s assumed for the prediction, at D = 128 on an H200: BF16 measured by others (cuDNN 9.19, published by NVIDIA), FP8 from this project's static
 #: model of its own kernel. Nothing here was timed, and INT8 QK with FP8 PV is given the FP8 rate: the tensor cores' peaks are equal.
@@ -119,9 +119,9 @@ def _lines(report: dict[str, Any], pictures: Sequence[str]) -> list[str]:
     lines = [
         "# fpsattn compare",
         "",
-        f"Model: {report['model']}. {settings['height']}x{settings['width']}, {settings['num_frames']} frames, "
-        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}, {len(settings['prompts'])} prompts x "
-        f"{len(settings['seeds'])} seeds = {items} videos per method, on {env['device']}. No method keeps steps or layers dense, but by its schedule.",
+        f"Model: {report['model']}. {settings['height']}x{settings['width']}, {counted(settings['num_frames'], 'frame')}, "
+        f"{counted(settings['num_inference_steps'], 'step')}, guidance {settings['guidance_scale']}, {counted(len(settings['prompts']), 'prompt')} x "
+        f"{counted(len(settings['seeds']), 'seed')} = {counted(items, 'video')} per method, on {env['device']}. No method keeps steps or layers dense, but by its schedule.",
         "",
         "## Against the dense run of the same prompt and seed",
         "",
@@ -200,7 +200,11 @@ def _error_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _paper_lines() -> list[str]:
-    rows = [[name, *("" if value is None else str(value) for value in values)] for name, *values in PAPER_TABLE_2]
+    digits = (2, 3, 3, 2, 0, 2)
+    rows = [
+        [name, *("" if value is None else fixed(value, n) for value, n in zip(values, digits, strict=True))]
+        for name, *values in PAPER_TABLE_2
+    ]
     return [
         "## The paper's own figures",
         "",
@@ -219,19 +223,24 @@ def _draw(out: Path, report: dict[str, Any]) -> list[str]:
         figure = plots.new_figure(11.0, 3.8)
         for i, part in enumerate(("quantization", "sparsity", "total")):
             axis = figure.add_subplot(1, 3, i + 1)
-            for name, entries in report["errors"].items():
+            for over, (name, entries) in enumerate(
+                reversed(report["errors"].items())
+            ):  # wide below narrow: none hides another
                 sigmas = sorted({entry["sigma"] for entry in entries}, reverse=True)
                 means = [_mean([e[part] for e in entries if e["sigma"] == sigma]) for sigma in sigmas]
                 if all(value is not None for value in means):
+                    width, color = 1.2 + 1.6 * over, f"C{len(report['errors']) - 1 - over}"
                     axis.plot(
-                        sigmas, means, marker="o", markersize=3, linewidth=1.2, label=report["methods"][name]["label"]
-                    )
+                        sigmas, means, marker="o", markersize=max(width, 3), linewidth=width, color=color, zorder=2 - 0.01 * over,
+                        label=report["methods"][name]["label"],
+                    )  # fmt: skip
             axis.set_title(part)
             axis.set_xlabel("sigma (noise to the left)")
             axis.invert_xaxis()
             axis.grid(alpha=0.3)
         figure.axes[0].set_ylabel("relative L1 of one attention call")
-        figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+        handles, labels = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, fontsize=7)
         plots.save_figure(figure, out / "error_by_sigma.png")
         pictures.append("error_by_sigma.png")
     return pictures

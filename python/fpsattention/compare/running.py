@@ -90,7 +90,7 @@ def _attend(site: Any, method: Method, tile: Int3 | None, sigma: list[Any], coun
         tokens = forward.tokens
         assert tokens is not None
         layout = plan(tokens.grid, tile, tokens.text_len, tokens.text_position if tokens.text_len else "suffix")
-        context = Context(layout, site.layer, sigma[0], core.scale, sigma[1])
+        context = Context(layout, site.layer, sigma[0], core.scale, sigma[1], tokens.exact)
         q, k, v = (x.transpose(1, 2) for x in (core.q, core.k, core.v))
         if method.is_dense(context):
             counted.add(1.0, q)

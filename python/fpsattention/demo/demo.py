@@ -122,7 +122,10 @@ def _masks(folder: Path, schedule: Schedule, heads: int, device: str) -> dict[st
         if level.precision == "bf16" or not at_level or (level.pattern is not None and level.pattern.pattern.permutes):
             continue
         q, k, v = (x.to(device) for x in at_level[0].load())
-        masks[name] = level_mask(schedule, level, at_level[0].grid, heads, at_level[0].layer, tensors=(q, k, v))
+        of = at_level[0]
+        masks[name] = level_mask(
+            schedule, level, of.grid, heads, of.layer, of.text_len, of.text_position, tensors=(q, k, v), exact=of.exact
+        )
     return masks
 
 

@@ -167,7 +167,7 @@ class Engine:
                     density = attended / calls if calls else table.density(group, of_level[-1])
                     if level.precision != "bf16" and table.windows(group, of_level[-1]) != (table.layout.tile_grid,):
                         windows = tuple(dict.fromkeys(table.windows(group, of_level[-1])))
-                granularity = level.granularity if level.precision != "bf16" else ""
+                granularity = level.scales if level.precision != "bf16" else ""
                 linears = self.num_linears(layer) if level.linears == "fp8" else 0
                 pattern = None if level.pattern is None else level.pattern.to_dict()
                 what = (level.name, level.precision, granularity, windows, density, calls, linears, pattern, selected)

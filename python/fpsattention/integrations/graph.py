@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
 from ..layout.plain import plain_tensors
+from ..layout.scale_groups import ScaleGroups
 from ..layout.tiles import BLOCK, TileLayout
 
 
@@ -77,6 +78,12 @@ def pack_layout(layout: TileLayout, *more: Tensor) -> tuple[Tensor, ...]:
     """``token_of_slot``, ``tile_of_block`` (with an element that means nothing), ``tile_block_offsets``, ``more``: as inputs of graphs."""
     tables = (layout.token_of_slot.clone(), _longer(layout.tile_of_block), layout.tile_block_offsets.clone(), *more)
     return tuple(map(dynamic, tables))
+
+
+def pack_groups(groups: ScaleGroups) -> ScaleGroups:
+    """The same as inputs of graphs."""
+    order, place, offsets = groups
+    return ScaleGroups(*map(dynamic, (_longer(order), _longer(place), offsets.clone())))
 
 
 def _longer(x: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class Handle:
         """Write q, k, v (after RoPE) of coming forwards to ``dir``, until ``stop()`` on the result (a context manager).
 
         Args:
+            dir: a new folder, or one without recordings.
             layers: indices; default all.
             sigmas: targets, each met by the first forward at or below it; default: the first forward at every sigma.
 

@@ -196,7 +196,7 @@ class Installation(Engine):
         if self.tables.needs_host or self.recorder is not None or run is not None:
             sigmas = self.reader.on_host(timestep)
             if self.recorder is not None:
-                self.recorder.begin(self.name, sigmas, tokens.grid, tokens.text_position)
+                self.recorder.begin(self.name, sigmas, tokens.grid, tokens.text_position, tokens.exact)
         if self.tables.needs_host:
             segments = tuple(schedule.segment(sigma, edges) for sigma in sigmas)
         else:

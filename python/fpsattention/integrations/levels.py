@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ..layout.masks import BlockMask, Lists
 from ..layout.plain import constant, plain_tensors
+from ..layout.scale_groups import ScaleGroups, groups_of
+from ..layout.tiles import Int3
 from ..schedule import Level, Schedule
-from .graph import Packed, flag, pack, pack_layout
+from .graph import Packed, flag, pack, pack_groups, pack_layout
 from .selection import Selector, text_of
 from .tokens import Grid, Rules, Tokens, TokenTables
 
@@ -40,6 +42,7 @@ class Part:
         chosen: inside a compiled graph, bool ``[B]``: whose output this launch is. It is made for all samples then ...
         wanted: ... if any of them wants it: a bool scalar, on the CPU where the host knows.
         hadamard: rotate q and k.
+        groups: what shares a scale is several tiles: how blocks are put together before the launch.
     """
 
     lists: Lists | Packed | None
@@ -50,6 +53,7 @@ class Part:
     wanted: Tensor | None = None
     select: Selector | None = None
     hadamard: bool = False
+    groups: ScaleGroups | None = None
 
     @property
     def dense(self) -> bool:
@@ -105,8 +109,9 @@ class LevelTables:
         # Read by code that is traced, so made here.
         self._classes = [tuple(level.kernel_class for level in levels) for levels in self.group_levels]
         self._texts = [tuple(map(text_of, levels)) for levels in self.group_levels]
-        self._pools = [tuple(x.pattern is not None and x.pattern.pattern.pools for x in xs) for xs in self.group_levels]
+        self._pools = [tuple(map(_pools, levels)) for levels in self.group_levels]
         self._dynamic = [[i for i, level in enumerate(levels) if level.dynamic] for levels in self.group_levels]
+        self._sizes = [{x.scales: x.scale_group for x in xs if x.scale_group} for xs in self.group_levels]
         self.mixed = [len({level.kernel_class for level in levels}) > 1 for levels in self.group_levels]
         self._tables: OrderedDict[Tokens, TokenTables] = OrderedDict()
         self._edge_tensors: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
@@ -159,11 +164,24 @@ class LevelTables:
             patterns = [self.group_levels[group][i].pattern for i in self._dynamic[group]]
             return tuple(tables.sizes(pattern) for pattern in patterns if pattern is not None)
 
+        @constant
+        def groups_on(
+            grid: Grid,
+            text_len: int,
+            text_position: str,
+            exact: tuple[int, ...],
+            order: str,
+            size: Int3,
+            device: torch.device,
+        ) -> tuple[Tensor, ...]:
+            return tuple(groups_of(self.tables(Tokens(grid, text_len, text_position, exact, order)).on(device), size))
+
         self._constant, self._constant_edges = tables_on, edges_on
-        self._constant_order, self._constant_sizes = order_on, sizes_on
+        self._constant_order, self._constant_sizes, self._constant_groups = order_on, sizes_on, groups_on
 
     def __getstate__(self) -> dict[str, object]:
-        dropped = dict.fromkeys(("_lock", "_constant", "_constant_edges", "_constant_order", "_constant_sizes"))
+        names = ("_constant", "_constant_edges", "_constant_order", "_constant_sizes", "_constant_groups")
+        dropped = dict.fromkeys(("_lock", *names))
         return {**self.__dict__, **dropped, "_tables": OrderedDict(), "_edge_tensors": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -283,6 +301,10 @@ class LevelTables:
         key = ("packed", device, group, segment, backward)
         return mask, tables.made.get(key, lambda: pack(mask, backward, per_sample=False))
 
+    def _packed_groups(self, tokens: Tokens, size: Int3, device: torch.device) -> ScaleGroups:
+        tables = self.tables(tokens)
+        return tables.made.get(("packed groups", size, device), lambda: pack_groups(groups_of(tables.on(device), size)))
+
     def order_on(self, tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
         """:meth:`TokenTables.order_on` of a grid; in a traced graph, constants of it."""
         if torch.compiler.is_compiling():
@@ -294,13 +316,14 @@ class LevelTables:
         """Of a level without lists: the model's own attention, or a pattern's."""
         if not level.dynamic:
             return Part(None)
-        return Part(
-            None,
-            level.granularity,
-            level.precision,
-            select=self._selector(tokens, level, device, backward, in_graph=False),
-            hadamard=level.hadamard,
-        )
+        select = self._selector(tokens, level, device, backward, in_graph=False)
+        return replace(self._listed_part(tokens, None, level, device), select=select)
+
+    def _listed_part(self, tokens: Tokens, lists: Lists | None, level: Level, device: torch.device) -> Part:
+        """Of lists that are known, or come later."""
+        groups = None if level.scale_group is None else groups_of(self.tables(tokens).on(device), level.scale_group)
+        granularity = "tile" if groups else level.granularity
+        return Part(lists, granularity, level.precision, hadamard=level.hadamard, groups=groups)  # type: ignore[arg-type]  # a name
 
     def _selector(self, tokens: Tokens, level: Level, device: torch.device, backward: bool, in_graph: bool) -> Selector:
         tables = self.tables(tokens)
@@ -311,8 +334,8 @@ class LevelTables:
             sizes = tables.sizes(level.pattern)
             plain = (layout.token_of_slot, layout.tile_of_block, layout.tile_block_offsets, sizes)
             given = pack_layout(layout, sizes) if in_graph else plain
-            named = (level.name, level.granularity, text_of(level), level.refresh)
-            pools = level.pattern.pattern.pools and level.precision != "paper"
+            named = (level.name, level.scales, text_of(level), level.refresh)
+            pools = _pools(level)
             if in_graph:
                 return Selector(*named, given, backward, pools)
             exact = tables.exact_blocks()
@@ -334,9 +357,13 @@ class LevelTables:
             sizes = self._constant_sizes(*tokens, group) if self._dynamic[group] else ()
             for i, of_level in zip(self._dynamic[group], sizes, strict=True):
                 given = (tables[0], tables[1], tables[2], of_level)
-                named = (levels[i].name, levels[i].granularity, self._texts[group][i])
+                named = (levels[i].name, levels[i].scales, self._texts[group][i])
                 selectors[self._classes[group][i]] = Selector(*named, 1, given, True, self._pools[group][i])
-            parts = _branches(self._classes[group], lists, segments, None, selectors)
+            groups = {
+                name: ScaleGroups(*self._constant_groups(*tokens, size, device))
+                for name, size in self._sizes[group].items()
+            }
+            parts = _branches(self._classes[group], lists, segments, None, selectors, groups)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -375,7 +402,8 @@ class LevelTables:
                     now = due(group, select, wanted)
                     select = select if now is None else replace(select, fresh=flag(now, (group, -1 - i)))
                 selectors[self._classes[group][i]] = select
-            parts = _branches(self._classes[group], packed, index, known, selectors, group)
+            groups = {name: self._packed_groups(tokens, size, device) for name, size in self._sizes[group].items()}
+            parts = _branches(self._classes[group], packed, index, known, selectors, groups, group)
             calls.append(Call(slot_of_token, parts, text_first=tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -399,7 +427,7 @@ class LevelTables:
             else:
                 mask = self.tables(tokens).mask_on(device, group, None if len(levels) > 1 else 0, backward)
                 mask = mask.select(segments) if len(levels) > 1 else mask
-                parts = (_listed(mask.lists(backward), levels[0]),)
+                parts = (self._listed_part(tokens, mask.lists(backward), levels[0], device),)
             calls.append(Call(slot_of_token, parts, order, tokens.text_position == "prefix"))
         return tuple(calls)
 
@@ -417,10 +445,11 @@ class LevelTables:
             if self._rules[group][wanted[0]] is None:
                 part = self._part(tokens, level, device, backward)
             elif len(set(wanted)) == 1:
-                part = _listed(tables.mask_on(device, group, wanted[0], backward).lists(backward), level)
+                mask = tables.mask_on(device, group, wanted[0], backward)
+                part = self._listed_part(tokens, mask.lists(backward), level, device)
             else:
                 mask = tables.mask_on(device, group, None, backward).select(index_of(tuple(wanted), device))
-                part = _listed(mask.lists(backward), level)
+                part = self._listed_part(tokens, mask.lists(backward), level, device)
             parts.append(part if len(by_class) == 1 else replace(part, samples=index_of(tuple(samples), device)))
         if len(parts) == 1:
             return tuple(parts), None
@@ -447,8 +476,10 @@ def quantizes_alone(level: Level) -> bool:
     return level.precision == "fp8" and not level.dynamic and not level.hadamard
 
 
-def _listed(lists: Lists, level: Level) -> Part:
-    return Part(lists, level.granularity, level.precision, hadamard=level.hadamard)
+def _pools(level: Level) -> bool:
+    """Its lists are made where q and k are quantized, in the order of the tiles."""
+    pools = level.pattern is not None and level.pattern.pattern.pools
+    return pools and level.precision != "paper" and level.scale_group is None
 
 
 def _rules(schedule: Schedule, level: Level, layer: int, num_heads: int | None) -> Rules | None:
@@ -463,6 +494,7 @@ def _branches(
     segments: Tensor,
     known: Sequence[int] | None,
     selectors: Mapping[tuple[str, ...], Selector],
+    groups: Mapping[str, ScaleGroups],
     group: int = 0,
 ) -> tuple[Part, ...]:
     """A part for every kernel class of a group; ``known``: the segments, where the host knows them."""
@@ -480,6 +512,8 @@ def _branches(
             wanted = chosen.any()
             if known is not None:
                 wanted = flag(any(segment in members for segment in known), (group, len(parts)))
-        precision, granularity, rotated = kernel_class[:3]
-        parts.append(Part(own, granularity, precision, None, chosen, wanted, select, bool(rotated)))
+        precision, scales, rotated = kernel_class[:3]
+        of_tiles = groups.get(scales)
+        granularity = "tile" if of_tiles is not None else scales
+        parts.append(Part(own, granularity, precision, None, chosen, wanted, select, bool(rotated), of_tiles))
     return tuple(parts)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 RECORD_FORMAT = "fpsattn-record/1"
 
 
@@ -19,10 +21,11 @@ class Recorder:
 
     Tensors of a file: ``q, k, v (B, S, H, D)`` after norms and RoPE, in the model's dtype, B = 1 where a model attends sample by
     sample: the first; ``sigma`` f64 ``[B]``; ``grid`` int64 ``[3]``; metadata: ``format``, ``layer``, ``model``, ``tile`` (``"auto"``
-    or ``"6,8,8"``), ``text_len`` (tokens of S that are not of the grid), ``text_position``.
+    or ``"6,8,8"``), ``text_len`` (tokens of S that are not of the grid), ``text_position``, ``exact`` (frames of the grid that are dense in both
+    directions, ``"0,8"``).
 
     Args:
-        folder: created if need be.
+        folder: created if need be. Recordings of another run in it are an error: nobody could tell them apart.
         layers: indices, None: all.
         sigmas: targets. A target is met by the first forward at or below it (a trajectory falls from 1 to 0); None: the first
             forward at every distinct sigma. With classifier-free guidance the first forward is the conditional one.
@@ -39,6 +42,10 @@ class Recorder:
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if found := len(list(self.folder.glob("*.safetensors"))):
+            raise ConfigError(
+                f"fpsattention.record: dir '{self.folder}' holds {found} *.safetensors files, expected a new folder, or one without recordings"
+            )
         self.layers = None if layers is None else frozenset(layers)
         self.pending = None if sigmas is None else sorted(set(sigmas), reverse=True)
         self.tile = "auto" if tile is None else ",".join(map(str, tile))
@@ -48,10 +55,17 @@ class Recorder:
         self._pending_of: dict[str, list[float]] = {}
         self._lowest = float("inf")
         self._lock = threading.Lock()
-        # Sigma, grid and text position of the forward that this thread is in, or None: not recorded.
+        # Sigma, grid, text position and exact frames of the forward that this thread is in, or None: not recorded.
         self._now = threading.local()
 
-    def begin(self, model: str, sigma: list[float], grid: tuple[int, int, int], text_position: str = "suffix") -> None:
+    def begin(
+        self,
+        model: str,
+        sigma: list[float],
+        grid: tuple[int, int, int],
+        text_position: str = "suffix",
+        exact: tuple[int, ...] = (),
+    ) -> None:
         """A forward of ``model`` starts; decides whether it is recorded."""
         top = max(sigma)
         with self._lock:
@@ -64,14 +78,14 @@ class Recorder:
                 met = [target for target in pending if top <= target + 1e-6]
                 wanted = bool(met)
                 self._pending_of[model] = [target for target in pending if target not in met]
-        self._now.forward = (sigma, grid, text_position) if wanted else None
+        self._now.forward = (sigma, grid, text_position, exact) if wanted else None
 
     def save(self, model: str, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one layer of the current forward, if it is recorded."""
         forward = getattr(self._now, "forward", None)
         if forward is None or (self.layers is not None and layer not in self.layers):
             return
-        sigma, grid, text_position = forward
+        sigma, grid, text_position, exact = forward
         path = self.folder / f"{model}.layer{layer:03d}.sigma{max(sigma):.6f}.safetensors"
         if path in self.files:
             return
@@ -83,6 +97,7 @@ class Recorder:
         metadata = {
             "format": RECORD_FORMAT, "layer": str(layer), "model": model, "tile": self.tile,
             "text_len": str(q.shape[1] - math.prod(grid)), "text_position": text_position,
+            "exact": ",".join(map(str, exact)),
         }  # fmt: skip
         save_file(tensors, path, metadata=metadata)
         self.files.append(path)

@@ -19,6 +19,7 @@ class Row:
     Attributes:
         calls: samples for which the layer's attention ran at this level (a batch of 2 counts 2). Layers that a cache skips count less than
             others; recomputation under gradient checkpointing does not count. Compiled layers are taken to run in every forward.
+        granularity: what shares a scale, as text: "tile", "12x16x16"; "" at bf16.
         linears: linear layers of the block that run in FP8 at this level; the others are the model's own.
         density: attended share of the (query, key) pairs, mean over the heads, weighted with the calls of each grid.
         windows: concrete windows in tiles of the last grid seen, one per distinct head setting; empty where dense or a pattern's.
@@ -147,11 +148,11 @@ class Report:
         return notes
 
     def __str__(self) -> str:
-        head = f"{'model':<14} {'layers':<8} {'level':<12} {'precision':<10} {'scales':<7} {'windows':<20} {'density':>8} {'linears':>8} {'calls':>8}"
+        head = f"{'model':<14} {'layers':<8} {'level':<12} {'precision':<10} {'scales':<8} {'windows':<20} {'density':>8} {'linears':>8} {'calls':>8}"
         lines = [head]
         for layers, row in self.merged():
             lines.append(
-                f"{row.model:<14} {layers:<8} {row.level:<12} {row.precision:<10} {row.granularity:<7} "
+                f"{row.model:<14} {layers:<8} {row.level:<12} {row.precision:<10} {row.granularity:<8} "
                 f"{_windows(row):<20} {row.density:>8.3f} {_linears(row):>8} {row.calls:>8}"
             )
         return "\n".join([*lines, *self.notes()])

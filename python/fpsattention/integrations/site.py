@@ -311,7 +311,8 @@ class Site:
             if not torch.compiler.is_compiling() and CURRENT.forward is not None:
                 prepared = CURRENT.forward.prepared
                 prepared[self.layer] = prepared.get(self.layer, 0) + q.shape[0]
-        return attend(q, k, v, lists, hidden=hidden, **options)[0], lists
+        tables = lists if part.groups is None else part.groups.of(lists)
+        return attend(q, k, v, tables, hidden=hidden, **options)[0], lists
 
     def _kept(self, part: Part) -> Tensor:
         """The buffer that the lists of a part stay in."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..layout.masks import BlockMask, Lists
+from ..layout.scale_groups import scale_groups
 from . import autograd, prepare, published
 from .backends import reference_attention, resolve_backend
 from .checks import GRANULARITIES, HEAD_DIMS, INT8, kernel_dim
@@ -16,6 +17,7 @@ from .prepare import Norm, Rope
 from .rotation import rotate
 from .selection import Selection
 
+Granularity = str | tuple[int, int, int]  # of the scales of Q and K
 K_MEAN_TOKENS = 1024  # the mean of K is taken over at least so many tokens ...
 K_MEAN_MAX_STRIDE = 8  # ... and at least every eighth one
 
@@ -26,7 +28,7 @@ def attend(
     v: Tensor,
     mask: BlockMask | Lists | Selection,
     *,
-    granularity: str = "tile",
+    granularity: Granularity = "tile",
     precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
@@ -54,6 +56,7 @@ def attend(
         hidden: bool ``[B, S]`` on the device of q: keys that no row attends; k and v are then those of :func:`hidden.fill`.
         keys: ``(token_of_slot, tile_block_offsets)`` of k and v, where they have other tokens or another order than q; ``mask`` is
             then ready tables, whose rows are query tiles, and whose entries are blocks of these.
+        granularity: a size of scale groups needs a BlockMask, whose tiles it groups.
         others: as in :func:`fpsattention.attention`; ``k_mean`` and ``v_absmax`` are f32 ``(B, Hk, D)`` on the device of q.
 
     Returns:
@@ -88,7 +91,7 @@ def _attend(
     v: Tensor,
     mask: BlockMask | Lists | Selection,
     *,
-    granularity: str = "tile",
+    granularity: Granularity = "tile",
     precision: str = "fp8",
     scale: float | None = None,
     smooth_k: bool = True,
@@ -124,6 +127,17 @@ def _attend(
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     weights = () if norm is None else norm.tensors
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *weights))
+    if not isinstance(granularity, str):
+        if not isinstance(mask, BlockMask):
+            raise ConfigError(
+                f"fpsattention.attention: granularity {tuple(granularity)} with ready tables, expected a BlockMask: a group is made of its tiles"
+            )
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"fpsattention.attention: granularity {tuple(granularity)} in a compiled graph, supported are 'tile', 'block' and 'token' there, "
+                "and sizes in levels of a schedule"
+            )
+        mask, granularity = scale_groups(mask.to(q.device), granularity, backward), "tile"
     lists = mask.to(q.device).lists(backward) if isinstance(mask, BlockMask) else mask
     dim = int(q.shape[3])
     zeros = (0, (kernel_dim(dim) or dim) - dim)

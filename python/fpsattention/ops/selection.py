@@ -145,15 +145,18 @@ def measured(bound, granularity, layout, q, k, v, exact=None, **given):  # type:
 
     ``exact``: bool ``[num_blocks]`` on the device of q, blocks that are dense in both directions whatever the pattern finds; what
     they add counts as selected.
-    A rule that reads ``lse`` is given that of dense attention at ``granularity``: a search costs as much as a dense step.
+    A rule that reads ``lse`` is given that of dense attention at ``granularity``, "tile", "block" or "token" (others: "tile"): a search costs as much
+    as a dense step.
     """
     from ..layout.masks import dense_mask
     from .attend import attend
+    from .checks import GRANULARITIES
 
     # Autocast reaches into the products of a rule, whose scores must stay FP32.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         tensors = {"q": q, "k": k, "v": v}
         if "lse" in bound.pattern.inputs:
+            granularity = granularity if granularity in GRANULARITIES else "tile"
             tensors["lse"] = attend(q, k, v, dense_mask(layout), granularity=granularity, tensor_layout="HND")[1]
         wanted = {name: tensors[name] for name in bound.pattern.inputs}
         made, densities = bound.pattern.measured(layout=layout, **wanted, **bound.hyperparameters, **given)

@@ -337,8 +337,9 @@ def _part(
 ) -> Tensor:
     """One launch, as ``site.launch`` makes it on whole sequences."""
     q, k, v = qkv
-    if part.select is not None or part.precision != "fp8":
-        # Patterns read all of q and k, unquantized, and INT8 and the paper's P have no exchange: whole sequences of this rank's heads.
+    if part.select is not None or part.precision != "fp8" or part.groups is not None:
+        # Patterns read all of q and k, unquantized, INT8 and the paper's P have no exchange, and scale groups of several tiles may be of several
+        # ranks: whole sequences of this rank's heads.
         return _whole(
             replace(core, q=q, k=k, v=v), sharding, heads,
             lambda whole: site.launch(call, whole, part, whole.q, whole.k, whole.v)[0],

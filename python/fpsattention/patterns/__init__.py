@@ -5,6 +5,7 @@ Static (``pattern(layout, ...)``): :data:`sliding_tile`, :data:`radial`, :data:`
 own: :func:`svg2`. By name: :func:`get`. ``docs/patterns.md`` lists formulas, sources and costs.
 """
 
+from ..layout.scale_groups import scale_groups
 from .cluster import Clustered, clustered_attention, k_means, svg2
 from .compensation import compensated_attention, pseudo_blocks
 from .cost import Cost, cost
@@ -13,7 +14,6 @@ from .pattern import BoundPattern, Density, Pattern, from_dict, get, names
 from .refresh import Refresh
 from .routes import Coreset, coreset_attention, vorta
 from .sampled import antidiagonal, blade, exact, svg
-from .scale_groups import scale_groups
 from .static import foreground, part, part_layout, radial, sliding_tile
 
 __all__ = [

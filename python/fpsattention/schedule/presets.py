@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from ..errors import ConfigError
-from .schedule import Level, Phase, Schedule
+from .level import Level
+from .schedule import Phase, Schedule
 
 #: The levels that the presets are made of; also the names that ``Schedule.from_steps`` knows.
 LEVELS: dict[str, Level] = {

@@ -14,123 +14,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from ..patterns import BoundPattern
+from .level import LINEARS, Level, Window, fault, window_to_json
 
 FORMAT = "fpsattn-schedule/3"
 #: Read. Version 2 added the axis "steps", version 3 levels with a pattern.
 FORMATS = ("fpsattn-schedule/1", "fpsattn-schedule/2", FORMAT)
 AXES = ("sigma", "steps")
 DEFAULT_FLOW_SHIFT = 5.0  # Wan at 720p
-PRECISIONS = ("fp8", "int8", "paper", "bf16")
-LINEARS = ("fp8", "bf16")
-GRANULARITIES = ("tile", "block", "token")
 OWN_LINEARS = (0, -1)  # the layers nearest to the latents, whose activations have the widest range
-
-#: Extent in tiles ``(wT, wH, wW)``, a target density in (0, 1], or None: every tile.
-Window = tuple[int, int, int] | float | None
-
-
-@dataclass(frozen=True)
-class Level:
-    """What a layer does: ``precision="bf16"`` is the model's own dense attention, whatever its dtype, and ``linears="bf16"`` its own
-    linear layers.
-
-    Attributes:
-        precision: "int8": Q and K as in SageAttention, scales per block (CPU tensors only); P and V as with "fp8". "paper": FP8 with P as
-            FPSAttention's paper has it (``e4m3(448 exp(x - m))``) and without K smoothing (CPU tensors, eager, only).
-        granularity: of the FP8 scales of Q and K; "block" with "int8".
-        window: the tiles that a tile attends. ``pattern`` is the other way to say so: a rule of :mod:`fpsattention.patterns`
-            (``patterns.get("topk_mean", ratio=0.1)``, or its dict), scored on the layer's q and k where it reads them.
-        refresh: steps of a sampling run that a scored mask stays, >= 1.
-        hadamard: q and k are rotated before they are quantized (``fpsattention.attention``), which changes no score of a pattern but for rounding.
-    """
-
-    name: str
-    precision: str = "fp8"
-    granularity: str = "tile"
-    window: Window = None
-    linears: str = "bf16"
-    pattern: BoundPattern | None = None
-    refresh: int = 1
-    hadamard: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.pattern, Mapping):
-            from ..patterns import from_dict
-
-            object.__setattr__(self, "pattern", from_dict(self.pattern))
-        if self.precision not in PRECISIONS or self.granularity not in GRANULARITIES:
-            raise _error(
-                f'levels["{self.name}"]',
-                f"has precision {self.precision!r} and granularity {self.granularity!r}",
-                f"precision in {PRECISIONS} and granularity in {GRANULARITIES}",
-            )
-        if self.linears not in LINEARS:
-            raise _error(f'levels["{self.name}"]', f"has linears {self.linears!r}", f"one of {LINEARS}")
-        if self.precision == "int8" and self.granularity != "block":
-            path = f'levels["{self.name}"].granularity'
-            raise _error(path, f"is {self.granularity!r}", "'block': that is what INT8 scales are shared by")
-        if not isinstance(self.hadamard, bool) or (self.hadamard and self.precision == "bf16"):
-            wanted = "true or false" if self.precision != "bf16" else "false: bf16 is the model's own attention"
-            raise _error(f'levels["{self.name}"].hadamard', f"is {self.hadamard!r}", wanted)
-        self._check_pattern()
-
-    def _check_pattern(self) -> None:
-        path = f'levels["{self.name}"]'
-        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
-            raise _error(f"{path}.refresh", f"is {self.refresh!r}", "a whole number of steps, at least 1")
-        if self.pattern is None:
-            if self.refresh != 1:
-                raise _error(f"{path}.refresh", f"is {self.refresh}", "a pattern beside it: a window does not change")
-            return
-        if not callable(self.pattern) or not hasattr(self.pattern, "to_dict"):
-            raise _error(
-                f"{path}.pattern", f"is {self.pattern!r}", 'patterns.get(...) or {"name": ..., hyperparameters}'
-            )
-        if self.precision == "bf16" or self.window is not None:
-            raise _error(path, "has a pattern and is bf16 or has a window", "a pattern, or one of them")
-        if self.refresh != 1 and self.pattern.static:
-            came = f"is {self.refresh}"
-            raise _error(f"{path}.refresh", came, f"1: the mask of {self.pattern.name} depends on the layout only")
-
-    @property
-    def dynamic(self) -> bool:
-        """Its mask depends on q and k."""
-        return self.pattern is not None and not self.pattern.static
-
-    @property
-    def kernel_class(self) -> tuple[str, ...]:
-        """What the host must know to launch a kernel. Levels that share it are switched by data on the device."""
-        if self.precision == "bf16":
-            return (self.precision, "", "")
-        launch = (self.precision, self.granularity, "hadamard" if self.hadamard else "")
-        if self.pattern is not None and self.dynamic:
-            kept = f"{self.refresh} {self.name}" if self.refresh > 1 else ""  # masks stay with their level
-            return (*launch, json.dumps(self.pattern.to_dict(), sort_keys=True), kept)
-        return launch
-
-    def of_layer(self, layer: int) -> Level:
-        """The level as layer ``layer`` has it: a pattern whose rule changes from layer to layer is told which one it is."""
-        if self.pattern is None or (pattern := self.pattern.of_layer(layer)) is self.pattern:
-            return self
-        return dataclasses.replace(self, pattern=pattern)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The level's entry under ``levels`` in the file."""
-        linears = {} if self.linears == "bf16" else {"linears": self.linears}
-        if self.precision == "bf16":
-            return {"precision": "bf16", **linears}
-        data: dict[str, Any] = {"precision": self.precision, "granularity": self.granularity}
-        data |= {"hadamard": True} if self.hadamard else {}
-        if self.pattern is None:
-            return {**data, "window": window_to_json(self.window), **linears}
-        data["pattern"] = self.pattern.to_dict()
-        return {**data, **({"refresh": self.refresh} if self.refresh != 1 else {}), **linears}
 
 
 @dataclass(frozen=True)
@@ -176,9 +70,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.axis not in AXES:
-            raise _error("axis", f"is {self.axis!r}", "'sigma' or 'steps'")
+            raise fault("axis", f"is {self.axis!r}", "'sigma' or 'steps'")
         if not self.levels:
-            raise _error("levels", "is empty", "at least one level")
+            raise fault("levels", "is empty", "at least one level")
+        for name, level in self.levels.items():
+            _check_scale_group(level.scale_group, self.tile, f'levels["{name}"].granularity')
         _check_phases(self.phases, self.levels, "phases", self.axis)
         for layer, phases in self.layers.items():
             _check_phases(phases, self.levels, f'layers["{layer}"]', self.axis)
@@ -188,7 +84,7 @@ class Schedule:
                 _check_level_name(name, self.levels, f'{path}["{name}"]')
             named = windows if isinstance(windows, Mapping) else self.levels
             for name in (name for name in named if self.levels[name].pattern is not None):
-                raise _error(
+                raise fault(
                     path, f"is a window for level {name!r}, which has a pattern", "windows for levels with windows"
                 )
         self.check_model(num_layers=self.model.get("num_layers"), num_heads=self.model.get("num_heads"))
@@ -304,16 +200,16 @@ class Schedule:
         for key, value in (("class", class_name), ("num_layers", num_layers), ("num_heads", num_heads)):
             wanted = self.model.get(key)
             if value is not None and wanted is not None and value != wanted:
-                raise _error(f"model.{key}", f"is {wanted!r}", f"{value!r}, as in this transformer")
+                raise fault(f"model.{key}", f"is {wanted!r}", f"{value!r}, as in this transformer")
         layer_paths = [(layer, f'layers["{layer}"]') for layer in self.layers]
         layer_paths += [(layer, f'heads["{layer}"]') for layer, _ in self.heads if layer is not None]
         for layer, path in layer_paths:
             if num_layers is not None and layer >= num_layers:
-                raise _error(path, f"names layer {layer}", f"a layer below num_layers = {num_layers}")
+                raise fault(path, f"names layer {layer}", f"a layer below num_layers = {num_layers}")
         for of_layer, head in self.heads:
             if num_heads is not None and head >= num_heads:
                 path = f'heads["{"*" if of_layer is None else of_layer}"]["{head}"]'
-                raise _error(path, f"names head {head}", f"a head below num_heads = {num_heads}")
+                raise fault(path, f"names head {head}", f"a head below num_heads = {num_heads}")
 
     # Files ---------------------------------------------------------------------------------------------------------------
 
@@ -450,26 +346,26 @@ class Schedule:
         return [levels[self.segment(sigma, edges)].name for sigma in sigmas]
 
 
-def window_to_json(window: Window) -> Any:
-    """``[wT, wH, wW]``, ``{"density": d}`` or ``"dense"``."""
-    if window is None:
-        return "dense"
-    return {"density": window} if isinstance(window, float) else list(window)
-
-
 def _phase_to_json(phase: Phase, axis: str) -> dict[str, Any]:
     if axis == "sigma":
         return {"sigma": [phase.high, phase.low], "level": phase.level}
     return {"steps": [round(1.0 - phase.high, 12), round(1.0 - phase.low, 12)], "level": phase.level}
 
 
-def _error(path: str, came: str, wanted: str) -> ConfigError:
-    return ConfigError(f"fpsattention.Schedule: {path} {came}, expected {wanted}")
+def _check_scale_group(size: tuple[int, int, int] | None, tile: tuple[int, int, int] | None, path: str) -> None:
+    if size is not None and tile is None:
+        raise fault(
+            path,
+            f"is {list(size)} without a tile",
+            '"tile" [t, h, w] in the schedule, of which it is a multiple on each axis',
+        )
+    if size is not None and tile is not None and any(s % t for s, t in zip(size, tile, strict=True)):
+        raise fault(path, f"is {list(size)}", f"multiples of the tile {list(tile)} on each axis")
 
 
 def _check_level_name(name: Any, levels: Mapping[str, Level], path: str) -> None:
     if name not in levels:
-        raise _error(path, f"is the unknown level {name!r}", f"one of {', '.join(sorted(levels))}")
+        raise fault(path, f"is the unknown level {name!r}", f"one of {', '.join(sorted(levels))}")
 
 
 def _check_phases(phases: Sequence[Phase], levels: Mapping[str, Level], path: str, axis: str) -> None:
@@ -483,21 +379,21 @@ def _check_phases(phases: Sequence[Phase], levels: Mapping[str, Level], path: st
         return round(1.0 - position, 12) if steps else position
 
     if not phases:
-        raise _error(path, "is empty", f"phases that cover {axis} from {shown(1.0)} to {shown(0.0)}")
+        raise fault(path, "is empty", f"phases that cover {axis} from {shown(1.0)} to {shown(0.0)}")
     expected, before = 1.0, f"{axis} start{'' if steps else 's'} at {shown(1.0)}"
     for i, phase in enumerate(phases):
         here = f"{path}[{i}]"
         _check_level_name(phase.level, levels, f"{here}.level")
         came = f"is [{shown(phase.high)}, {shown(phase.low)}]"
         if not (math.isfinite(phase.high) and math.isfinite(phase.low) and phase.high > phase.low >= 0.0):
-            raise _error(f"{here}.{axis}", came, f"[{first}, {last}] with {order}")
+            raise fault(f"{here}.{axis}", came, f"[{first}, {last}] with {order}")
         if phase.high != expected:
-            fault = "leaves a gap" if phase.high < expected else "overlaps"
-            raise _error(f"{here}.{axis}", f"{came} and {fault}", f"{first} = {shown(expected)}, because {before}")
+            how = "leaves a gap" if phase.high < expected else "overlaps"
+            raise fault(f"{here}.{axis}", f"{came} and {how}", f"{first} = {shown(expected)}, because {before}")
         expected, before = phase.low, f"{here} ended there"
     if expected != 0.0:
         here, ends = f"{path}[{len(phases) - 1}].{axis}", shown(0.0)
-        raise _error(
+        raise fault(
             here,
             f"ends at {shown(expected)}",
             f"{last} = {ends} in the last phase: {axis} end{'' if steps else 's'} at {ends}",

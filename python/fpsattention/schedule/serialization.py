@@ -10,19 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .schedule import (
-    AXES,
-    FORMAT,
-    FORMATS,
-    GRANULARITIES,
-    LINEARS,
-    OWN_LINEARS,
-    PRECISIONS,
-    Level,
-    Phase,
-    Schedule,
-    Window,
-)
+from .level import GRANULARITIES, GRANULARITY_WANTED, LINEARS, PRECISIONS, Granularity, Level, Window
+from .schedule import AXES, FORMAT, FORMATS, OWN_LINEARS, Phase, Schedule
 
 if TYPE_CHECKING:
     from ..patterns import BoundPattern
@@ -99,7 +88,7 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         precisions = PRECISIONS if latest else ("fp8", "bf16")
         precision = _choice(entry["precision"], precisions, f"{path}.precision")
         shared = "block" if precision == "int8" else "tile"
-        granularity = _choice(entry.get("granularity", shared), GRANULARITIES, f"{path}.granularity")
+        granularity = _granularity(entry.get("granularity", shared), f"{path}.granularity", latest)
         window = parse_window(entry.get("window", "dense"), f"{path}.window")
         pattern = _pattern(entry["pattern"], f"{path}.pattern") if "pattern" in entry else None
         linears = _choice(entry.get("linears", "bf16"), LINEARS, f"{path}.linears")
@@ -113,6 +102,15 @@ def _levels(data: Any, latest: bool) -> dict[str, Level]:
         refresh, hadamard = entry.get("refresh", 1), entry.get("hadamard", False)
         levels[name] = Level(name, precision, granularity, window, linears, pattern, refresh, hadamard)
     return levels
+
+
+def _granularity(data: Any, path: str, latest: bool) -> Granularity:
+    if isinstance(data, str) or not latest:
+        return _choice(data, GRANULARITIES, path)
+    try:
+        return _triple(data, path)
+    except ConfigError:
+        raise _error(path, data, GRANULARITY_WANTED) from None
 
 
 def _pattern(data: Any, path: str) -> BoundPattern:

@@ -7,7 +7,11 @@ Where prompts are to be dropped, ``empty_prompt/prompt_embeds.safetensors`` hold
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +106,14 @@ def shuffled(length: int, seed: int, start: int, count: int) -> list[int]:
             orders[epoch] = torch.randperm(length, generator=generator).tolist()
         indices.append(orders[epoch][offset])
     return indices
+
+
+def synthetic_folder(parent: str | Path, **settings: Any) -> Path:
+    """Where under ``parent`` the samples of :func:`write_synthetic` with these settings belong: the name has a hash of all of them."""
+    parameters = inspect.signature(write_synthetic).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not p.empty} | settings
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(parent) / f"synthetic_latents-{digest}"
 
 
 def write_synthetic(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..schedule.schedule import GRANULARITIES
+from ..schedule.level import GRANULARITIES
 
 #: What a block pair costs, against one of FP8 with scales per block: BF16 tensor cores run at half the rate; scales per token are more
 #: loads per block, taken as 2 %, as is the making of lists from q and k (both assumed, not measured).
