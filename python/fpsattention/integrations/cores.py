@@ -81,7 +81,12 @@ def _swapped_class(original: type, core: str) -> type:
         try:
             if self.site.prepare is not None:
                 module, args, kwargs = self.site.bare(module, names, args, kwargs)
-            return run(self, module, *args, **kwargs)
+            out = run(self, module, *args, **kwargs)
+            if CURRENT.raw is not None and not CURRENT.taken:
+                raise UnsupportedError(
+                    f"fpsattention.apply: prepare: {self.site.name} took q and k elsewhere than to {core}, without their norms: leave prepare out"
+                )
+            return out
         finally:
             CURRENT.site, CURRENT.raw = before
 
