@@ -28,6 +28,11 @@ inline std::string shape_text(const Tensor& x) {
   return text + ")";
 }
 
+inline int int_of(const char* op, const char* name, int64_t value) {
+  FPSATTN_CHECK(value >= INT32_MIN && value <= INT32_MAX, op, ": ", name, " is ", value, ", expected 32 bits");
+  return static_cast<int>(value);
+}
+
 // kAnySize matches every size.
 inline constexpr int64_t kAnySize = -1;
 

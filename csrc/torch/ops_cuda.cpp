@@ -181,14 +181,12 @@ Quantized quantize_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor
 
 // A weight or bias [1 or 2, channels], FP32 and aligned: `kept` holds what had to be copied.
 ChannelVector channel_vector(const char* op, const char* name, const OptionalTensor& x, const Tensor& like,
-                             int64_t channels, bool has_rope, std::vector<Tensor>& kept) {
+                             int64_t channels, std::vector<Tensor>& kept) {
   if (!x.has_value()) return {};
   check_same_device(op, name, *x, like);
   FPSATTN_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == 2) && x->size(1) == channels, op, ": ", name,
                 " has shape ", shape_text(*x), ", expected (1, ", channels,
-                "), or 2 rows: of rotated tokens and of the others");
-  FPSATTN_CHECK(x->size(0) == 1 || has_rope, op, ": ", name,
-                " has 2 rows but there is no rope: which tokens are rotated says which row is theirs");
+                "), or 2 rows: of a run of tokens and of the others");
   kept.push_back(empty(like, {x->size(0), channels}, ScalarType::Float));
   torch::stable::copy_(kept.back(), *x);
   return {data<const float>(kept.back()), x->size(0) == 2 ? channels : 0};
@@ -197,8 +195,9 @@ ChannelVector channel_vector(const char* op, const char* name, const OptionalTen
 Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets,
                      OptionalTensor q_weight, OptionalTensor k_weight, OptionalTensor q_bias, OptionalTensor k_bias,
                      OptionalTensor cos, OptionalTensor sin, OptionalTensor k_mean, OptionalTensor v_absmax,
-                     int64_t norm, double eps, bool rope_halves, int64_t first_rotated, int64_t granularity,
-                     bool smooth_k, bool pow2_scales, int64_t k_mean_stride, bool block_sums) {
+                     int64_t norm, double eps, bool rope_halves, int64_t first_rotated, int64_t weights_begin,
+                     int64_t weights_end, int64_t granularity, bool smooth_k, bool pow2_scales, int64_t k_mean_stride,
+                     bool block_sums) {
   const char* op = "prepare";
   const auto run = [&](const QuantizeParams& quantize_params, cudaStream_t stream) {
     const ProblemSize& size = quantize_params.size;
@@ -227,10 +226,12 @@ Quantized prepare_op(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor 
       params.first_rotated = static_cast<int>(first_rotated);
       params.num_rotated = static_cast<int>(rows);
     }
+    params.weights_begin = int_of(op, "weights_begin", weights_begin);
+    params.weights_end = int_of(op, "weights_end", weights_end);
     std::vector<Tensor> kept;
     const int64_t channels = params.norm == Norm::kRmsAcrossHeads ? int64_t{size.heads} * size.head_dim : size.head_dim;
     const auto vector = [&](const char* name, const OptionalTensor& x) {
-      return channel_vector(op, name, x, q, channels, cos.has_value(), kept);
+      return channel_vector(op, name, x, q, channels, kept);
     };
     params.q_weight = vector("q_weight", q_weight);
     params.k_weight = vector("k_weight", k_weight);

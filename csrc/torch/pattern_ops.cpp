@@ -10,11 +10,6 @@
 namespace fpsattn {
 namespace {
 
-int int_of(const char* op, const char* name, int64_t value) {
-  FPSATTN_CHECK(value >= INT32_MIN && value <= INT32_MAX, op, ": ", name, " is ", value, ", expected 32 bits");
-  return static_cast<int>(value);
-}
-
 std::tuple<Tensor, Tensor, Tensor> select_blocks_op(Tensor values, Tensor tile_block_offsets, Tensor block_tokens,
                                                     int64_t num_video_tiles, int64_t count, double mass,
                                                     int64_t min_count, int64_t max_count, bool own_first,

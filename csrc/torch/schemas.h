@@ -18,9 +18,10 @@ inline constexpr const char* kPrepareSchema =
     "prepare(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_block_offsets, Tensor? q_weight=None, "
     "Tensor? k_weight=None, Tensor? q_bias=None, Tensor? k_bias=None, Tensor? cos=None, Tensor? sin=None, "
     "Tensor? k_mean=None, Tensor? v_absmax=None, *, int norm, float eps, bool rope_halves=False, "
-    "SymInt first_rotated=0, int granularity, bool smooth_k, bool pow2_scales, SymInt k_mean_stride=1, "
-    "bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
-    "Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, Tensor k_block_sum)";
+    "SymInt first_rotated=0, SymInt weights_begin=0, SymInt weights_end=-1, int granularity, bool smooth_k, "
+    "bool pow2_scales, SymInt k_mean_stride=1, bool block_sums=False) -> (Tensor q8, Tensor k8, Tensor v8t, "
+    "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor k_mean_used, Tensor q_k_mean, Tensor q_block_sum, "
+    "Tensor k_block_sum)";
 
 inline constexpr const char* kForwardSchema =
     "forward(Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor token_of_slot, "

@@ -10,8 +10,8 @@ namespace fpsattn {
 
 enum class Norm : int { kNone = 0, kRms = 1, kRmsAcrossHeads = 2, kLayer = 3 };
 
-// [D], or [H, D] for kRmsAcrossHeads, of the rotated tokens; that of the others lies `others` elements further on (0: the
-// same). Null: ones, or zeros for a bias.
+// [D], or [H, D] for kRmsAcrossHeads, of tokens weights_begin .. weights_end - 1; that of the others lies `others` elements
+// further on (0: the same). Null: ones, or zeros for a bias.
 struct ChannelVector {
   const float* data = nullptr;
   int64_t others = 0;
@@ -23,13 +23,15 @@ struct PrepareParams {
   Norm norm = Norm::kNone;
   float eps = 0.0f;
   ChannelVector q_weight, k_weight, q_bias, k_bias;
+  int weights_begin = 0;
+  int weights_end = -1;  // -1, with weights_begin = 0: the rotated tokens
 
   // Tokens first_rotated .. first_rotated + num_rotated - 1 are rotated, by angle i of the D / 2 of their row.
   const float* cos = nullptr;  // rows of D / 2, contiguous, 16-byte aligned
   const float* sin = nullptr;
   int64_t table_stride_batch = 0, table_stride_head = 0;  // elements; 0: shared
   int first_rotated = 0;
-  int num_rotated = 0;       // 0: no rotation, and all tokens count as rotated
+  int num_rotated = 0;       // 0: no rotation
   bool rope_halves = false;  // channels i and i + D / 2 are a pair, not 2i and 2i + 1
 };
 

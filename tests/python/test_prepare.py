@@ -25,8 +25,15 @@ def tables(tokens, dim, seed=9):
     return angles.cos(), angles.sin()
 
 
-def arguments(case, kind, dtype=torch.bfloat16, two_rows=False):
-    """Raw q, k, v as views of one projection, weights and biases of the kind, tables of the video tokens."""
+RUN = (5, 97)  # of tokens that have the first row of weights, where all are rotated
+
+
+def run_of(run):
+    return {} if run is None else {"weights_begin": run[0], "weights_end": run[1]}
+
+
+def arguments(case, kind, dtype=torch.bfloat16, two_rows=False, text_rotated=False):
+    """Raw q, k, v as views of one projection, weights and biases of the kind, tables of the video tokens, or of all."""
     layout = case.layout()
     fused = 2 * randn(case.batch, layout.num_tokens, 3, case.heads, case.dim, seed=1) + 0.5
     q, k, v = (x.transpose(1, 2) for x in fused.to(dtype).unbind(2))
@@ -34,11 +41,11 @@ def arguments(case, kind, dtype=torch.bfloat16, two_rows=False):
     rows = 2 if two_rows else 1
     w = [1 + 0.2 * randn(rows, channels, seed=s) for s in (2, 3)] if kind else [None, None]
     b = [0.1 * randn(rows, channels, seed=s) for s in (4, 5)] if kind == NORMS["layer"] else [None, None]
-    cos, sin = tables(layout.num_tokens - case.text_len, case.dim)
+    cos, sin = tables(layout.num_tokens - (0 if text_rotated else case.text_len), case.dim)
     return layout, (q, k, v), (*w, *b, cos, sin)
 
 
-def exact_norm_rope(x, weight, bias, cos, sin, kind, halves, first):
+def exact_norm_rope(x, weight, bias, cos, sin, kind, halves, first, run):
     """FP64, written differently: torch's own norms, complex numbers."""
     x = x.double()
     batch, heads, tokens, dim = x.shape
@@ -52,7 +59,7 @@ def exact_norm_rope(x, weight, bias, cos, sin, kind, halves, first):
     for parameter, apply in ((weight, torch.mul), (bias, torch.add)):
         if parameter is not None:
             of_token = parameter.double()[-1].expand(tokens, -1).clone()
-            of_token[video] = parameter.double()[0]
+            of_token[video if run is None else slice(*run)] = parameter.double()[0]
             rows = apply(rows, of_token if kind == NORMS["rms_across_heads"] else of_token[:, None])
     x = rows.reshape(batch, tokens, heads, dim).transpose(1, 2).clone()
     order = torch.arange(dim).view(2, -1).T.reshape(-1) if halves else torch.arange(dim)  # pairs side by side
@@ -63,12 +70,14 @@ def exact_norm_rope(x, weight, bias, cos, sin, kind, halves, first):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=list(NORMS))
-@pytest.mark.parametrize(("halves", "first", "two_rows"), [(False, 0, False), (True, 9, True)])
-def test_norm_rope_is_exact_to_rounding(kind, halves, first, two_rows):
-    _, (q, _, _), (weight, _, bias, _, cos, sin) = arguments(VIDEO, kind, two_rows=two_rows)
-    options = {"norm": kind, "rope_halves": halves, "first_rotated": first}
+@pytest.mark.parametrize(
+    ("halves", "first", "two_rows", "run"), [(False, 0, False, None), (True, 9, True, None), (False, 0, True, RUN)]
+)
+def test_norm_rope_is_exact_to_rounding(kind, halves, first, two_rows, run):
+    _, (q, _, _), (weight, _, bias, _, cos, sin) = arguments(VIDEO, kind, two_rows=two_rows, text_rotated=bool(run))
+    options = {"norm": kind, "rope_halves": halves, "first_rotated": first, **run_of(run)}
     got = norm_rope(q, weight, bias, cos, sin, eps=EPS, **options)
-    want = exact_norm_rope(q, weight, bias, cos, sin, kind, halves, first)
+    want = exact_norm_rope(q, weight, bias, cos, sin, kind, halves, first, run)
     # 11 additions of a sum of squares, a handful of roundings after it, on values that may cancel in a rotation.
     assert ((got - want).abs() <= 24 * 2.0**-24 * want.abs().amax()).all()
     swapped = norm_rope(q, weight, bias, cos, sin, eps=EPS, **{**options, "rope_halves": not halves})
@@ -95,8 +104,9 @@ def test_sums_are_in_the_order_that_is_written_down(dim):
 @pytest.mark.parametrize("kind", KINDS, ids=list(NORMS))
 @pytest.mark.parametrize("case", [VIDEO, NARROW], ids=["d64", "d96"])
 def test_the_op_has_the_bits_of_the_reference(kind, case):
-    layout, qkv, tensors = arguments(case, kind, two_rows=kind > 1)
-    options = {"norm": kind, "eps": EPS, "rope_halves": kind % 2 == 1, "granularity": kind % 3}
+    run = RUN if kind == NORMS["layer"] else None
+    layout, qkv, tensors = arguments(case, kind, two_rows=kind > 1, text_rotated=bool(run))
+    options = {"norm": kind, "eps": EPS, "rope_halves": kind % 2 == 1, **run_of(run), "granularity": kind % 3}
     options |= {"smooth_k": True, "pow2_scales": False, "block_sums": True, "k_mean_stride": 2}
     slots = (layout.token_of_slot, layout.tile_block_offsets)
     k_mean = randn(case.batch, case.heads, case.dim, seed=8)
@@ -108,7 +118,7 @@ def test_the_op_has_the_bits_of_the_reference(kind, case):
         else:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
     # It is the quantizer of what norm_rope gives, in FP32, and computes the mean of just that.
-    position = {name: options.pop(name) for name in ("norm", "eps", "rope_halves")}
+    position = {name: options.pop(name) for name in ("norm", "eps", "rope_halves", *run_of(run))}
     q, k = (
         norm_rope(x, tensors[i], tensors[2 + i], *tensors[4:], first_rotated=0, **position)
         for i, x in enumerate(qkv[:2])
@@ -122,10 +132,10 @@ def test_the_op_has_the_bits_of_the_reference(kind, case):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=list(NORMS))
-@pytest.mark.parametrize("two_rows", [False, True])
-def test_backward_of_norm_rope_is_that_of_autograd(kind, two_rows):
-    _, (q, _, _), (weight, _, bias, _, cos, sin) = arguments(VIDEO, kind, torch.float32, two_rows)
-    options = {"norm": kind, "eps": EPS, "rope_halves": two_rows, "first_rotated": 9 if two_rows else 0}
+@pytest.mark.parametrize(("two_rows", "first", "run"), [(False, 0, None), (True, 9, None), (True, 0, RUN)])
+def test_backward_of_norm_rope_is_that_of_autograd(kind, two_rows, first, run):
+    _, (q, _, _), (weight, _, bias, _, cos, sin) = arguments(VIDEO, kind, torch.float32, two_rows, bool(run))
+    options = {"norm": kind, "eps": EPS, "rope_halves": two_rows, "first_rotated": first, **run_of(run)}
     given = [None if x is None else x.clone().requires_grad_() for x in (q, weight, bias)]
     grad = randn(*q.shape, seed=6)
     there = [x for x in given if x is not None]
@@ -135,15 +145,26 @@ def test_backward_of_norm_rope_is_that_of_autograd(kind, two_rows):
         assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_gradients_of_a_row_have_nothing_of_the_other_tokens():
+    """A row whose tokens have no gradient gets zeros, not what rounding leaves of the gradients of all."""
+    _, (q, _, _), (weight, _, bias, _, cos, sin) = arguments(VIDEO, NORMS["layer"], torch.float32, True, True)
+    grad = randn(*q.shape, seed=6)
+    grad[:, :, : RUN[0]], grad[:, :, RUN[1] :] = 0, 0
+    options = {"norm": NORMS["layer"], "eps": EPS, "rope_halves": False, "first_rotated": 0, **run_of(RUN)}
+    for gradient in norm_rope_backward(grad, q, weight, bias, cos, sin, **options)[1:]:
+        assert gradient[0].any() and not gradient[1].any()
+
+
 @pytest.mark.parametrize("kind", ["rms", "rms_across_heads", "layer"])
 def test_attention_of_raw_projections_and_its_gradients(kind):
     """backend "cpu" (the op, written-out derivatives) against "reference" (autograd through the definition)."""
-    _, qkv, tensors = arguments(VIDEO, NORMS[kind], torch.float32, two_rows=True)
+    run = None if kind == "rms" else RUN
+    _, qkv, tensors = arguments(VIDEO, NORMS[kind], torch.float32, two_rows=True, text_rotated=bool(run))
     results = []
     for backend in ("cpu", "reference"):
         raw = [x.transpose(1, 2).clone().requires_grad_() for x in qkv]
         given = [x if x is None else x.clone().requires_grad_() for x in tensors[:4]]
-        norm, rope = fps.Norm(kind, *given, eps=EPS), fps.Rope(*(x[0, 0] for x in tensors[4:]))
+        norm, rope = fps.Norm(kind, *given, eps=EPS, tokens=run), fps.Rope(*(x[0, 0] for x in tensors[4:]))
         out = fps.attention(*raw, norm=norm, rope=rope, backend=backend, pow2_scales=True, **VIDEO.kwargs())
         leaves = [*raw, *(x for x in given if x is not None)]
         results.append((out, torch.autograd.grad(out.square().sum(), leaves)))
@@ -166,6 +187,25 @@ def test_attention_of_raw_projections_is_attention_of_what_norm_rope_gives():
     assert torch.equal(got, want)
     half = fps.attention(*(x.bfloat16() for x in qkv), rope=rope, tensor_layout="HND", **VIDEO.kwargs())
     assert half.dtype == torch.bfloat16 and half.shape == want.shape
+
+
+def test_a_run_of_tokens_stands_for_the_rotated_ones():
+    """Weights of two rows: the run of the tokens that a rope rotates says the same, another one or a rope of all tokens something else;
+    without a rope, the run alone says whose the rows are."""
+    _, qkv, tensors = arguments(VIDEO, NORMS["rms"], torch.float32, two_rows=True, text_rotated=True)
+    cos, sin = (x[:, :, 9:] for x in tensors[4:])
+
+    def attention(run, rope):
+        norm = fps.Norm("rms", *tensors[:2], eps=EPS, tokens=run)
+        return fps.attention(*qkv, norm=norm, rope=rope, tensor_layout="HND", **VIDEO.kwargs())
+
+    rope = fps.Rope(cos, sin, first=9)
+    want = attention(None, rope)
+    assert torch.equal(attention((9, 114), rope), want)
+    assert not torch.equal(attention((0, 105), rope), want)
+    assert not torch.equal(attention((9, 114), fps.Rope(*tensors[4:])), want)
+    still = fps.Rope(torch.ones_like(cos), torch.zeros_like(sin), first=9)
+    assert torch.equal(attention((9, 114), None), attention(None, still))
 
 
 def test_hidden_keys_are_those_of_attention_of_what_norm_rope_gives():
@@ -229,6 +269,12 @@ def test_op_is_well_formed_and_compiles():
         ({"norm": fps.Norm("rms", torch.ones(63))}, r"q_weight has shape \(1, 63\), expected \(1, 64\), or 2 rows"),
         ({"norm": fps.Norm("rms_across_heads", torch.ones(64))}, r"expected \(1, 128\), or 2 rows"),
         ({"norm": fps.Norm("rms", torch.ones(2, 64)), "rope": None}, "has 2 rows but there is no rope"),
+        (
+            {"norm": fps.Norm("rms", tokens=(9, 115))},
+            "weights_end is 115 and weights_begin 9, expected a run of the 114 tok",
+        ),
+        ({"norm": fps.Norm("rms", tokens=(5, 4))}, "weights_end is 4 and weights_begin 5, expected a run"),
+        ({"norm": fps.Norm("rms", tokens=(-1, 4))}, "weights_end is 4 and weights_begin -1, expected a run"),
         ({"norm": fps.Norm("rms", eps=-1.0)}, "eps is -1.0, expected a finite number >= 0"),
         ({"rope": fps.Rope(torch.ones(115, 32), torch.ones(115, 32))}, "cos has 115 tokens from first_rotated=0 on"),
         ({"rope": fps.Rope(torch.ones(9, 31), torch.ones(9, 31))}, "cos has shape .*expected"),
@@ -246,6 +292,8 @@ def test_bad_arguments(change, message):
 def test_what_is_refused():
     with pytest.raises(ConfigError, match="norm.kind 'batch', expected one of 'rms', 'rms_across_heads', 'layer'"):
         fps.Norm("batch")
+    with pytest.raises(ConfigError, match=r"norm.tokens \(0, -1\), expected begin and end"):
+        fps.Norm("rms", tokens=(0, -1))
     with pytest.raises(ConfigError, match="rope.style 'quarters'"):
         fps.Rope(torch.ones(3, 32), torch.ones(3, 32), style="quarters")
     with pytest.raises(ConfigError, match=r"rope.cos has shape \(32,\)"):

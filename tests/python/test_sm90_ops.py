@@ -71,12 +71,16 @@ def test_prepare_is_bit_exact(case, kind, halves):
 
     fused = (3 * randn(case.batch, layout.num_tokens, 3, case.heads, case.dim) + 0.5).to(dtype)
     channels = case.dim * (case.heads if kind == NORMS["rms_across_heads"] else 1)
-    rows = 1 + halves
+    all_rotated = (kind + halves) % 2 == 1  # text, too, and another run of tokens has the first row of weights
+    rows = 1 + (halves or all_rotated)
     parameters = [1 + 0.3 * randn(rows, channels) if kind else None for _ in range(2)]
     parameters += [0.3 * randn(rows, channels) if kind == NORMS["layer"] else None for _ in range(2)]
-    angles = 4 * randn(case.batch, case.heads if halves else 1, layout.num_tokens - case.text_len, case.dim // 2)
+    rotated = layout.num_tokens - (0 if all_rotated else case.text_len)
+    angles = 4 * randn(case.batch, case.heads if halves else 1, rotated, case.dim // 2)
     args = (layout.token_of_slot, layout.tile_block_offsets, *parameters, angles.cos(), angles.sin())
-    options = {"norm": kind, "eps": 1e-5, "rope_halves": halves, "first_rotated": case.text_len // 2}
+    first = 0 if all_rotated else case.text_len // 2
+    options = {"norm": kind, "eps": 1e-5, "rope_halves": halves, "first_rotated": first}
+    options |= {"weights_begin": 5, "weights_end": layout.num_tokens - 3} if all_rotated else {}
     options |= {"granularity": granularity, "smooth_k": True, "pow2_scales": False, "k_mean_stride": 2}
     options["block_sums"] = True
     qkv = [x.transpose(1, 2) for x in fused.to(DEVICE).unbind(2)]

@@ -21,6 +21,7 @@ struct NormRope {
   const float *cos, *sin;
   int64_t table_stride_batch, table_stride_head;
   int first_rotated, num_rotated;
+  int weights_begin, num_weighted;  // the tokens of the first row of weight and bias
   bool halves;
 };
 
@@ -61,7 +62,7 @@ class RowPreparer {
     const bool there = Config::has_chunk(chunk_);
     const unsigned row = static_cast<unsigned>(token - how_.first_rotated);
     const bool rotated = row < static_cast<unsigned>(how_.num_rotated);
-    const bool first_row = rotated || how_.num_rotated == 0;
+    const bool first_row = static_cast<unsigned>(token - how_.weights_begin) < static_cast<unsigned>(how_.num_weighted);
     if (how_.norm != Norm::kNone) {
 #pragma unroll
       for (int c = 0; c < kPatchChannels; ++c) x[c] = __fmul_rn(x[c], factor);

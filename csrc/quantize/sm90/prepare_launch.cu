@@ -15,6 +15,7 @@ size_t factor_count(const PrepareParams& params) {
 
 NormRope norm_rope_of(const PrepareParams& params, const ChannelVector& weight, const ChannelVector& bias,
                       const float* factor) {
+  const bool as_rotated = params.weights_end < 0;
   return {params.norm,
           params.eps,
           weight,
@@ -26,6 +27,8 @@ NormRope norm_rope_of(const PrepareParams& params, const ChannelVector& weight, 
           params.table_stride_head,
           params.first_rotated,
           params.num_rotated,
+          as_rotated ? params.first_rotated : params.weights_begin,
+          as_rotated ? params.num_rotated : params.weights_end - params.weights_begin,
           params.rope_halves};
 }
 

@@ -54,7 +54,10 @@ class CoreCall:
 def _run(call: CoreCall) -> Tensor:
     site = CURRENT.site
     assert site is not None  # set by the processor that called
-    return site.attend(call if CURRENT.raw is None else replace(call, raw=CURRENT.raw))
+    if CURRENT.raw is None:
+        return site.attend(call)
+    CURRENT.taken = True
+    return site.attend(replace(call, raw=CURRENT.raw))
 
 
 def _dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -82,7 +82,12 @@ def _swapped_class(original: type, core: str) -> type:
         try:
             if site.prepare is not None:
                 module, args, kwargs = site.bare(module, names, args, kwargs)
-            return run(self, module, *args, **kwargs)
+            out = run(self, module, *args, **kwargs)
+            if now["raw"] is not None and not now["taken"]:
+                raise UnsupportedError(
+                    f"fpsattention.apply: prepare: {site.name} took q and k elsewhere than to {core}, without their norms: leave prepare out"
+                )
+            return out
         finally:
             now["site"], now["raw"] = before
 

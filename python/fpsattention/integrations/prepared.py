@@ -56,17 +56,21 @@ class Raw:
     Attributes:
         module: has the norms ``norm_{q,k}`` and, of text that comes with projections of its own, ``norm_added_{q,k}``.
         kind: of the norms, as in :class:`Norm`.
-        cos, sin: ``(1 or B, 1 or H, n, D/2)`` of the video tokens, or None: nothing is rotated.
+        video: tokens of the video, whose norms are ``norm_{q,k}``.
+        cos, sin: ``(1 or B, 1 or H, n, D/2)`` of the video tokens, or of all; or None: nothing is rotated.
         style: as in :class:`Rope`.
-        text_first: tokens beyond those n come before them.
+        text_first: other tokens come before those of the video.
+        as_complex: the model rotates all tokens by a product of complex numbers.
     """
 
     module: Any
     kind: str
+    video: int
     cos: Tensor | None
     sin: Tensor | None
     style: str
     text_first: bool
+    as_complex: bool = False
 
     def select(self, samples: Tensor | None) -> Raw:
         """Of some samples."""
@@ -74,37 +78,46 @@ class Raw:
             return self
         return replace(self, cos=self.cos.index_select(0, samples), sin=self.sin.index_select(0, samples))
 
-    def norm(self) -> Norm | None:
-        """Its weights as they are now, the text's own as a second row."""
+    def run(self, count: int, tokens: int) -> tuple[int, int]:
+        """Where the ``count`` last, or first, of so many tokens are."""
+        return (tokens - count, tokens) if self.text_first else (0, count)
+
+    def norm(self, tokens: int) -> Norm | None:
+        """For q of so many tokens: its weights as they are now, the text's own as a second row."""
         norms = [(getattr(self.module, f"norm_{x}"), getattr(self.module, f"norm_added_{x}", None)) for x in "qk"]
         if norms[0][0] is None:
             return None
         q_weight, k_weight = (_rows("weight", *both) for both in norms)
         q_bias, k_bias = (_rows("bias", *both) for both in norms)
-        return Norm(self.kind, q_weight, k_weight, q_bias, k_bias, norms[0][0].eps)
+        of_video = None if norms[0][1] is None else self.run(self.video, tokens)
+        return Norm(self.kind, q_weight, k_weight, q_bias, k_bias, norms[0][0].eps, of_video)
 
     def rope(self, tokens: int) -> Rope | None:
         """For q of so many tokens."""
         if self.cos is None or self.sin is None:
             return None
-        return Rope(self.cos, self.sin, self.style, tokens - self.cos.shape[2] if self.text_first else 0)
+        return Rope(self.cos, self.sin, self.style, self.run(self.cos.shape[2], tokens)[0])
 
     def finish(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k as the model makes them, in its own norms and with its roundings."""
         return self._finish(q, "q"), self._finish(k, "k")
 
     def _finish(self, x: Tensor, name: str) -> Tensor:
-        count = x.shape[1] if self.cos is None else self.cos.shape[2]
-        video = slice(x.shape[1] - count, x.shape[1]) if self.text_first else slice(0, count)
         norm, added = getattr(self.module, f"norm_{name}"), getattr(self.module, f"norm_added_{name}", None)
         if added is None:
             x = self._normed(norm, x)
         else:
-            parts = (x[:, : video.start], added), (x[:, video], norm), (x[:, video.stop :], added)
+            begin, end = self.run(self.video, x.shape[1])
+            parts = (x[:, :begin], added), (x[:, begin:end], norm), (x[:, end:], added)
             x = torch.cat([self._normed(own, part) for part, own in parts if part.shape[1]], 1)
         if self.cos is None or self.sin is None:
             return x
-        rotated = rotate(x.transpose(1, 2), self.cos, self.sin, self.style == "halves", video)
+        if self.as_complex:  # rounded as the model's own product, in which a GPU fuses a sum
+            angles = torch.complex(self.cos, self.sin).transpose(1, 2)
+            turned = torch.view_as_complex(x.float().unflatten(3, (-1, 2))) * angles
+            return torch.view_as_real(turned).flatten(3).to(x.dtype)
+        where = slice(*self.run(self.cos.shape[2], x.shape[1]))
+        rotated = rotate(x.transpose(1, 2), self.cos, self.sin, self.style == "halves", where)
         return rotated.to(x.dtype).transpose(1, 2)
 
     def _normed(self, norm: Any, x: Tensor) -> Tensor:
@@ -113,8 +126,8 @@ class Raw:
         return norm(x.flatten(2)).view_as(x) if self.kind == "rms_across_heads" else norm(x)
 
 
-def raw_of(preparation: Preparation, module: Any, tables: Any, forward: Forward) -> Raw:
-    """What the code of ``module`` would have done with its norms and the rotary tables that it was given."""
+def raw_of(preparation: Preparation, module: Any, video: Tensor, tables: Any, forward: Forward) -> Raw:
+    """What the code of ``module`` would have done with its norms and the rotary tables that it was given, beside ``video (B, tokens, C)``."""
     cos = sin = None
     if tables is not None:
         known = forward.rope
@@ -124,7 +137,9 @@ def raw_of(preparation: Preparation, module: Any, tables: Any, forward: Forward)
             cos, sin = _rotation(preparation, module, tables, forward.owner)
             if not torch.compiler.is_compiling():  # every layer gets the same tables
                 forward.rope = (tables, cos, sin)
-    return Raw(module, preparation.kind, cos, sin, preparation.style, forward.text_first)
+    as_complex = tables is not None and tables[0].is_complex()
+    style, text_first = preparation.style, forward.text_first
+    return Raw(module, preparation.kind, video.shape[1], cos, sin, style, text_first, as_complex)
 
 
 def _rotation(preparation: Preparation, module: Any, tables: Any, owner: Engine) -> tuple[Tensor, Tensor]:
@@ -172,8 +187,6 @@ def why_not(preparation: Preparation, module: Any, running: bool = False) -> str
     if head_dim is not None and head_dim not in HEAD_DIMS:
         return f"has head dimension {head_dim}, expected one of {HEAD_DIMS}"
     named = {name: getattr(module, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
-    if preparation.text_rotated and named["norm_added_q"] is not None:
-        return "rotates the text, too, under norms of its own, expected text that is not rotated or has the norms of the video"
     own = [norm for norm in named.values() if norm is not None]
     if (named["norm_q"] is None) != (named["norm_k"] is None):
         return "normalizes one of q and k, expected both or none"

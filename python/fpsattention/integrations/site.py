@@ -90,7 +90,7 @@ class Site:
             return unchanged
         place = names.index(preparation.argument)
         tables = args[place] if place < len(args) else kwargs.get(preparation.argument)
-        CURRENT.raw = raw_of(preparation, module, tables, forward)
+        CURRENT.raw = raw_of(preparation, module, args[0] if args else kwargs[names[0]], tables, forward)
         if place < len(args):
             args = (*args[:place], None, *args[place + 1 :])
         else:
@@ -100,14 +100,17 @@ class Site:
     def prepares(self, module: Any, running: bool = False) -> bool:
         """Whether the norms of ``module`` are those of the quantizer, as its adapter has it; else an error, or a line in the report."""
         assert self.prepare is not None
-        if (reason := why_not(self.prepare, module, running)) is None:
-            return True
+        reason = why_not(self.prepare, module, running)
+        if reason is not None:
+            self._prepare_apart(reason)
+        return reason is None
+
+    def _prepare_apart(self, reason: str) -> None:
         if self.prepare_strict:
             raise UnsupportedError(f'fpsattention.apply: {self.name} {reason}: use apply(..., prepare="auto")')
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.fallbacks[f"norm and RoPE outside of the quantizer: {reason}"] += 1
-        return False
 
     def reserve(self, level: str, size: int, device: torch.device) -> None:
         """A buffer of this size in :attr:`kept`, int32; one that is there keeps what it holds if it is of this size."""
@@ -194,6 +197,11 @@ class Site:
         on whole sequences."""
         masked = None
         if core.mask is not None and not all(part.dense for part in call.parts):
+            if core.raw is not None and self.prepare is not None and self.prepare.text_rotated:
+                self._prepare_apart(
+                    "got padded text, which it rotates, expected no mask: a key that stands for hidden ones would not stay one"
+                )
+                core = core.finished()
             forward = CURRENT.forward
             masked = padding.masked(core, call.text_first, None if forward is None else forward.order)
         run = run or (lambda *given: self.launch(call, *given)[0])
@@ -307,7 +315,7 @@ class Site:
             index = index_of(core.heads, q.device)
             lists = Lists(*lists[:3], *(x if x is None else x.index_select(1, index) for x in lists[3:]))  # type: ignore[arg-type]
         if raw is not None:
-            options |= {"norm": raw.norm(), "rope": raw.rope(q.shape[1])}
+            options |= {"norm": raw.norm(q.shape[1]), "rope": raw.rope(q.shape[1])}
             if not torch.compiler.is_compiling() and CURRENT.forward is not None:
                 prepared = CURRENT.forward.prepared
                 prepared[self.layer] = prepared.get(self.layer, 0) + q.shape[0]

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class _Current(threading.local):
-    """``forward``; ``site``; ``raw``: what q and k lack where that site calls its core.
+    """``forward``; ``site``; ``raw``: what q and k lack where that site calls its core; ``taken``: the core was told.
 
     Items of a dict: after a ``torch.cond``, Dynamo (2.13) reads attributes of an object as they were before it.
     """
 
     def __init__(self) -> None:  # runs in every thread; compiled code relies on all being there
-        self.now: dict[str, Any] = {"forward": None, "site": None, "raw": None}
+        self.now: dict[str, Any] = {"forward": None, "site": None, "raw": None, "taken": False}
 
     @property
     def forward(self) -> Forward | None:
@@ -47,7 +47,15 @@ class _Current(threading.local):
 
     @raw.setter
     def raw(self, value: Raw | None) -> None:
-        self.now["raw"] = value
+        self.now["raw"], self.now["taken"] = value, False
+
+    @property
+    def taken(self) -> bool:
+        return self.now["taken"]  # type: ignore[no-any-return]
+
+    @taken.setter
+    def taken(self, value: bool) -> None:
+        self.now["taken"] = value
 
 
 CURRENT = _Current()

@@ -124,7 +124,8 @@ class _AttentionPrepared(torch.autograd.Function):
         hidden, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, out, *saved = ctx.saved_tensors
         options = dict(ctx.options)
         attention = {name: options[name] for name in ("softmax_scale", "deterministic")}
-        position = {name: options[name] for name in ("norm", "eps", "rope_halves", "first_rotated")}
+        of_position = ("norm", "eps", "rope_halves", "first_rotated", "weights_begin", "weights_end")
+        position = {name: options[name] for name in of_position}
         d_q, d_k, d_v = call("backward", _like(grad_out, out), out, *saved, **attention)
         if hidden is not None:  # the kernels leave a gradient there, which is of no key, and no weight may see
             d_k = d_k.masked_fill(hidden[:, None, :, None], 0)

@@ -144,6 +144,8 @@ def check_prepare(
     eps: float,
     rope_halves: bool = False,
     first_rotated: int = 0,
+    weights_begin: int = 0,
+    weights_end: int = -1,
     **options: Any,
 ) -> None:
     op = "prepare"
@@ -154,6 +156,14 @@ def check_prepare(
         _fail(op, "norm", f"is {norm}, expected {', '.join(f'{code} ({name})' for name, code in NORMS.items())}")
     if not (math.isfinite(eps) and eps >= 0):
         _fail(op, "eps", f"is {eps}, expected a finite number >= 0")
+    has_run = not (isinstance(weights_end, int) and weights_end == -1)
+    inside = _holds(weights_begin >= 0) and _holds(weights_begin <= weights_end) and _holds(weights_end <= tokens)
+    if not (inside if has_run else weights_begin == 0):
+        _fail(
+            op,
+            "weights_end",
+            f"is {weights_end} and weights_begin {weights_begin}, expected a run of the {tokens} tokens of q, or -1 and 0: the rotated ones",
+        )
     channels = heads * dim if norm == NORMS["rms_across_heads"] else dim
     given = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
     for name, x in given.items():
@@ -165,10 +175,10 @@ def check_prepare(
             _fail(
                 op,
                 name,
-                f"has shape {tuple(x.shape)}, expected (1, {channels}), or 2 rows: of rotated tokens and of the others",
+                f"has shape {tuple(x.shape)}, expected (1, {channels}), or 2 rows: of a run of tokens and of the others",
             )
-        if x.shape[0] == 2 and cos is None:
-            _fail(op, name, "has 2 rows but there is no rope: which tokens are rotated says which row is theirs")
+        if x.shape[0] == 2 and cos is None and not has_run:
+            _fail(op, name, "has 2 rows but there is no rope and no run of tokens, which says whose the first row is")
     if (cos is None) != (sin is None):
         _fail(op, "sin" if sin is None else "cos", "is missing: both or none of cos and sin")
     for name, x in (("cos", cos), ("sin", sin)):

@@ -14,9 +14,9 @@ table for all or, int32 [B, H, NB * 128], one per head.
     q_block_sum, k_block_sum f32 [B, H, NB, D] with block_sums, else [B, H, 0, D]: sums of the tokens of each block of q and of k
     (nothing subtracted), at no extra read. Divided by the valid slots of the block they are the means that patterns score by.
 ``prepare(q, k, v, token_of_slot, tile_block_offsets, q_weight=None, k_weight=None, q_bias=None, k_bias=None, cos=None, sin=None,
-k_mean=None, v_absmax=None, *, norm, eps, rope_halves=False, first_rotated=0, ...) -> as quantize``
+k_mean=None, v_absmax=None, *, norm, eps, rope_halves=False, first_rotated=0, weights_begin=0, weights_end=-1, ...) -> as quantize``
     quantize of raw projections: norm and RoPE of q and k first, in FP32. weights and biases [1 or 2, D], across heads
-    [1 or 2, H * D]; cos, sin f32 (1 or B, 1 or H, n, D/2); norm, rope_halves, first_rotated: ``norm_rope.py``.
+    [1 or 2, H * D]; cos, sin f32 (1 or B, 1 or H, n, D/2); norm and what follows: ``norm_rope.py``.
 ``forward(q8, ..., v_scale, token_of_slot, tile_of_block, kv_num_blocks, kv_indices, q_k_mean=None, *, num_tokens,
 softmax_scale, out_dtype) -> (out, lse, row_max, row_sum)``
     tile_of_block int32 [NB]; kv_num_blocks int32 [1 or B, 1 or H, num_tiles]; kv_indices int32 [., ., num_tiles, max_kv].
@@ -92,9 +92,9 @@ PREPARED_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor token_of_slot, Tensor tile_of_block, Tensor tile_block_offsets, Tensor kv_num_blocks, "
     "Tensor kv_indices, Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
     "Tensor? cos, Tensor? sin, Tensor? k_mean, Tensor? v_absmax, Tensor? hidden, *, int norm, float eps, bool rope_halves, "
-    "SymInt first_rotated, int granularity, float softmax_scale, bool smooth_k, bool pow2_scales, SymInt k_mean_stride, "
-    "bool deterministic) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, Tensor q_scale, Tensor k_scale, Tensor v_scale, "
-    "Tensor row_max, Tensor row_sum)"
+    "SymInt first_rotated, SymInt weights_begin, SymInt weights_end, int granularity, float softmax_scale, bool smooth_k, "
+    "bool pow2_scales, SymInt k_mean_stride, bool deterministic) -> (Tensor out, Tensor lse, Tensor q8, Tensor k8, Tensor v8t, "
+    "Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor row_max, Tensor row_sum)"
 )
 
 

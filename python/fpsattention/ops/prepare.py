@@ -28,10 +28,12 @@ class Norm:
     Args:
         kind: "rms", RMSNorm over the D channels of a head (HunyuanVideo, Mochi, Qwen); "rms_across_heads", over all H * D channels of a
             token (Wan, LTX); "layer", LayerNorm over the D channels of a head (CogVideoX).
-        q_weight, k_weight: ``(D,)``, across heads ``(H * D,)``; None: ones. A weight of two rows, ``(2, .)``, has one for the tokens that
-            ``Rope`` rotates (the video) and one for the others (the text of a joint model). Differentiable.
+        q_weight, k_weight: ``(D,)``, across heads ``(H * D,)``; None: ones. A weight of two rows, ``(2, .)``, has one for a run of tokens (the
+            video) and one for the others (the text of a joint model). Differentiable.
         q_bias, k_bias: likewise; None: zeros.
         eps: added to the mean of squares.
+        tokens: begin and end of the run that the first of two rows is for; None: the tokens that ``Rope`` rotates. Needed where the text
+            is rotated, too (Flux, Qwen-Image).
     """
 
     kind: str
@@ -40,10 +42,13 @@ class Norm:
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     eps: float = 1e-6
+    tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in NORM_KINDS:
             _fail(f"norm.kind {self.kind!r}, expected one of {', '.join(map(repr, NORM_KINDS))}")
+        if self.tokens is not None and (len(self.tokens) != 2 or self.tokens[1] < 0):
+            _fail(f"norm.tokens {self.tokens}, expected begin and end of a run of tokens, or None")
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -96,11 +101,14 @@ def attend(
     weights = () if norm is None else norm.tensors
     q_weight, k_weight, q_bias, k_bias = (_rows(x) for x in weights or (None,) * 4)
     cos, sin = (None, None) if rope is None else (rope.table(rope.cos), rope.table(rope.sin))
+    weights_begin, weights_end = (0, -1) if norm is None or norm.tokens is None else norm.tokens
     position: dict[str, Any] = {
         "norm": NORMS["none" if norm is None else norm.kind],
         "eps": 0.0 if norm is None else float(norm.eps),
         "rope_halves": rope is not None and rope.style == "halves",
         "first_rotated": 0 if rope is None else rope.first,
+        "weights_begin": weights_begin,
+        "weights_end": weights_end,
     }
     if backend == "reference":
         q32, k32 = (

@@ -262,10 +262,13 @@ def prepare(
     eps: float,
     rope_halves: bool = False,
     first_rotated: int = 0,
+    weights_begin: int = 0,
+    weights_end: int = -1,
     **options: Any,
 ) -> Quantized:
     """:func:`quantize` of raw projections: norm and RoPE of q and k in FP32 first (step 0 of ``docs/numerics.md``)."""
     position: dict[str, Any] = {"norm": norm, "eps": eps, "rope_halves": rope_halves, "first_rotated": first_rotated}
+    position |= {"weights_begin": weights_begin, "weights_end": weights_end}
     q = norm_rope(q, q_weight, q_bias, cos, sin, **position)
     k = norm_rope(k, k_weight, k_bias, cos, sin, **position)
     return quantize(q, k, v, token_of_slot, tile_block_offsets, k_mean, v_absmax, **options)

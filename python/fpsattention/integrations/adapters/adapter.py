@@ -96,12 +96,13 @@ def raster_only(model: Any) -> tuple[Place, ...]:
 @dataclass(frozen=True)
 class Preparation:
     """What the code of an attention does to q and k between their projections and its core: norms ``norm_q`` and ``norm_k`` (of text
-    with projections of its own: ``norm_added_q``, ``norm_added_k``), then rotation of the video tokens.
+    with projections of its own: ``norm_added_q``, ``norm_added_k``), then rotation of the video tokens, or of all. The first argument of the
+    code brings the video, ``(B, tokens, C)``; in models of one stream, all tokens.
 
     Attributes:
         kind: of the norms: "rms", "rms_across_heads" or "layer" (:class:`fpsattention.Norm`).
         argument: of the code, that brings the rotary tables; None there means no rotation.
-        tables: what it brings, and the number of heads, to ``(cos, sin)``, each ``(1 or B, 1 or H, video tokens, D/2)``.
+        tables: what it brings, and the number of heads, to ``(cos, sin)``, each ``(1 or B, 1 or H, n, D/2)``, n the video tokens or all.
         style: which channels are a pair (:class:`fpsattention.Rope`).
         twice: it brings every angle twice, side by side.
         text_rotated: the tables are of all tokens, of the text, too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
@@ -77,17 +78,22 @@ def image_shapes(model: Any, arguments: Arguments) -> Geometry:
     )
 
 
-#: Of single blocks; in joint ones the text has norms of its own.
+def text_then_image(tables: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """Complex ``(n, D/2)``: of the image, then of the text, which comes first in the sequence."""
+    cos, sin = (torch.cat([part(x) for x in reversed(tables)])[None, None] for part in (torch.real, torch.imag))
+    return cos, sin
+
+
 PREPARE = Preparation("rms", "image_rotary_emb", each_twice, twice=True, text_rotated=True)
 
 FLUX = Adapter(
     "Flux.1", ("FluxTransformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
-    image_ids, own_sigma, scheduled=thousandths, kind="image", note="IP-Adapter: refused; prepare: single blocks", prepare=PREPARE,
+    image_ids, own_sigma, scheduled=thousandths, kind="image", note="IP-Adapter: refused", prepare=PREPARE,
 )  # fmt: skip
 FLUX2 = Adapter(
     "Flux.2", ("Flux2Transformer2DModel",), submodules(transformer_blocks="attn", single_transformer_blocks="attn"),
     image_ids, own_sigma, scheduled=thousandths, kind="image", prepare=PREPARE,
-    note="reference images: of the size of the image only, dense in both directions; prepare: single blocks",
+    note="reference images: of the size of the image only, dense in both directions",
 )  # fmt: skip
 FLUX3 = Adapter(
     "Flux.3", ("Flux3Transformer2DModel",), submodules(single_transformer_blocks="attn"), image_and_reference_ids, own_sigma,
@@ -97,8 +103,8 @@ FLUX3 = Adapter(
 QWEN = Adapter(
     "Qwen-Image", ("QwenImageTransformer2DModel",), submodules(transformer_blocks="attn"), image_shapes, own_sigma, scheduled=thousandths, kind="image",
     text_mask=True,
-    note="input images: of the size of the image only, dense in both directions",
-    prepare="are not those of the quantizer: the text is rotated, too, under norms of its own",
+    note="input images: of the size of the image only, dense in both directions; prepare: without padded text",
+    prepare=Preparation("rms", "image_rotary_emb", text_then_image, text_rotated=True),
 )  # fmt: skip
 
 ADAPTERS = (FLUX, FLUX2, FLUX3, QWEN)
