@@ -101,7 +101,7 @@ inline uint8_t exponent_code(double y) {
   const int steps = 0x3c00 - to_bits16(clamped, DType::kFloat16);  // 32 an octave, 0 at the end of the tail
   const bool inner = (steps + 15) / 16 % 2 == 0;                   // of an octave: its second or third quarter
   int quarters = steps - 86 - inner;                               // of a code, from the border of the tail on
-  if (quarters < 0) {                                               // half as many below: to nearest, ties to even
+  if (quarters < 0) {                                              // half as many below: to nearest, ties to even
     const int odd = -quarters % 2, down = quarters / 2;
     quarters = odd == 0 ? down : down - (down % 2 != 0);
   }
