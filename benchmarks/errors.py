@@ -111,16 +111,18 @@ GRADIENT_GRID = (4, 32, 32)
 
 def gradient_inputs(kind: str, dim: int, seed: int) -> list[Tensor]:
     """q, k, v and the gradient of the output, ``(1, 4096, 1, D)``, FP32, as ``test_accuracy_table`` draws them: normal; 0.1 % of all values
-    plus N(0, 100); runs of 16 near-equal tokens."""
+    plus N(0, 100); runs of 16 near-equal tokens, alike in q, k and v."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, math.prod(GRADIENT_GRID), 1, dim)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    base = normal(1, shape[1] // LENGTH, 1, dim).repeat_interleave(LENGTH, 1)
+
     def one() -> Tensor:
         if kind == "locally smooth":
-            return normal(1, shape[1] // LENGTH, 1, dim).repeat_interleave(LENGTH, 1) + 0.1 * normal(*shape)
+            return base + 0.1 * normal(*shape)
         x = normal(*shape)
         if kind == "with outliers":
             x += 10 * normal(*shape) * (torch.rand(shape, generator=generator) < 1e-3)

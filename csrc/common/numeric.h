@@ -24,9 +24,9 @@ inline constexpr float kCodeOrigin = 1.0f - 264.125f / 2048;
 inline constexpr int kMostCodeSteps = 547;
 inline constexpr float kLeastCodeArgument = 1.0f - kMostCodeSteps / 2048.0f;
 inline constexpr uint16_t kLeastCodeBits = 0x3c00 - kMostCodeSteps;
-// v = 512 h + rest, rest = kCodeRest + (1/4 in the outer halves of an octave); code = (kCodeTop - bits(v)) / 4, rounded down.
+// v = 512 h + 21.5, and 1/4 in the inner halves of octaves; code = (kCodeTop - bits(v)) / 4, rounded down.
 inline constexpr uint16_t kCodeFactorBits = 0x6000;  // 512
-inline constexpr uint16_t kCodeRestBits = 0x4d60;
+inline constexpr uint16_t kCodeRestBits = 0x4d60;    // 21.5
 inline constexpr int kCodeTop = 0x6000 + 46;
 
 #ifdef __CUDACC__

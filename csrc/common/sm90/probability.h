@@ -13,7 +13,7 @@ struct ExponentLine {
   float factor, shift;
 };
 
-// The same line for slots with codes: h = kCodeOrigin - y / 32, exact but for the shifts of rows whose maximum is 2^16
+// The same line for slots with codes: h = kCodeOrigin - y / 64, exact but for the shifts of rows whose maximum is 2^16
 // and more.
 __device__ __forceinline__ ExponentLine code_line(const ExponentLine& y) {
   return {y.factor * kCodeSlope, fmaf(y.shift, kCodeSlope, kCodeOrigin)};

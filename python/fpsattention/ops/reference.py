@@ -287,8 +287,8 @@ def exponent_codes(y: Tensor) -> Tensor:
 
     The code of ``2^y`` grows by 8 per octave and is nearly linear in between: h is the line, and 1/4 less in the inner halves of
     octaves. FP16 rounds h in [1/2, 1], where its grid is the same everywhere. That of v is 1/4 below 512 and 1/2 above, so its bits, and
-    the code with them, fall half as fast there, nearly as ``2^y`` does among e4m3's subnormals. Before, the code of ``2^(y + n)`` is that
-    of ``2^y`` plus ``8 n``.
+    the code with them, fall half as fast there, nearly as ``2^y`` does among e4m3's subnormals. Up to there the code of ``2^(y + n)`` is
+    that of ``2^y`` plus ``8 n``.
     """
     h = (CODE_ORIGIN + CODE_SLOPE * y.double()).float().clamp(LEAST_CODE_ARGUMENT, 1.0).half()
     inner = h.view(torch.int16) & 16 == 0
