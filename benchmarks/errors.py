@@ -1,6 +1,7 @@
 """What rounding costs, simulated on the CPU: tables of docs/numerics.md.
 
     python -m benchmarks.errors codes [--seeds 6]      # codes by arithmetic, by the share of a block's slots that take P from them
+    python -m benchmarks.errors gradients [--seeds 2]  # of q, by the same share, and with power-of-two scales; two minutes
     python -m benchmarks.errors rotation [--seeds 3]   # the Hadamard rotation of q and k; half a minute
     python -m benchmarks.errors length [--seeds 2]     # 8k to half a million keys; four minutes
 
@@ -100,6 +101,77 @@ def codes(seeds: int) -> Iterator[Row]:
                 cell = f"{l1[step]:.4f}{growth}, {cosine[step]:.5f}"
                 row[f"{25 * step} %"] = f"**{cell}**" if 32 * step == CODE_SLOTS[dim] else cell
             yield row
+
+
+# Gradients -------------------------------------------------------------------------------------------------------------
+
+GRADIENT_KINDS = ((128, "normal"), (128, "with outliers"), (128, "locally smooth"), (64, "locally smooth"))
+GRADIENT_GRID = (4, 32, 32)
+
+
+def gradient_inputs(kind: str, dim: int, seed: int) -> list[Tensor]:
+    """q, k, v and the gradient of the output, ``(1, 4096, 1, D)``, FP32, as ``test_accuracy_table`` draws them: normal; 0.1 % of all values
+    plus N(0, 100); runs of 16 near-equal tokens, alike in q, k and v."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, math.prod(GRADIENT_GRID), 1, dim)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = normal(1, shape[1] // LENGTH, 1, dim).repeat_interleave(LENGTH, 1)
+
+    def one() -> Tensor:
+        if kind == "locally smooth":
+            return base + 0.1 * normal(*shape)
+        x = normal(*shape)
+        if kind == "with outliers":
+            x += 10 * normal(*shape) * (torch.rand(shape, generator=generator) < 1e-3)
+        return x
+
+    return [one(), one(), one(), normal(*shape)]
+
+
+def exact_gradients(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and gradient of q, FP64 ``[tokens, D]``."""
+    q, k, v, grad_out = (x[0, :, 0].double() for x in (q, k, v, grad_out))
+    p = torch.softmax(q @ k.T / math.sqrt(q.shape[1]), -1)
+    out = p @ v
+    p *= grad_out @ v.T - (grad_out * out).sum(-1, keepdim=True)
+    return out, p @ k / math.sqrt(q.shape[1])
+
+
+def gradient_errors(kind: str, dim: int, seed: int) -> dict[str, Tensor]:
+    """``[error of the output, of dQ, cosine of dQ]`` by the share of slots with codes, and, at the share that is built, with power-of-two scales."""
+    q, k, v, grad_out = gradient_inputs(kind, dim, seed)
+    out, dq = exact_gradients(q, k, v, grad_out)
+
+    def error(slots: int, pow2_scales: bool = False) -> Tensor:
+        built = CODE_SLOTS[dim]
+        CODE_SLOTS[dim] = slots
+        try:
+            leaf = q.clone().requires_grad_()
+            with torch.enable_grad():
+                got = fps.attention(leaf, k, v, GRADIENT_GRID, pow2_scales=pow2_scales)
+                got.backward(grad_out)
+        finally:
+            CODE_SLOTS[dim] = built
+        grad = leaf.grad[0, :, 0].double()
+        cosine = torch.nn.functional.cosine_similarity(grad.flatten(), dq.flatten(), 0)
+        return torch.tensor([relative_l1(got.detach()[0, :, 0], out), relative_l1(grad, dq), cosine])
+
+    found = {f"{100 * slots // BLOCK} %": error(slots) for slots in (0, 64, 96)}
+    return {**found, "powers of two": error(CODE_SLOTS[dim], pow2_scales=True)}
+
+
+def gradients(seeds: int) -> Iterator[Row]:
+    """Error of O, error of dQ, its cosine."""
+    for dim, kind in GRADIENT_KINDS:
+        draws = [gradient_errors(kind, dim, seed) for seed in range(seeds)]
+        row: Row = {"D": dim, "inputs": kind}
+        for name in draws[0]:
+            out, dq, cosine = torch.stack([draw[name] for draw in draws]).mean(0).tolist()
+            row[name] = f"O {out:.4f}, dQ {dq:.4f}, {cosine:.4f}"
+        yield row
 
 
 # Hadamard rotation -----------------------------------------------------------------------------------------------------
@@ -231,7 +303,12 @@ def length(seeds: int) -> Iterator[Row]:
         yield {"keys": keys, **mean, "one accumulator": found[0].get("one accumulator", "-")}
 
 
-EXPERIMENTS = {"codes": (codes, 6), "rotation": (rotation, 3), "length": (length, 2)}  # how many seeds
+EXPERIMENTS = {
+    "codes": (codes, 6),
+    "gradients": (gradients, 2),
+    "rotation": (rotation, 3),
+    "length": (length, 2),
+}  # how many seeds
 
 
 def main() -> None:

@@ -17,12 +17,17 @@ inline constexpr double kLn2 = 0.6931471805599453;
 // have the same float.
 constexpr float scale_in_log2_units(float softmax_scale) { return static_cast<float>(softmax_scale * kLog2E); }
 
-// Codes by arithmetic (docs/numerics.md): h = kCodeOrigin + kCodeSlope * y, so that in FP16 e = 64 y + 446.75 is
-// 0x3c00 - bits(h), an integer, eighths of a code. From kLeastCodeArgument on the code is 126, the greatest.
-inline constexpr float kCodeSlope = -1.0f / 32;
-inline constexpr float kCodeOrigin = 1.0f - 446.75f / 2048;
-inline constexpr float kLeastCodeArgument = 1.0f - 1012.0f / 2048;
-inline constexpr uint16_t kLeastCodeBits = 0x3c00 - 1012;
+// Codes by arithmetic (docs/numerics.md): h = kCodeOrigin + kCodeSlope * y, so that 0x3c00 - bits(h) in FP16 is an integer,
+// quarters of a code. From kLeastCodeArgument on the code is 126, the greatest.
+inline constexpr float kCodeSlope = -1.0f / 64;
+inline constexpr float kCodeOrigin = 1.0f - 264.125f / 2048;
+inline constexpr int kMostCodeSteps = 547;
+inline constexpr float kLeastCodeArgument = 1.0f - kMostCodeSteps / 2048.0f;
+inline constexpr uint16_t kLeastCodeBits = 0x3c00 - kMostCodeSteps;
+// v = 512 h + 21.5, and 1/4 in the inner halves of octaves; code = (kCodeTop - bits(v)) / 4, rounded down.
+inline constexpr uint16_t kCodeFactorBits = 0x6000;  // 512
+inline constexpr uint16_t kCodeRestBits = 0x4d60;    // 21.5
+inline constexpr int kCodeTop = 0x6000 + 46;
 
 #ifdef __CUDACC__
 // Two FP32 to two 16-bit values, nearest even; `low` in the low half.

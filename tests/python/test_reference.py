@@ -232,37 +232,51 @@ def test_values_beyond_a_given_v_absmax_saturate_and_infinities_do_not():
     assert raw[0, 0, 0, slot[1], 0] == 448 and not torch.isfinite(raw[0, 0, 0, slot[2], 1])
 
 
+TAIL = 11  # the last code that may belong to the tail
+SUBNORMAL_STEP = 2.0**-9
+
+
 def code_grid():
-    """Every value of e (docs/numerics.md, "Codes by arithmetic") as an exponent y, and what lies between two of them: ties, and next to ties."""
-    e = torch.arange(-8, 1009, dtype=torch.double)  # to y = 8.78
+    """Every FP16 value of h (docs/numerics.md, "Codes by arithmetic") as an exponent y, and what lies between two of them: ties, and next to ties."""
+    steps = torch.arange(-8, 545, dtype=torch.double)  # to y = 8.75
     between = torch.tensor([0.0, 0.25, 0.5 - 2.0**-13, 0.5, 0.5 + 2.0**-13, 0.75], dtype=torch.double)
-    return ((e[:, None] + between - 446.75) / 64).flatten()
+    return ((steps[:, None] + between - 264.125) / 32).flatten()
 
 
 def test_exponent_codes_are_near_the_exponential():
     y = code_grid()
-    e = torch.round(y * 64 + 446.75).clamp(0, 1012).long()  # half to even
-    outer = ((e + 48) // 32) % 2
+    steps = torch.round(y * 32 + 264.125).clamp(0, 547).long()  # half to even
+    inner = (steps + 15) // 16 % 2 == 0
+    quarters = steps - 86 - inner.long()  # of a code, from the border of the tail on
+    tail = torch.round(quarters.double() / 2).long()  # half to even
     codes = ref.exponent_codes(y)
-    assert torch.equal(codes.long(), (e + 2 * outer) // 8)
+    assert torch.equal(codes.long(), (torch.where(quarters < 0, tail, quarters) + 46) // 4)
     assert int(codes.max()) == 126 and int(codes.min()) == 0
-    assert bool((codes.int().diff() >= 0).all())
-    normal = (y >= -6) & (y <= 8)
-    ratio = codes.view(torch.float8_e4m3fn).double()[normal] / torch.exp2(y[normal])
-    assert float(ratio.min()) > 1 - 0.075 and float(ratio.max()) < 1 + 0.075
-    special = torch.tensor([8.0, 8.0 + 2.0**-20, 9.0, 1e30, math.inf, -7.0, -8.0, -1e30, -math.inf, math.nan])
+    assert set(codes.int().diff().tolist()) == {0, 1}
+    p, want = codes.view(torch.float8_e4m3fn).double(), torch.exp2(y)
+    main = (codes > TAIL) & (y <= 8)
+    assert float((p / want - 1)[main].abs().max()) < 0.075
+    assert float((p - want)[~main & (y < 0)].abs().max()) < 2.25 * SUBNORMAL_STEP
+    special = torch.tensor([8.0, 8.0 + 2.0**-20, 9.0, 1e30, math.inf, -8.25, -9.0, -1e30, -math.inf, math.nan])
     assert ref.exponent_codes(special).tolist() == [120, 120, 126, 126, 126, 0, 0, 0, 0, 0]
 
 
 def test_a_code_is_eight_less_where_the_maximum_is_one_more():
-    """The code of 2^(y - n) is that of 2^y less 8 n, or 0: the running maximum does not matter. On all of the grid."""
+    """The code of 2^(y - n) is that of 2^y less 8 n, down to the tail: the running maximum does not matter. On all of the grid."""
     y = code_grid()
-    codes = ref.exponent_codes(y).int()
+    codes = ref.exponent_codes(y)
+    p = codes.view(torch.float8_e4m3fn).double()
     for n in range(1, 17):
-        assert torch.equal(ref.exponent_codes(y - n).int(), (codes - 8 * n).clamp_min(0)), n
+        lower = ref.exponent_codes(y - n)
+        main = codes.int() - 8 * n > TAIL
+        assert torch.equal(lower.int()[main], codes.int()[main] - 8 * n) and not bool((lower > TAIL)[~main].any()), n
+        difference = (lower.view(torch.float8_e4m3fn).double() - p * 2.0**-n).abs()
+        assert float(difference[~main].max()) <= 2 * SUBNORMAL_STEP, n
     # A grid that grows coarser with y, as FP16 has it around y itself, does not do that.
     coarse = ref.exponent_codes(y.half().double()).int()
-    assert not torch.equal(ref.exponent_codes((y - 4).half().double()).int(), (coarse - 32).clamp_min(0))
+    lower = ref.exponent_codes((y - 4).half().double()).int()
+    main = coarse - 32 > TAIL
+    assert not torch.equal(lower[main], (coarse - 32)[main])
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -13,7 +13,7 @@ struct ExponentLine {
   float factor, shift;
 };
 
-// The same line for slots with codes: h = kCodeOrigin - y / 32, exact but for the shifts of rows whose maximum is 2^16
+// The same line for slots with codes: h = kCodeOrigin - y / 64, exact but for the shifts of rows whose maximum is 2^16
 // and more.
 __device__ __forceinline__ ExponentLine code_line(const ExponentLine& y) {
   return {y.factor * kCodeSlope, fmaf(y.shift, kCodeSlope, kCodeOrigin)};
@@ -29,23 +29,20 @@ __device__ __forceinline__ float code_argument(float score, const ExponentLine& 
 // Volatile: it stays on its side of a WGMMA wait.
 template <bool kBounded>
 __device__ __forceinline__ uint32_t exponent_codes(float h0, float h1) {
-  uint32_t bits;  // two halves, 0x3c00 - e each
+  uint32_t bits;
   asm volatile("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(h0), "f"(h1));
   if constexpr (!kBounded) {
     asm volatile("max.f16x2 %0, %0, %1;" : "+r"(bits) : "r"(0x10001u * kLeastCodeBits));
   }
-  // x = 32 e - 2 codes, in halves of a code's 256ths: bit 10 is then set in the outer halves of an octave (and for e = 0).
-  // It becomes the 64 of 2/8 of a code, and bit 13 of `bits`, which is always set, the 2 codes. The 16 keeps the borrow
-  // of the lower half out of the bits that matter.
+  // v falls where y grows, and its grid of 1/4 becomes one of 1/2 at 512: there the tail begins, with half the slope.
   uint32_t codes;
   asm volatile(
-      "{\n.reg .b32 x, outer;\n"
-      "mad.lo.u32 x, %1, -32, %2;\n"
-      "lop3.b32 outer, %1, x, 0x24002400, 0xa8;\n"  // (bits | x) & mask
-      "shr.u32 outer, outer, 4;\n"
-      "add.u32 %0, x, outer;\n}"
+      "{\n.reg .b32 rest, v;\n"
+      "lop3.b32 rest, %1, 0x100010, %2, 0xae;\n"  // (~bits & 16) | kCodeRestBits
+      "fma.rn.f16x2 v, %1, %3, rest;\n"
+      "mad.lo.u32 %0, v, -64, %4;\n}"
       : "=r"(codes)
-      : "r"(bits), "n"(0x10001u * (32 * 0x3c00 - 512 + 16)));
+      : "r"(bits), "n"(0x10001u * kCodeRestBits), "r"(0x10001u * kCodeFactorBits), "n"(0x10001u * (64 * kCodeTop)));
   return codes;
 }
 

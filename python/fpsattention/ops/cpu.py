@@ -23,6 +23,7 @@ from .norm_rope import norm_rope
 from .reference import (
     BLOCK,
     CODE_ORIGIN,
+    CODE_SLOPE,
     CODE_SLOTS,
     E4M3_MAX,
     INT8,
@@ -291,7 +292,7 @@ class _Operands:
 def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor, dim: int, running: Tensor) -> Tensor:
     """``y = x - m + 8`` in place of ``raw [items, rows, n, 128]``; ``row_max [items, rows, 1]``.
 
-    In slots with codes ``h = CODE_ORIGIN - y / 32``, of the maximum that ran when a block was visited, ``running [items, rows, n or 1]``.
+    In slots with codes ``h = CODE_ORIGIN + CODE_SLOPE * y``, of the maximum that ran when a block was visited, ``running [items, rows, n or 1]``.
     """
     coded, exact = raw[..., : CODE_SLOTS[dim]], raw[..., CODE_SLOTS[dim] :]
     row_max, running = row_max.unsqueeze(-1), running.unsqueeze(-1)
@@ -299,10 +300,10 @@ def _exponents(raw: Tensor, multiplier: Tensor, row_max: Tensor, dim: int, runni
         # x is rounded as m was, and x - m exact near the maximum: the greatest P stays 2^8.
         raw.mul_(multiplier)
         exact.sub_(row_max).add_(P_SHIFT)
-        coded.sub_(running).add_(P_SHIFT).mul_(-1 / 32).add_(CODE_ORIGIN)
+        coded.sub_(running).add_(P_SHIFT).mul_(CODE_SLOPE).add_(CODE_ORIGIN)
     else:
         torch.addcmul(P_SHIFT - row_max, exact, multiplier, out=exact)
-        torch.addcmul((running - P_SHIFT).mul_(1 / 32).add_(CODE_ORIGIN), coded, multiplier * (-1 / 32), out=coded)
+        torch.addcmul((P_SHIFT - running).mul_(CODE_SLOPE).add_(CODE_ORIGIN), coded, multiplier * CODE_SLOPE, out=coded)
     return raw
 
 
@@ -323,7 +324,7 @@ def _round_to_e4m3(p: Tensor, min_normal: Tensor | float) -> Tensor:
 def _values_of_codes() -> Tensor:
     """P of ``exponent_codes`` by the FP16 bits of ``h``, FP32 ``[65536]``. NaN for NaN."""
     h = torch.arange(1 << 16, dtype=torch.int32, device=CPU).to(torch.int16).view(torch.float16)
-    y = (CODE_ORIGIN - h.double()) * 32
+    y = (h.double() - CODE_ORIGIN) / CODE_SLOPE
     return exponent_codes(y).view(torch.float8_e4m3fn).float().masked_fill_(h.isnan(), math.nan)
 
 

@@ -23,8 +23,11 @@ CODE_SLOTS = {
     64: 96,
     128: 64,
 }  # by columns of the codes: the first slots of every block, whose P comes from `exponent_codes`
-CODE_ORIGIN = 1 - 446.75 / 2048  # h of y = 0
-LEAST_CODE_ARGUMENT = 1 - 1012 / 2048  # h of the greatest code, 126
+CODE_SLOPE = -1 / 64  # of h, per octave
+CODE_ORIGIN = 1 - 264.125 / 2048  # h of y = 0
+LEAST_CODE_ARGUMENT = 1 - 547 / 2048  # h of the greatest code, 126
+CODE_REST = 21.5  # v = 512 h + CODE_REST, and 1/4 in the inner halves of octaves
+CODE_TOP = 0x6000 + 46  # FP16 bits of v at code 0, were the grid of v that of [256, 512) everywhere
 LOG2E = math.log2(math.e)
 V_EXTRA_ROWS = 8
 # Position p of a group of 16 in v8t holds slot V_SLOT_ORDER[p] (the FP32 accumulator fragment of QK^T read as an 8-bit operand).
@@ -283,16 +286,17 @@ def v_slot_order() -> Tensor:
 
 
 def exponent_codes(y: Tensor) -> Tensor:
-    """e4m3 codes near those of ``2^y``, uint8, without an exponential: one rounding, then integers. NaN gives 0.
+    """e4m3 codes near those of ``2^y``, uint8, without an exponential: FP16 roundings of two lines, then integers. NaN gives 0.
 
-    The code of ``2^y`` grows by 8 per octave and is nearly linear in between: ``8 y + 56``, less 0.16, plus 2/8 in the outer
-    halves of an octave, rounded down. FP16 rounds ``h`` in [1/2, 1], where its grid is the same everywhere, so the code of
-    ``2^(y + n)`` is that of ``2^y`` plus ``8 n``.
+    The code of ``2^y`` grows by 8 per octave and is nearly linear in between: h is the line, and 1/4 less in the inner halves of
+    octaves. FP16 rounds h in [1/2, 1], where its grid is the same everywhere. That of v is 1/4 below 512 and 1/2 above, so its bits, and
+    the code with them, fall half as fast there, nearly as ``2^y`` does among e4m3's subnormals. Up to there the code of ``2^(y + n)`` is
+    that of ``2^y`` plus ``8 n``.
     """
-    h = (CODE_ORIGIN - y.double() / 32).float().clamp(LEAST_CODE_ARGUMENT, 1.0).half()
-    eighths = 0x3C00 - h.view(torch.int16).int()  # round(64 y + 446.75), from 0 to 1012
-    outer = (eighths - 16) & 0x20 != 0
-    codes = (eighths + torch.where(outer, 2, 0)) >> 3
+    h = (CODE_ORIGIN + CODE_SLOPE * y.double()).float().clamp(LEAST_CODE_ARGUMENT, 1.0).half()
+    inner = h.view(torch.int16) & 16 == 0
+    v = (512 * h.double() + CODE_REST + 0.25 * inner).half()
+    codes = (CODE_TOP - v.view(torch.int16).int()) >> 2
     return torch.where(y.isnan(), 0, codes).to(torch.uint8)
 
 

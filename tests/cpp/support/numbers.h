@@ -96,11 +96,16 @@ inline float from_bits16(uint16_t bits, DType dtype) {
 // e4m3 code of 2^y by arithmetic (docs/numerics.md, step 4). NaN gives 0.
 inline uint8_t exponent_code(double y) {
   if (std::isnan(y)) return 0;
-  const float h = static_cast<float>(1.0 - (64.0 * y + 446.75) / 2048.0);
-  const float clamped = std::fmin(std::fmax(h, 1.0f - 1012.0f / 2048.0f), 1.0f);
-  const int eighths = 0x3c00 - to_bits16(clamped, DType::kFloat16);
-  const bool outer = (eighths + 48) / 32 % 2 == 1;  // of an octave: its first or last quarter
-  return static_cast<uint8_t>((eighths + (outer ? 2 : 0)) / 8);
+  const float h = static_cast<float>(1.0 - (32.0 * y + 264.125) / 2048.0);
+  const float clamped = std::fmin(std::fmax(h, 1.0f - 547.0f / 2048.0f), 1.0f);
+  const int steps = 0x3c00 - to_bits16(clamped, DType::kFloat16);  // 32 an octave, 0 at the end of the tail
+  const bool inner = (steps + 15) / 16 % 2 == 0;                   // of an octave: its second or third quarter
+  int quarters = steps - 86 - inner;                               // of a code, from the border of the tail on
+  if (quarters < 0) {                                              // half as many below: to nearest, ties to even
+    const int odd = -quarters % 2, down = quarters / 2;
+    quarters = odd == 0 ? down : down - (down % 2 != 0);
+  }
+  return static_cast<uint8_t>((quarters + 46) / 4);
 }
 
 // SplitMix64: the same numbers on every machine.
