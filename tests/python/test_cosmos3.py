@@ -24,11 +24,11 @@ VIDEO = GRID[0] * GRID[1] * GRID[2]
 SEQUENCES = pytest.mark.parametrize("sound", [0, SOUND])
 
 
-def build() -> torch.nn.Module:
+def build(layers: int = 2) -> torch.nn.Module:
     torch.manual_seed(0)
     model = Cosmos3OmniTransformer(
         head_dim=64, hidden_size=32, intermediate_size=32, latent_channel=4, patch_latent_dim=16, num_attention_heads=4, num_key_value_heads=2,
-        num_hidden_layers=2, rope_axes_dim=(12, 10, 10), sound_gen=True, sound_dim=4, action_gen=True, action_dim=3, num_embodiment_domains=2,
+        num_hidden_layers=layers, rope_axes_dim=(12, 10, 10), sound_gen=True, sound_dim=4, action_gen=True, action_dim=3, num_embodiment_domains=2,
         vocab_size=32,
     )  # fmt: skip
     return model.eval()
@@ -150,6 +150,26 @@ def test_the_text_is_the_models_own_to_the_bit():
     assert bool((mask.kv_indices[0, 0, :-1] == last).any(-1).all())
 
 
+@pytest.mark.parametrize(
+    "level",
+    [{"precision": "int8"}, {"precision": "paper"}, {"precision": "fp8", "granularity": "token", "hadamard": True}],
+    ids=["int8", "paper", "token-hadamard"],
+)
+def test_levels_of_every_kind(level):
+    schedule = {
+        **SPARSE,
+        "format": FORMAT,
+        "levels": {"narrow": {**level, "window": [1, 1, 1]}, "dense": {"precision": "bf16"}},
+    }
+    model = build(1)
+    with fps.apply(model, schedule) as handle:
+        seen = observe(handle)
+        predicted(model, packed(0.9, SOUND))
+    ((_, q, k, v, out),) = seen
+    masked = _reference(q, k, v, SOUND, True)
+    assert float((out - masked).abs().sum() / masked.abs().sum()) < 0.06
+
+
 @SEQUENCES
 def test_patterns_that_read_q_and_k(sound):
     pattern = {"name": "cdf_mean", "mass": 0.5}
@@ -230,12 +250,11 @@ def test_what_is_refused_says_why():
 @pytest.mark.slow
 def test_compiled_blocks_are_eager_ones():
     """One graph for all levels, and for prompts of any length once it has met a second one."""
-    model = build()
+    model = build(1)
     sequences = [packed(0.9), packed(0.1), packed(0.9, text=33), packed(0.1, text=27), packed(0.9, text=140)]
     with fps.apply(model, SPARSE):
         eager = [predicted(model, arguments) for arguments in sequences]
-        for layer in model.layers:
-            layer.compile(fullgraph=True, backend="eager")
+        model.layers[0].compile(fullgraph=True, backend="eager")
         for known, (arguments, wanted) in enumerate(zip(sequences, eager, strict=True)):
             with torch._dynamo.config.patch(error_on_recompile=known in (1, 3, 4)):
                 torch.testing.assert_close(predicted(model, arguments), wanted, rtol=1e-5, atol=1e-5)

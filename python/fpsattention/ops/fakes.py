@@ -1,4 +1,4 @@
-"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: the checks of ``checks_attention.CHECKS`` and empty outputs. For meta and fake tensors."""
+"""Fake kernels of ``fpsattn::{quantize,prepare,forward,backward,jvp}``: their checks and empty outputs. For meta and fake tensors."""
 
 from __future__ import annotations
 
