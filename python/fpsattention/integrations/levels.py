@@ -171,10 +171,12 @@ class LevelTables:
             text_position: str,
             exact: tuple[int, ...],
             order: str,
+            alone: int,
             size: Int3,
             device: torch.device,
         ) -> tuple[Tensor, ...]:
-            return tuple(groups_of(self.tables(Tokens(grid, text_len, text_position, exact, order)).on(device), size))
+            tokens = Tokens(grid, text_len, text_position, exact, order, alone)
+            return tuple(groups_of(self.tables(tokens).on(device), size))
 
         self._constant, self._constant_edges = tables_on, edges_on
         self._constant_order, self._constant_sizes, self._constant_groups = order_on, sizes_on, groups_on
