@@ -22,7 +22,7 @@ inline constexpr int kProbabilityShift = 8;  // P = e4m3(2^(x - m + 8)): at most
 
 // The first so many slots of every block take P from integer arithmetic, the others from 2^x (docs/numerics.md, step 4).
 // A multiple of 32, a k step of P V. Below 128: the slots after them carry a NaN to the output.
-constexpr int code_slots(int head_dim) { return head_dim == 64 ? 96 : 64; }
+constexpr int code_slots(int /*head_dim*/) { return 96; }
 
 enum class DType : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };  // kFloat32: the output of forward only
 enum class Granularity : int { kTile = 0, kBlock = 1, kToken = 2 };    // what shares one FP8 scale of Q and of K

@@ -19,10 +19,7 @@ BLOCK = 128
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100  # keeps 1 / scale and the remainder of a corrected division in FP32's normal range
 P_SHIFT = 8  # P = e4m3(2^(x - m + 8)) <= 256 < 448
-CODE_SLOTS = {
-    64: 96,
-    128: 64,
-}  # by columns of the codes: the first slots of every block, whose P comes from `exponent_codes`
+CODE_SLOTS = {64: 96, 128: 96}  # by columns of codes: the first slots of a block, whose P comes from `exponent_codes`
 CODE_SLOPE = -1 / 64  # of h, per octave
 CODE_ORIGIN = 1 - 264.125 / 2048  # h of y = 0
 LEAST_CODE_ARGUMENT = 1 - 547 / 2048  # h of the greatest code, 126
