@@ -372,17 +372,25 @@ def test_padded_text_that_is_rotated():
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 @torch.no_grad()
 def test_compiled_joint_blocks(family):
-    """Where the text ends is a size of the graph."""
+    """Where the text ends is a size of the graph: another length makes it dynamic, and then it serves all."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     model, arguments = made(family)
-    schedule = {**SCHEDULE, "tile": tiny_models.TILE}
-    with fps.apply(model, schedule, prepare=True):
-        wanted = model(**arguments, return_dict=False)[0]
+    cases = []
+    for length in (tiny_models.TEXT, 29, 23):
+        text = tiny_models.rand(2, length, tiny_models.DIM)
+        cases.append({**arguments, "encoder_hidden_states": text})
+        if "txt_ids" in arguments:
+            cases[-1]["txt_ids"] = torch.zeros(length, arguments["txt_ids"].shape[1])
+    with fps.apply(model, {**SCHEDULE, "tile": tiny_models.TILE}, prepare=True):
+        wanted = [model(**case, return_dict=False)[0] for case in cases]
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        assert off(model(**arguments, return_dict=False)[0], wanted) < 1e-5
+        for case, out in zip(cases, wanted, strict=True):
+            assert off(model(**case, return_dict=False)[0], out) < 1e-5
+    kinds = 2 if family == "flux" else 1  # of blocks
+    assert counter.frame_count == 2 * kinds
     for graph in counter.graphs:
         assert any("attention_prepared" in getattr(module, "code", "") for module in graph.modules())
 
