@@ -102,10 +102,11 @@ def attention(
     """
     _choice("tensor_layout", tensor_layout, LAYOUTS)
     _check_tensors(q, k, v, tensor_layout)
-    if isinstance(granularity, str):
-        _choice("granularity", granularity, tuple(GRANULARITIES))
-    else:
+    if isinstance(granularity, (list, tuple)):
         granularity = int3(granularity, "attention: granularity")
+    else:
+        _choice("granularity", granularity, tuple(GRANULARITIES))
+        assert isinstance(granularity, str)
     _choice("precision", precision, PRECISIONS)
     _choice("backend", backend, BACKENDS)
     kv_heads = k.shape[2 if tensor_layout == "NHD" else 1]

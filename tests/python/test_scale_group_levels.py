@@ -108,13 +108,13 @@ def test_files_have_sizes():
     ("changes", "entry", "message"),
     [
         ({}, level((3, 6, 8)), r'levels\["l0"\]\.granularity is \[3, 6, 8\], expected multiples of the tile \[3, 4, 4\]'),
-        ({"tile": None}, level(), r'levels\["l0"\]\.granularity is \[3, 8, 8\] without a tile, wanted "tile" \[t, h, w\]'),
-        ({}, level((3, 8)), r'levels\["l0"\]\.granularity is \[3, 8\], wanted \'tile\', \'block\', \'token\', or a size'),
-        ({}, level((3, 0, 8)), r'levels\["l0"\]\.granularity is \[3, 0, 8\], wanted'),
-        ({}, {"precision": "fp8", "granularity": 8}, r'levels\["l0"\]\.granularity is 8, wanted'),
-        ({}, level(precision="int8"), r'levels\["l0"\]\.granularity is \(3, 8, 8\), wanted \'block\''),
-        ({}, level(pattern={"name": "svg2"}), r'levels\["l0"\]\.granularity is \[3, 8, 8\], wanted .* beside svg2'),
-        ({"format": "fpsattn-schedule/2"}, level(), r'levels\["l0"\]\.granularity is \[3, 8, 8\], wanted one of tile'),
+        ({"tile": None}, level(), r'levels\["l0"\]\.granularity is \[3, 8, 8\] without a tile, expected "tile" \[t, h, w\]'),
+        ({}, level((3, 8)), r'levels\["l0"\]\.granularity is \[3, 8\], expected \'tile\', \'block\', \'token\', or a size'),
+        ({}, level((3, 0, 8)), r'levels\["l0"\]\.granularity is \[3, 0, 8\], expected'),
+        ({}, {"precision": "fp8", "granularity": 8}, r'levels\["l0"\]\.granularity is 8, expected'),
+        ({}, level(precision="int8"), r'levels\["l0"\]\.granularity is \(3, 8, 8\), expected \'block\''),
+        ({}, level(pattern={"name": "svg2"}), r'levels\["l0"\]\.granularity is \[3, 8, 8\], expected .* beside svg2'),
+        ({"format": "fpsattn-schedule/2"}, level(), r'levels\["l0"\]\.granularity is \[3, 8, 8\], expected one of tile'),
     ],
 )  # fmt: skip
 def test_sizes_that_files_may_not_have(changes, entry, message):
@@ -235,9 +235,9 @@ def test_compiled_models(way):
             model.compile_repeated_blocks(fullgraph=True, backend=backend)
         else:
             compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for (grid, t), wanted in zip(cases, eager, strict=True):
+        for (grid, t), expected in zip(cases, eager, strict=True):
             got = compiled(**tiny_wan.inputs(t, grid), return_dict=False)[0]
-            assert torch.equal(got, wanted), (grid, t)
+            assert torch.equal(got, expected), (grid, t)
     torch._dynamo.reset()
     assert way == "whole" or len(count) <= 4
 

@@ -43,7 +43,7 @@ class Method:
 
     Attributes:
         name: on the command line. label: in tables.
-        numerics: of the emulation; None: the library's op, at the levels of ``schedule``.
+        numerics: of the emulation; None: the library's op, at its :meth:`level`.
         pattern: which blocks are visited. window: a sliding tile window instead. Neither: all.
         schedule: precisions, windows and scale groups by sigma, of FPSAttention.
         bits: "bf16", "int8+fp8" or "fp8": what tensor cores would run.
@@ -63,8 +63,9 @@ class Method:
     compensate: bool = False
 
     def level(self, context: Context) -> Level:
-        """Of the schedule, as ``fps.apply`` would have it."""
-        assert self.schedule is not None
+        """Of the schedule, as ``fps.apply`` would have it; where there is none, FP8 with scales per tile."""
+        if self.schedule is None:
+            return Level("all")
         edges = self.schedule.edges if context.trajectory is None else self.schedule.edges_of(context.trajectory)
         return self.schedule.segment_levels(context.layer)[self.schedule.segment(context.sigma, edges)]
 
