@@ -83,8 +83,11 @@ def test_blocks_taken_out_of_the_model():
 
 
 @torch.no_grad()
-def test_settings_reach_both_processors():
+def test_settings_reach_both_processors(monkeypatch):
     """What diffusers sets on a processor outlives remove(), and what was set before stays in force."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)  # diffusers sets that of all models, too
     model = tiny_wan.transformer()
     with fps.apply(model, MIXED):
         model.set_attention_backend("_native_math")
