@@ -84,7 +84,7 @@ build_all() {
   local memory=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 5242880))
   if [ $quick = yes ]; then  # what the package holds, and what runs its kernels
     targets=(csrc/all)
-    cmake --build "$build" --target help | grep "^hopper_emu:" >/dev/null && targets+=(hopper_emu)
+    cmake --build "$build" --target help | grep -E "(^|/)hopper_emu:" >/dev/null && targets+=(hopper_emu)
   fi
   cmake --build "$build" --target "${targets[@]}" --parallel "${MAX_JOBS:-$((memory < 1 ? 1 : memory < jobs ? memory : jobs))}" || return 1
   # The package as it is here, with the libraries just built.
