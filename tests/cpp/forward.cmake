@@ -12,16 +12,6 @@ if(FPSATTN_HAS_CUDA)
   fpsattn_add_gtest(test_forward_guard test_forward_guard.cpp $<TARGET_OBJECTS:forward_case> LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_cases(test_forward_guard tile_too_large tile_negative block_too_large count_too_large count_negative)
 
-  # Other schedules of the emulator, and its stricter checks. --sms: few CTAs, so that each takes many work items.
-  if(FPSATTN_EMULATOR)
-    fpsattn_add_device_run(test_forward.seed11 test_forward --async=random --seed=11 --sms=2)
-    fpsattn_add_device_run(test_forward.fine test_forward --async=random --seed=23 --quantum=20)
-    fpsattn_add_device_run(test_forward.racecheck test_forward --racecheck --sms=3)
-    fpsattn_add_device_run(test_forward.strict test_forward --strict-proxy --async=lazy)
-    fpsattn_add_device_run(test_forward_clusters.fine test_forward_clusters --async=random --seed=7 --quantum=20 --sms=4)
-    fpsattn_add_device_run(test_forward_clusters.racecheck test_forward_clusters --racecheck --strict-proxy --async=lazy --sms=2)
-  endif()
-
   fpsattn_add_gtest(test_fragments test_fragments.cpp LIBRARIES fpsattn CUDA::cudart)
   target_include_directories(test_fragments SYSTEM PRIVATE "${FPSATTN_CUTLASS_INCLUDE_DIR}")
   fpsattn_add_host_test(test_fragments)

@@ -5,10 +5,6 @@ if(FPSATTN_HAS_CUDA)
   fpsattn_add_device_run(test_head_dim.lazy test_head_dim --async=lazy)
   fpsattn_add_device_run(test_head_dim.truncated test_head_dim --async=random --seed=11 --fp8-acc=truncated)
   fpsattn_add_device_test(test_quantize test_quantize.cpp $<TARGET_OBJECTS:quantize_case>)
-  if(FPSATTN_EMULATOR)  # its stricter checks
-    fpsattn_add_device_run(test_quantize.racecheck test_quantize --racecheck --async=random --seed=3)
-    fpsattn_add_device_run(test_quantize.strict test_quantize --strict-proxy --async=lazy)
-  endif()
 
   fpsattn_add_gtest(test_quantize_guard test_quantize_guard.cpp $<TARGET_OBJECTS:quantize_case> LIBRARIES fpsattn CUDA::cudart)
   fpsattn_add_device_cases(test_quantize_guard token tile_end tile_begin)

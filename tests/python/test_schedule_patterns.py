@@ -337,7 +337,7 @@ def test_compiled_blocks_serve_grids_and_levels(dynamo):
     """As many compilations for five grids as for three, samples at different patterns in one batch included."""
     model = tiny_wan.transformer(num_layers=1)
     grids = ((3, 8, 12), (5, 8, 12), (3, 6, 12), (4, 4, 4), (2, 10, 8))
-    cases = [(grid, times) for grid in grids for times in ([950.0], [30.0, 650.0])]
+    cases = [(grid, times) for grid in grids for times in ([950.0, 950.0], [30.0, 650.0])]
     count = 0
 
     def backend(graph: Any, _inputs: Any) -> Any:
@@ -353,7 +353,7 @@ def test_compiled_blocks_serve_grids_and_levels(dynamo):
             assert torch.equal(tiny_wan.run(model, times, grid=grid), wanted), (grid, times)
             if done == 5:
                 after_three = count
-        assert count == after_three <= 6
+        assert count == after_three <= 3
         assert "where densities are not counted" in str(handle.report())
 
 

@@ -13,11 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from .sass import parse_sass
 
 
-def elf_facts(data):
-    """registers, stack, static shared memory and thread count per kernel, from a cubin's ELF."""
-    facts = collections.defaultdict(dict)
-    if data[:4] != b"\x7fELF":
-        return facts
+def sections(data):
+    """(names, headers) of an ELF file's sections, and what reads a string of one of them."""
     (shoff,) = struct.unpack_from("<Q", data, 0x28)
     shentsize, shnum, shstrndx = struct.unpack_from("<3H", data, 0x3A)
     sec = [struct.unpack_from("<IIQQQQIIQQ", data, shoff + i * shentsize) for i in range(shnum)]
@@ -26,7 +23,21 @@ def elf_facts(data):
         start = sec[table][4] + off
         return data[start : data.index(b"\0", start)].decode()
 
-    names = [string(shstrndx, s[0]) for s in sec]
+    return [string(shstrndx, s[0]) for s in sec], sec, string
+
+
+def holds(cubin, pattern):
+    """Whether a kernel of the cubin matches the regex, by its name, mangled or not."""
+    kernels = [name.removeprefix(".text.") for name in sections(read_bytes(cubin))[0] if name.startswith(".text.")]
+    return any(re.search(pattern, name) for name in kernels + demangle(kernels))
+
+
+def elf_facts(data):
+    """registers, stack, static shared memory and thread count per kernel, from a cubin's ELF."""
+    facts = collections.defaultdict(dict)
+    if data[:4] != b"\x7fELF":
+        return facts
+    names, sec, string = sections(data)
     symbols = []
     for s in sec:
         if s[1] == 2:  # SHT_SYMTAB
@@ -145,6 +156,8 @@ def load(path, args):
                 cubins = [os.path.join(tmp, f) for f in sorted(os.listdir(tmp))]
                 wanted = [c for c in cubins if f".{args.arch}." in c or f".{args.arch}a." in c]
                 cubins = wanted or cubins
+            if args.kernel:
+                cubins = [cubin for cubin in cubins if holds(cubin, args.kernel)] or cubins[:1]
             if not cubins:
                 fail(f"{path} holds no device code")
             nvdisasm = find_tool("nvdisasm")

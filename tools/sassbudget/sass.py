@@ -8,6 +8,8 @@ _INSTR = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w~]+)*)"
     r"\s*(.*?)\s*;"
 )
+_ARCH = re.compile(r"^\s*(?:\.target\s+|code for |arch = )(sm_\w+)")
+FUNCTION = re.compile(r"\s*(?:Function : |\.section\s+\.text\.)([^,\s]+)")
 _LABEL = re.compile(r"^\s*([.$\w@]+):\s*(?://.*)?$")
 _TARGET = re.compile(r"`\(([^)]+)\)")
 _SOURCE = re.compile(r'//## File "([^"]+)", line (\d+)')
@@ -24,23 +26,7 @@ def parse_sass(text):
     """Parse nvdisasm (labels) or cuobjdump -sass (absolute targets) text into Functions."""
     functions, fn, pending, src, arch = [], None, [], None, ""
     for line in text.splitlines():
-        m = re.search(r"^\s*(?:\.target\s+|code for |arch = )(sm_\w+)", line)
-        if m:
-            arch = m[1]
-        m = re.match(r"\s*Function : (\S+)", line) or re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
-        if m:
-            fn = Function(m[1])
-            fn.arch = arch
-            functions.append(fn)
-            pending, src = [], None
-            continue
-        if fn is None:
-            continue
-        m = _SOURCE.search(line)
-        if m:
-            src = (m[1], int(m[2]))
-            continue
-        m = _INSTR.match(line)
+        m = _INSTR.match(line) if fn else None  # most lines are one
         if m:
             addr = int(m[1], 16)
             for label in pending:
@@ -54,6 +40,22 @@ def parse_sass(text):
             fn.instrs.append(
                 Instr(addr, (m[2] or "").strip(), op, args, targets, src, int(live[1]) if live and live[1] else None)
             )
+            continue
+        m = _ARCH.search(line)
+        if m:
+            arch = m[1]
+        m = FUNCTION.match(line)
+        if m:
+            fn = Function(m[1])
+            fn.arch = arch
+            functions.append(fn)
+            pending, src = [], None
+            continue
+        if fn is None:
+            continue
+        m = _SOURCE.search(line)
+        if m:
+            src = (m[1], int(m[2]))
             continue
         m = _LABEL.match(line)
         if m:

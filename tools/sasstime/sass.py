@@ -4,8 +4,8 @@ import os
 import re
 import tempfile
 
-from sassbudget.binary import demangle, elf_facts, find_tool, is_cubin, output, read_bytes
-from sassbudget.sass import parse_sass
+from sassbudget.binary import demangle, elf_facts, find_tool, holds, is_cubin, output, read_bytes
+from sassbudget.sass import FUNCTION, parse_sass
 
 from . import machine
 
@@ -17,18 +17,18 @@ def control_words(text):
     """[(function, {address: high half of the encoding})]"""
     out, addr = [], None
     for line in text.splitlines():
-        m = re.match(r"\s*Function : (\S+)", line) or re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
+        m = _FIRST.match(line) if out else None
         if m:
-            out.append((m[1], {}))
-            continue
-        m = _FIRST.match(line)
-        if m and out:
             addr = int(m[1], 16)
             continue
-        m = _SECOND.match(line)
-        if m and addr is not None:
+        m = _SECOND.match(line) if addr is not None else None
+        if m:
             out[-1][1][addr] = int(m[1], 16)
             addr = None
+            continue
+        m = FUNCTION.match(line)
+        if m:
+            out.append((m[1], {}))
     return out
 
 
@@ -50,6 +50,8 @@ def load(path, pattern=None, arch="sm_90"):
                 output([find_tool("cuobjdump"), "-xelf", "all", os.path.abspath(path)], cwd=tmp)
                 cubins = [os.path.join(tmp, f) for f in sorted(os.listdir(tmp)) if f".{arch}" in f]
             for cubin in cubins:
+                if pattern and not holds(cubin, pattern):
+                    continue
                 texts.append((output([find_tool("nvdisasm"), "-c", "-g", "-hex", cubin]), elf_facts(read_bytes(cubin))))
     found = []
     for text, facts in texts:

@@ -15,12 +15,13 @@ set_target_properties(fpsattn_gtest_main PROPERTIES POSITION_INDEPENDENT_CODE OF
 target_precompile_headers(fpsattn_gtest_main PRIVATE
   <gtest/gtest.h> <algorithm> <array> <cmath> <cstdint> <functional> <memory> <random> <sstream> <string> <vector>)
 
-# When the emulator lets asynchronous work happen, and how its FP8 WGMMA accumulates.
+# When the emulator lets asynchronous work happen, and how its FP8 WGMMA accumulates. Its stricter checks are independent of that, and so
+# are how finely warps interleave and how many SMs there are (few: each CTA takes many work items): each has its turn in one of the modes.
 set(FPSATTN_EMULATOR_MODES
   "eager --async=eager"
-  "lazy --async=lazy"
-  "random --async=random --seed=7"
-  "truncated --async=random --seed=11 --fp8-acc=truncated")
+  "lazy --async=lazy --strict-proxy"
+  "random --async=random --seed=7 --quantum=20 --racecheck --sms=4"
+  "truncated --async=random --seed=11 --sms=2 --fp8-acc=truncated")
 
 function(fpsattn_test_target target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/csrc")
