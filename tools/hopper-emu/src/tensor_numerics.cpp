@@ -2,6 +2,7 @@
 #include "tensor_numerics.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace hemu {
 
@@ -94,6 +95,34 @@ float truncated_dot(float acc, const float* a, const float* b, u32 k, u32 bstrid
   return u2f(f2u(r) & ~0x3ffu);  // FP22-style accumulator: 13 mantissa bits
 }
 
+// C[16][N] += A[16][K] * B[K][N], each element as truncated_dot does it.
+template <int N>
+__attribute__((noinline)) void truncated16(float* C, const float* A, const float* B, u32 K, u32 n_off, u32 ldn) {
+  for (int m = 0; m < 16; m++, A += K) {
+    float *c = C + m * ldn + n_off, inv[N], unit[N], sum[N];
+    u32 emax[N];
+    for (int j = 0; j < N; j++) emax[j] = f2u(c[j]) & 0x7f800000u;
+    for (u32 k = 0; k < K; k++) {
+      const float* b = B + k * ldn + n_off;
+      for (int j = 0; j < N; j++) emax[j] = std::max(emax[j], f2u(A[k] * b[j]) & 0x7f800000u);
+    }
+    for (int j = 0; j < N; j++) {
+      const int e = (int)(emax[j] >> 23) - 127 - 13;
+      unit[j] = u2f(e >= -126 ? (u32)(e + 127) << 23 : 1u << (e + 149 > 0 ? e + 149 : 0));
+      inv[j] = u2f((u32)(std::min(-e, 127) + 127) << 23);
+      sum[j] = std::trunc(c[j] * inv[j]);
+    }
+    for (u32 k = 0; k < K; k++) {
+      const float* b = B + k * ldn + n_off;
+      for (int j = 0; j < N; j++) sum[j] += std::trunc(A[k] * b[j] * inv[j]);
+    }
+    for (int j = 0; j < N; j++) {
+      const bool usual = emax[j] != 0 && emax[j] != 0x7f800000u;
+      c[j] = usual ? u2f(f2u(sum[j] * unit[j]) & ~0x3ffu) : truncated_dot(c[j], A, B + n_off + j, K, ldn);
+    }
+  }
+}
+
 // C[16][N] += A[16][K] * B[K][N]
 template <int N>
 __attribute__((noinline)) void gemm16(float* C, const float* A, const float* B, u32 K, u32 n_off, u32 ldn) {
@@ -112,24 +141,27 @@ __attribute__((noinline)) void gemm16(float* C, const float* A, const float* B, 
       for (int j = 0; j < N; j++) C[(m + r) * ldn + n_off + j] = c[r][j];
   }
 }
+// part(width, first column) until all N columns, a multiple of 8, had their turn.
+template <class Part>
+void by_columns(u32 N, Part part) {
+  for (u32 n = 0; n < N;) {
+    const u32 left = N - n;
+    if (left >= 64) {
+      part(std::integral_constant<int, 64>{}, n), n += 64;
+    } else if (left >= 32) {
+      part(std::integral_constant<int, 32>{}, n), n += 32;
+    } else if (left >= 16) {
+      part(std::integral_constant<int, 16>{}, n), n += 16;
+    } else {
+      part(std::integral_constant<int, 8>{}, n), n += 8;
+    }
+  }
+}
 void gemm16_any(float* C, const float* A, const float* B, u32 N, u32 K) {
-  u32 n = 0;
-  while (N - n >= 64) {
-    gemm16<64>(C, A, B, K, n, N);
-    n += 64;
-  }
-  while (N - n >= 32) {
-    gemm16<32>(C, A, B, K, n, N);
-    n += 32;
-  }
-  while (N - n >= 16) {
-    gemm16<16>(C, A, B, K, n, N);
-    n += 16;
-  }
-  while (N - n >= 8) {
-    gemm16<8>(C, A, B, K, n, N);
-    n += 8;
-  }
+  by_columns(N, [&](auto width, u32 n) { gemm16<width>(C, A, B, K, n, N); });
+}
+void truncated_gemm16(float* C, const float* A, const float* B, u32 N, u32 K) {
+  by_columns(N, [&](auto width, u32 n) { truncated16<width>(C, A, B, K, n, N); });
 }
 
 }  // namespace hemu
