@@ -29,6 +29,7 @@ get_filename_component(googletest "${sources}" DIRECTORY)
 get_filename_component(googletest "${googletest}" DIRECTORY)
 find_package(Threads REQUIRED)
 add_library(fpsattn_gtest STATIC "${sources}")
+target_compile_options(fpsattn_gtest PRIVATE -O1)  # three times as fast to compile, as fast to run
 target_include_directories(fpsattn_gtest SYSTEM PUBLIC "${googletest}/include" PRIVATE "${googletest}")
 target_link_libraries(fpsattn_gtest PUBLIC Threads::Threads)
 add_library(GTest::gtest ALIAS fpsattn_gtest)

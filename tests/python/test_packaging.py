@@ -66,6 +66,7 @@ def bare_environment(folder):
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_sdist_is_the_repository(sdist, tracked):
     with tarfile.open(sdist) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}

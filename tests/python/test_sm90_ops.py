@@ -24,6 +24,7 @@ if not (ON_GPU or ops.sm90_on_host()):
 DEVICE = "cuda" if ON_GPU else "cpu"
 SM90 = torch.ops.fpsattn  # on CPU tensors too, where device code runs on the host
 HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 # An emulator adds e4m3 products exactly unless told otherwise.
 CUTS = ON_GPU or "fp8-acc=truncated" in os.environ.get("HOPPER_EMU_OPTS", "")
 
@@ -38,7 +39,9 @@ def on_device(*tensors):
 
 @pytest.mark.parametrize("case", [*CASES, NARROW], ids=[*IDS, NARROW.name])
 @pytest.mark.parametrize("granularity", [0, 1, 2])
-@pytest.mark.parametrize(("dtype", "pow2"), [(torch.bfloat16, False), (torch.float16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "pow2"), [(torch.bfloat16, False), pytest.param(torch.float16, True, marks=pytest.mark.slow)]
+)
 def test_quantize_is_bit_exact(case, granularity, dtype, pow2):
     layout = case.layout()
     qkv = inputs(case, dtype)
@@ -136,7 +139,7 @@ def test_quantize_takes_views_of_a_fused_projection_and_odd_strides():
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("granularity", [0, 2])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_is_as_accurate_as_the_reference(case, granularity, dtype):
     layout, mask = case.layout(), case.mask()
     q, k, v = inputs(case, dtype)
@@ -253,7 +256,7 @@ def test_huge_scores_are_attention_and_not_nan(magnitude):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", CASES[1:6], ids=IDS[1:6])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_equals_the_reference(case, dtype, deterministic):
     layout, mask = case.layout(), case.mask()
     q, k, v = inputs(case, dtype)
@@ -359,6 +362,7 @@ def test_ops_refuse_tables_that_point_out_of_range():
         SM90.forward(*z.operands, tokens, layout.tile_of_block, mask.kv_num_blocks, mask.kv_indices, **scalars)
 
 
+@pytest.mark.slow
 def test_forward_and_backward_take_lists_that_are_wider_than_there_are_blocks():
     case = CASES[2]
     layout, mask = case.layout(), case.mask()

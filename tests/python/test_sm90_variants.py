@@ -16,7 +16,10 @@ from fpsattention.ops.variants import attend_permuted, attend_queries
 
 
 @pytest.mark.parametrize("granularity", [0, 1, 2])
-@pytest.mark.parametrize(("group", "dim"), [(1, 64), (2, 128), (3, 64), (3, 96)])
+@pytest.mark.parametrize(
+    ("group", "dim"),
+    [(1, 64), (2, 128), pytest.param(3, 64, marks=pytest.mark.slow), pytest.param(3, 96, marks=pytest.mark.slow)],
+)
 def test_the_ops_with_two_sides_equal_the_reference(group, dim, granularity):
     """Codes, scales, means and sums to the bit; the rest as near as two orders of one sum are. Both backwards."""
     sides = Sides(group, dim, granularity, HALVES[group % 2])
@@ -38,6 +41,7 @@ def test_the_ops_with_two_sides_equal_the_reference(group, dim, granularity):
             assert a.shape == b.shape and distance(a.cpu(), b) <= bound, (name, deterministic)
 
 
+@pytest.mark.slow
 def test_public_calls_and_their_gradients():
     """Grouped queries of ``fps.attention``; keys without queries; an order per head. Against repeated heads, the whole call, the reference."""
     layout = test_variants.mask_of(text=9).layout

@@ -254,6 +254,7 @@ def test_only_what_tuning_wrote_is_replaced(tmp_path):
             State(own, "two")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(tuned):
     pipe, counted, settings, result = tuned
     before = len(counted)

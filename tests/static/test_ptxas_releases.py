@@ -1,4 +1,4 @@
-"""Our PTX, assembled by every ptxas that is supported: WGMMAs overlap, nothing spills in a loop. Needs no GPU and no CUDA toolkit.
+"""Our PTX, assembled by the oldest ptxas that is supported, the newest, and one in between: WGMMAs overlap, nothing spills in a loop. Needs no GPU and no CUDA toolkit.
 
 nvcc of another release writes nearly the same PTX, ptxas makes the machine code of it: so the PTX in libfpsattn, with its
 version header lowered to what a release reads, stands for a build with that release. The assemblers are taken from
@@ -22,10 +22,7 @@ import budgets
 # Release of ptxas: the wheel that holds it, and the PTX version that it reads (None: as it comes).
 RELEASES = {
     "12.4": ("nvidia-cuda-nvcc-cu12==12.4.*", "8.4"),
-    "12.6": ("nvidia-cuda-nvcc-cu12==12.6.*", "8.5"),
     "12.8": ("nvidia-cuda-nvcc-cu12==12.8.*", "8.7"),
-    "12.9": ("nvidia-cuda-nvcc-cu12==12.9.*", "8.8"),
-    "13.0": ("nvidia-cuda-nvcc==13.0.*", "9.0"),
     "newest": ("nvidia-cuda-nvcc>=13.1", None),
 }
 
@@ -129,7 +126,7 @@ def ptx_files(tmp_path_factory) -> list[str]:
 @pytest.mark.parametrize(
     "release", [pytest.param(name, marks=() if name == "newest" else pytest.mark.slow) for name in RELEASES]
 )
-def test_wgmmas_overlap_with_every_release(release, ptx_files, tmp_path):
+def test_wgmmas_overlap(release, ptx_files, tmp_path):
     ptxas, cuobjdump = fetch_ptxas(release), budgets.find_cuobjdump()
     assert ptx_files
     log, sass = "", {}
