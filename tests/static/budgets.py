@@ -56,7 +56,10 @@ def read_kernels() -> list[dict[str, Any]]:
     elfs = subprocess.run([cuobjdump, "-lelf", str(binary)], capture_output=True, text=True).stdout
     if "sm_90a" not in elfs:
         raise Unavailable(f"{binary} holds no sm_90a code (FPSATTN_PTX_ONLY=ON?)")
-    commands = [[sys.executable, str(SASSBUDGET), str(binary), "--json", "--no-live"], [cuobjdump, "-sass", str(binary)]]
+    commands = [
+        [sys.executable, str(SASSBUDGET), str(binary), "--json", "--no-live"],
+        [cuobjdump, "-sass", str(binary)],
+    ]
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(partial(subprocess.run, capture_output=True, text=True), commands))
     for result in results:
