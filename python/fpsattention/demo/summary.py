@@ -101,7 +101,7 @@ def _time_lines(report: dict[str, Any]) -> list[str]:
         "",
         table(["run", "quantize", "attention", "rest (other layers, VAE, recording)", "sum"], rows),
         "",
-        f"Measured once on {report['environment']['device']}, under torch's profiler. The FPSAttention run also "
+        f"Measured once on {report['environment']['device']}, {'under the profiler' if report['environment']['gpu'] else 'op by op'}. The FPSAttention run also "
         f"wrote q, k, v to disk. Everything together took {seconds['everything']:.1f} s.",
         "",
         "![time](time_split.png)",
