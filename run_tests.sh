@@ -108,11 +108,12 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
   launcher=$(sed -n 's/^FPSATTN_DEVICE_LAUNCHER:INTERNAL=//p' "$build/CMakeCache.txt")
   # sm90 NAME REPORT [EMULATOR OPTION...]: the torch ops on these kernels; of the tests, those that `chosen` says.
   chosen=()
+  lean=(-p no:hypothesispytest)  # takes seconds to start in each process, and nothing below needs it
   sm90() {
     local name=$1 report=$2 command=() workers=(-p no:xdist)  # one process where there is one GPU
     shift 2
     [ -n "$launcher" ] && command=(env FPSATTN_SM90_ON_HOST=1 HOPPER_EMU_OPTS="$*" "$launcher" run --) workers=("${parallel[@]}")
-    PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" "${workers[@]}" "${chosen[@]}" tests/python/test_sm90_*.py \
+    PYTHONPATH="$build/package" suite "$name" "$report" "${command[@]}" "${tests[@]}" "${lean[@]}" "${workers[@]}" "${chosen[@]}" tests/python/test_sm90_*.py \
       --junit-xml="$results/$report"
   }
   sm90 "kernels, torch ops" sm90.xml --async=lazy
@@ -127,7 +128,7 @@ if [ $built = 0 ] && [ $kernels = yes ]; then
     fi
     export FPSATTN_BUILD_DIR="$build/package" FPSATTN_PTXAS_CACHE="${FPSATTN_PTXAS_CACHE:-$PWD/build/ptxas}"
     PATH="$tools:$PATH" PYTHONPATH="$build/package" suite "kernels, machine code; tools" static.xml \
-      "${tests[@]}" "${parallel[@]}" tools tests/static \
+      "${tests[@]}" "${lean[@]}" "${parallel[@]}" tools tests/static \
       --junit-xml="$results/static.xml"
   fi
 fi

@@ -9,13 +9,15 @@ One transformer is trained with dense attention until its learning rate has fall
     naive                   the weights of `dense`, run with FPSAttention (training-free)
     training-aware          goes on through FPSAttention, on the data (flow matching)
     velocity                through FPSAttention, taught by the weights as they were: inputs are the data plus noise. Half as many steps
-    velocity without data   the same, but the inputs are the teacher's own trajectories from noise: prompts are all it reads
+    velocity and data       the same, but half of the target is flow matching's: what the teacher does not know, with half of the noise
+    velocity without data   the same as velocity, but the inputs are the teacher's own trajectories from noise: prompts are all it reads
 
 Every run ends with its learning rate at nothing; which it begins with is chosen per objective from one list, on the first seed, by the loss at
 the end. A seed is one of order, noise and sigmas; runs of a seed on the data see the same. Measured on held-out data, with fixed noise and evenly spread sigmas:
 
     loss       flow matching. The gap is what it is above that of the dense counterpart: of `dense` at that step for naive and
-               training-aware, of the teacher for velocity, whose target does not move
+               training-aware, at its end for velocity and data, which has half as many steps, and of the teacher for the two
+               that have no other target
     distance   mean squared difference from the counterpart's velocity, relative to the mean square of that velocity
 
 Writes NAME.csv, NAME.json and NAME.png to --out. Whatever run has ended is in --work and is not run again.
@@ -41,8 +43,15 @@ TILE = (4, 4, 4)  # 1 x 3 x 3 tiles: small ones, so that a small grid still has 
 WINDOWS = {"0": {"0": [1, 1, 3]}, "1": {"0": [1, 3, 1]}}  # layer, head: a row of tiles, then a column; density 1/3
 MODEL = {"num_attention_heads": 1, "ffn_dim": 128}  # of tiny_transformer: two layers
 BATCH = 8  # of a measurement
-SPARSE = ("training-aware", "velocity", "velocity without data")
-COLORS = {"naive": "#D55E00", "training-aware": "#009E73", "velocity": "#0072B2", "velocity without data": "#CC79A7"}
+SPARSE = ("training-aware", "velocity", "velocity and data", "velocity without data")
+TAUGHT = ("velocity", "velocity without data")  # by the teacher alone: they cannot become better than it
+COLORS = {
+    "naive": "#D55E00",
+    "training-aware": "#009E73",
+    "velocity": "#0072B2",
+    "velocity and data": "#E69F00",
+    "velocity without data": "#CC79A7",
+}
 
 
 def sparse_schedule():
@@ -124,6 +133,8 @@ class Evidence:
             changes["schedule"] = str(self.work / "schedule.json")
         if "velocity" in name:
             steps, changes["objective"] = steps // 2, "velocity"
+        if "and data" in name:
+            changes["data_share"] = 0.5
         if "without" in name:
             changes["noise_latents"] = ",".join(map(str, self.data.latent_shape))
         model, found = copy.deepcopy(self.start), {}
@@ -164,7 +175,10 @@ class Evidence:
                 for step, velocities in found.items():
                     if isinstance(step, tuple):
                         continue
-                    other = self.teacher if "velocity" in name else dense[step]
+                    if name in TAUGHT:
+                        other = self.teacher
+                    else:
+                        other = dense[self.args.steps if name == "velocity and data" else step]
                     loss, of_other = self.loss(velocities), self.loss(other)
                     rows.append({
                         "seed": seed, "run": name, "step": step, "loss": round(loss, 6), "gap_percent": round(100 * (loss / of_other - 1), 4),

@@ -1,5 +1,7 @@
 """A dense teacher for the sparse student: same inputs, gradients in the student only, data-free; adapters merged and measured again."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -100,6 +102,27 @@ def test_velocity_loss_reaches_the_student_only(latents):
         loss.sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert student.blocks[0].attn1.to_q.weight.grad.abs().sum() > 0
+
+
+def test_a_share_of_the_data_in_the_target(latents):
+    """The loss of ``share * data + (1 - share) * teacher``: its gradient is that blend of flow matching's and the teacher's."""
+    data = LatentFolder(latents)
+    student = tiny_transformer(data)
+    teacher = Teacher(student, adapter=False)
+    x, sigma, prompt = inputs()
+    sample = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+
+    def gradient(**options):
+        student.zero_grad()
+        velocity_loss(partial(predict, student), teacher, x, sigma, prompt, **options).sum().backward()
+        return student.blocks[0].attn1.to_q.weight.grad.clone()
+
+    with fps.apply(student, SPARSE):
+        of_teacher, of_data, of_both = gradient(), *(gradient(data=sample, data_share=share) for share in (1.0, 0.25))
+    torch.testing.assert_close(
+        of_both, 0.75 * of_teacher + 0.25 * of_data, rtol=1e-3, atol=1e-6 * of_data.abs().max().item()
+    )
+    assert (of_data - of_teacher).norm() > of_teacher.norm()
 
 
 def test_step_distillation_with_two_schedules_in_one_process(latents):
@@ -229,6 +252,11 @@ def test_errors(latents):
         ({"noise_latents": "4,3,10,14"}, "noise_latents '4,3,10,14', expected"),
         ({"objective": "velocity", "sequence_parallel": 2}, "sequence_parallel 2, expected 1"),
         ({"objective": "velocity", "noise_latents": "4,3,10"}, "noise_latents '4,3,10', expected"),
+        ({"data_share": 0.5}, "data_share 0.5, expected 0 but for objective 'velocity' that reads latents"),
+        (
+            {"objective": "velocity", "noise_latents": "4,3,10,14", "data_share": 0.5},
+            "data_share 0.5, expected 0 but for objective 'velocity' that reads latents",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             config(latents, "x", **changes)

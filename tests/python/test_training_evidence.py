@@ -30,9 +30,13 @@ def test_all_runs_and_none_again(tmp_path, monkeypatch):
     with (tmp_path / "synthetic.csv").open() as file:
         rows = {(row["run"], int(row["step"])): row for row in csv.DictReader(file)}
     of_data = {(name, step) for name in ("dense", "naive", "training-aware") for step in (0, 11, 22)}
-    assert rows.keys() == of_data | {(f"velocity{more}", step) for more in ("", " without data") for step in (0, 11)}
-    for (name, step), row in rows.items():  # gaps are to the dense counterpart: that of the step, or the teacher
-        other = float(rows["dense", 0 if "velocity" in name else step]["loss"])
+    taught = ("velocity", "velocity and data", "velocity without data")
+    assert rows.keys() == of_data | {(name, step) for name in taught for step in (0, 11)}
+    for (
+        name,
+        step,
+    ), row in rows.items():  # gaps are to the dense counterpart: that of the step, of the end, or the teacher
+        other = float(rows["dense", 22 if name == "velocity and data" else 0 if name in taught else step]["loss"])
         assert float(row["gap_percent"]) == pytest.approx(100 * (float(row["loss"]) / other - 1), abs=0.01)
         assert (float(row["distance_percent"]) == 0) == (name == "dense")
     assert len({rows[name, 0]["loss"] for name in ("naive", "training-aware", "velocity")}) == 1  # the same start

@@ -8,19 +8,21 @@ the whole kernel), ``max_loop_spills`` (of any loop that issues MMAs); ``opcodes
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-SASSBUDGET = Path(__file__).parents[2] / "tools/sassbudget"
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from sassbudget.binary import load
+from sassbudget.budget import analyse
+from sassbudget.cli import parser
+from sassbudget.model import RATES
+from sassbudget.sass import Function
 
 
 class Unavailable(Exception):
@@ -56,18 +58,23 @@ def read_kernels() -> list[dict[str, Any]]:
     elfs = subprocess.run([cuobjdump, "-lelf", str(binary)], capture_output=True, text=True).stdout
     if "sm_90a" not in elfs:
         raise Unavailable(f"{binary} holds no sm_90a code (FPSATTN_PTX_ONLY=ON?)")
-    commands = [
-        [sys.executable, str(SASSBUDGET), str(binary), "--json", "--no-live"],
-        [cuobjdump, "-sass", str(binary)],
-    ]
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(partial(subprocess.run, capture_output=True, text=True), commands))
-    for result in results:
-        if result.returncode != 0:
-            raise RuntimeError(f"{result.args} failed: {result.stderr}")
-    facts, dump = (result.stdout for result in results)
-    texts = {part.split("\n", 1)[0].strip(): part for part in dump.split("Function : ")[1:]}
-    return [{**kernel, "text": texts[kernel["mangled"]]} for kernel in json.loads(facts)]
+    os.environ.setdefault("SASSBUDGET_TOOLS", str(Path(cuobjdump).parent))
+    options = parser().parse_args([str(binary), "--no-live"])
+    options.rates = dict(RATES)
+    return [{**analyse(kernel, options)[0], "text": text(kernel)} for kernel in load(str(binary), options)]
+
+
+def text(kernel: Function) -> str:
+    """The instructions, a line each as cuobjdump writes them: address, predicate, opcode, arguments with addresses for labels."""
+
+    def address(label: re.Match[str]) -> str:
+        return hex(kernel.labels[label[1]]) if label[1] in kernel.labels else label[0]
+
+    lines = (
+        f"/*{i.addr:04x}*/ {i.pred} {i.op} {re.sub(r'`[(]([^)]+)[)]', address, i.args)}".rstrip() + " ;"
+        for i in kernel.instrs
+    )
+    return "\n".join(re.sub(r"  +", " ", line) for line in lines)
 
 
 def violations(entry: dict[str, Any], kernels: list[dict[str, Any]]) -> list[str]:

@@ -47,6 +47,12 @@ class TrainConfig:
     noise_latents: str | None = _setting(
         None, "C,T,H,W: the teacher makes latents of this shape from noise, and none are read (objective velocity)."
     )
+    data_share: float = _setting(
+        0.0,
+        "So much of flow matching's target in that of objective velocity, the rest the teacher's.",
+        minimum=0,
+        below=1,
+    )
     rollout_steps: int = _setting(4, "Steps in which the teacher takes noise to a sample's sigma.", minimum=1)
     steps: int = _setting(200, "Optimizer steps.", minimum=1)
     batch_size: int = _setting(2, "Samples per process and micro-batch.", minimum=1)
@@ -137,6 +143,8 @@ class TrainConfig:
             )
         if self.objective == "velocity" and self.schedule is None:
             raise _wrong("objective", self.objective, "a schedule: without one teacher and student are the same")
+        if self.data_share and (self.objective != "velocity" or self.noise_latents is not None):
+            raise _wrong("data_share", self.data_share, "0 but for objective 'velocity' that reads latents")
         if self.noise_latents is not None and (self.objective != "velocity" or self.latent_shape is None):
             raise _wrong("noise_latents", self.noise_latents, "'C,T,H,W', four whole numbers, and objective 'velocity'")
 

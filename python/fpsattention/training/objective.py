@@ -78,14 +78,20 @@ def rollout(teacher: Velocity, noise: Tensor, sigma: Tensor, prompt_embeds: Tens
     return x
 
 
-def velocity_loss(student: Velocity, teacher: Velocity, x: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+def velocity_loss(
+    student: Velocity, teacher: Velocity, x: Tensor, sigma: Tensor, prompt_embeds: Tensor,
+    *, data: Tensor | None = None, data_share: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Mean squared difference of two models' velocities at the same ``x``, per sample, FP32 ``[B]``; gradients in the student only.
 
     Where the teacher is the dense model, its velocity is what flow matching's noisy target ``noise - x_0`` is on average, as the
-    student's weights know it: the loss has nothing to learn but what the schedule changed.
+    student's weights know it: the loss has nothing to learn but what the schedule changed. ``data``, that noisy target, may be a
+    ``data_share`` of what is predicted: what the teacher does not know, too, with so much of the noise.
     """
     with torch.no_grad():
         target = teacher(x, sigma, prompt_embeds)
+        if data is not None:
+            target = torch.lerp(target, data.to(target.dtype), data_share)
     return _mean_square(student(x, sigma, prompt_embeds), target)
 
 

@@ -107,11 +107,14 @@ def _loss(
     noise, prompt = batch["noise"], batch["prompt_embeds"]
     if teacher is None:
         return flow_matching_loss(model, batch["latents"], prompt, sigma, noise)
+    student, share = partial(predict, model), config.data_share
     if "latents" in batch:
-        x = noisy(batch["latents"], noise, sigma)
-    else:
-        x = rollout(teacher, noise, sigma, prompt, config.rollout_steps)
-    return velocity_loss(partial(predict, model), teacher, x, sigma, prompt)
+        latents = batch["latents"]
+        x = noisy(latents, noise, sigma)
+        return velocity_loss(
+            student, teacher, x, sigma, prompt, data=noise - latents if share else None, data_share=share
+        )
+    return velocity_loss(student, teacher, rollout(teacher, noise, sigma, prompt, config.rollout_steps), sigma, prompt)
 
 
 def num_training_samples(data: LatentFolder, config: TrainConfig) -> int:
