@@ -1,6 +1,7 @@
 """Where the time of a call goes: quantization, self-attention, linear layers, everything else.
 
-On a GPU torch's profiler tells, by the ops that launched the kernels. On the CPU every op is timed as it is called: the profiler would take longer to list them than they ran.
+On a GPU torch's profiler tells, by the ops that launched the kernels. On the CPU every op is timed as it is called: the profiler would take longer to
+list them than they ran.
 
 FPSAttention's self-attention is the op ``fpsattn::quantize``, or ``fpsattn::prepare`` with norms and RoPE in it, followed by ``fpsattn::forward``; the model's own is torch's SDPA with
 as many keys as queries (cross-attention has fewer, and is part of the rest). All of them have names.
