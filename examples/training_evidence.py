@@ -249,7 +249,7 @@ def plot(rows, what, path):
                 color=color,
                 marker="o",
                 markersize=3,
-                label=f"{name}: {mean(values[-1]):.2f}",
+                label=f"{name}{', to dense at its end' if name == 'velocity and data' else ''}: {mean(values[-1]):.2f}",
             )
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
         axis.axhline(0, color="black", lw=0.8)

@@ -142,6 +142,17 @@ def is_cubin(data):
     return data[:4] == b"\x7fELF" and struct.unpack_from("<H", data, 18)[0] == 190  # EM_CUDA
 
 
+def cubins_of(path, folder, arch, pattern=None):
+    """The cubin at ``path``, or those in a library, program or object, extracted into ``folder``: of ``arch`` where there are such, and
+    those alone that hold a kernel that matches."""
+    cubins = [os.path.abspath(path)]
+    if not is_cubin(read_bytes(path)):
+        output([find_tool("cuobjdump"), "-xelf", "all", cubins[0]], cwd=folder)
+        found = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+        cubins = [cubin for cubin in found if f".{arch}." in cubin or f".{arch}a." in cubin] or found
+    return [cubin for cubin in cubins if not pattern or holds(cubin, pattern)]
+
+
 def load(path, args):
     """-> list of Functions with facts, from any input this tool takes."""
     data = read_bytes(path)
@@ -150,16 +161,12 @@ def load(path, args):
         functions = parse_sass(data.decode(errors="replace"))
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            cubins = [os.path.abspath(path)]
-            if not is_cubin(data):
-                output([find_tool("cuobjdump"), "-xelf", "all", os.path.abspath(path)], cwd=tmp)
-                cubins = [os.path.join(tmp, f) for f in sorted(os.listdir(tmp))]
-                wanted = [c for c in cubins if f".{args.arch}." in c or f".{args.arch}a." in c]
-                cubins = wanted or cubins
-            if args.kernel:
-                cubins = [cubin for cubin in cubins if holds(cubin, args.kernel)] or cubins[:1]
+            cubins = cubins_of(path, tmp, args.arch, args.kernel)
             if not cubins:
-                fail(f"{path} holds no device code")
+                fail(
+                    f"{path} holds no device code"
+                    + (f" with a kernel that matches {args.kernel!r}" if args.kernel else "")
+                )
             nvdisasm = find_tool("nvdisasm")
             pool = ThreadPoolExecutor(os.cpu_count())  # of processes that run ahead of the parsing
             texts = pool.map(lambda cubin: output([nvdisasm, "-c", "-g", cubin]), cubins)

@@ -1,10 +1,9 @@
 """SASS with control words: disassembly, control flow (both from sassbudget) and the path one warp takes."""
 
-import os
 import re
 import tempfile
 
-from sassbudget.binary import demangle, elf_facts, find_tool, holds, is_cubin, output, read_bytes
+from sassbudget.binary import cubins_of, demangle, elf_facts, find_tool, output, read_bytes
 from sassbudget.sass import FUNCTION, parse_sass
 
 from . import machine
@@ -45,13 +44,7 @@ def load(path, pattern=None, arch="sm_90"):
         texts.append((data.decode(errors="replace"), {}))
     else:
         with tempfile.TemporaryDirectory() as tmp:
-            cubins = [os.path.abspath(path)]
-            if not is_cubin(data):
-                output([find_tool("cuobjdump"), "-xelf", "all", os.path.abspath(path)], cwd=tmp)
-                cubins = [os.path.join(tmp, f) for f in sorted(os.listdir(tmp)) if f".{arch}" in f]
-            for cubin in cubins:
-                if pattern and not holds(cubin, pattern):
-                    continue
+            for cubin in cubins_of(path, tmp, arch, pattern):
                 texts.append((output([find_tool("nvdisasm"), "-c", "-g", "-hex", cubin]), elf_facts(read_bytes(cubin))))
     found = []
     for text, facts in texts:

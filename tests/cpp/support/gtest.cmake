@@ -17,8 +17,8 @@ target_precompile_headers(fpsattn_gtest_main PRIVATE
 
 # When the emulator lets asynchronous work happen, and how its FP8 WGMMA accumulates. Its stricter checks are independent of that, and so
 # are how finely warps interleave and how many SMs there are (few: each CTA takes many work items): each has its turn in one of the modes.
-# Not eager: what fails there, where nothing is late, fails in these.
 set(FPSATTN_EMULATOR_MODES
+  "eager --async=eager"
   "lazy --async=lazy --strict-proxy"
   "random --async=random --seed=7 --quantum=20 --racecheck --sms=4"
   "truncated --async=random --seed=11 --sms=2 --fp8-acc=truncated")
